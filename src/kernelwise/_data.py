@@ -1,0 +1,217 @@
+"""The nouns: frozen values that one stage hands to the next. Imports nothing of this package and not torch.
+
+dtypes are strings without the module (`"bfloat16"`), devices are type strings (`"cuda"`), paths are dotted module paths.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeVar
+
+Scalar = str | int | float | bool | None
+Scheme = Literal["hub", "path", "package", "builtin"]
+
+DEVICE_TYPES: tuple[str, ...] = ("cuda", "rocm", "xpu", "npu", "cpu", "mps", "neuron", "tpu")
+MODES: tuple[str, ...] = ("inference", "training", "inference+compile", "training+compile")
+
+
+@dataclass(frozen=True, slots=True)
+class KernelRef:
+    """Where one kernel comes from.
+
+    `location` is `"org/repo"` for a Hub kernel, an absolute directory for a local one, an importable module for a
+    package, and empty for a builtin one. A Hub kernel has exactly one of `version` and `revision`.
+    """
+
+    scheme: Scheme
+    location: str
+    layer: str
+    version: int | None = None
+    revision: str | None = None
+    trust_remote_code: bool = False
+
+    def __str__(self) -> str:
+        if self.scheme == "hub":
+            pin = f"v{self.version}" if self.version is not None else self.revision
+            return f"{self.location}@{pin}:{self.layer}"
+        if self.scheme == "path":
+            return f"{self.location}:{self.layer}"
+        return f"{self.scheme}:{self.location + ':' if self.location else ''}{self.layer}"
+
+
+@dataclass(frozen=True, slots=True)
+class Binding:
+    """What fills one role of an operation in one layer.
+
+    argument: the forward's parameter of that name; attribute: `self.<name>` (a parameter, buffer or number, read at every
+    call); child: a submodule, called through `__call__`; constant: a value that stands in the layer's code.
+    """
+
+    kind: Literal["argument", "attribute", "child", "constant"]
+    value: Scalar
+
+
+@dataclass(frozen=True, slots=True)
+class Recognition:
+    """What a layer computes: an operation of `kernelwise.ops`, its roles bound to this layer's names, its options."""
+
+    op: str
+    roles: tuple[tuple[str, Binding], ...]
+    options: tuple[tuple[str, Scalar], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """One parameter of a forward: its name, its kind as `inspect` names it, and whether it has a default."""
+
+    name: str
+    kind: str
+    has_default: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """A place in the model where a kernel can go.
+
+    `path` is the first of `paths` (a shared module has several). A function that a module's forward calls has the path of
+    that module followed by the function's layer name, and `function` is the global name through which it is called.
+    `attributes` are the names a kernel may read from the module. `blocked` says why no kernel may go here at all.
+    """
+
+    path: str
+    name: str
+    class_name: str
+    how: Literal["registered", "named", "recognised"]
+    device: str
+    dtypes: tuple[str, ...] = ()
+    paths: tuple[str, ...] = ()
+    signature: tuple[Parameter, ...] = ()
+    attributes: frozenset[str] = frozenset()
+    function: str | None = None
+    recognition: Recognition | None = None
+    blocked: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What a kernel can run, as data. `None` or an empty tuple means no limit of that kind.
+
+    `min_arch` is a CUDA compute capability (`"sm_80"`). `options` lists, for each option of the operation that the kernel
+    does not support in full, the values it does support.
+    """
+
+    devices: tuple[str, ...] = ()
+    dtypes: tuple[str, ...] = ()
+    min_arch: str | None = None
+    options: tuple[tuple[str, tuple[Scalar, ...]], ...] = ()
+    requires: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """The machine a plan is for. Only `kernelwise._api.current_target` asks the hardware."""
+
+    device: str
+    arch: str | None = None
+    versions: tuple[tuple[str, str], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Kernel:
+    """A loaded kernel.
+
+    `op` names the operation whose roles the function takes; without one the kernel is a layer class that reads the
+    attributes (`reads`) of the module it replaces and has the `signature` of its forward (with `self` left out).
+    `function` is that function, or that forward with `self` first; it is not part of the value's identity.
+    """
+
+    ref: KernelRef
+    op: str | None = None
+    limits: Limits = Limits()
+    has_backward: bool = True
+    can_torch_compile: bool = False
+    revision: str | None = None
+    content_hash: str | None = None
+    signature: tuple[Parameter, ...] = ()
+    reads: tuple[str, ...] = ()
+    function: Callable[..., Any] | None = field(default=None, compare=False, repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Decision:
+    """What happens to one layer in one mode: its kernel, or none (its own code), and why the others lost.
+
+    `asked_by` names the rule that decided (`"rule 2 (kernels.toml)"`, `"default"`). `reason` says why there is no kernel.
+    """
+
+    layer: Layer
+    mode: str
+    kernel: Kernel | None
+    asked_by: str
+    rejected: tuple[tuple[str, tuple[str, ...]], ...] = ()
+    reason: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """All decisions for one model on one target. Entries of a mapping that did not apply stand in `notes`."""
+
+    target: Target
+    decisions: tuple[Decision, ...]
+    notes: tuple[str, ...] = ()
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the plan as plain dicts, lists and scalars (functions are left out)."""
+        data: dict[str, Any] = to_json(self)
+        return data
+
+
+Noun = TypeVar("Noun")
+
+
+def to_json(value: Any) -> Any:
+    """Turn a noun (or a tuple, dict or scalar of nouns) into what `json` can write. Callables are left out."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {
+            item.name: to_json(getattr(value, item.name)) for item in dataclasses.fields(value) if item.name != "function"
+            or not callable(getattr(value, item.name))
+        }
+    if isinstance(value, frozenset):
+        return sorted(value)
+    if isinstance(value, (tuple, list)):
+        return [to_json(item) for item in value]
+    if isinstance(value, dict):
+        return {str(key): to_json(item) for key, item in value.items()}
+    return value
+
+
+def from_json(cls: type[Noun], data: Any) -> Noun:
+    """Build a noun from what `to_json` wrote. Raises `TypeError` or `KeyError` where the data does not fit."""
+    built: Noun = _decode(cls, data)
+    return built
+
+
+def _decode(hint: Any, data: Any) -> Any:
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin is tuple:
+        if len(args) == 2 and args[1] is Ellipsis:
+            return tuple(_decode(args[0], item) for item in data)
+        return tuple(_decode(arg, item) for arg, item in zip(args, data, strict=True))
+    if origin is frozenset:
+        return frozenset(_decode(args[0], item) for item in data)
+    if origin in (types.UnionType, typing.Union):
+        if data is None:
+            return None
+        nouns = [arg for arg in args if dataclasses.is_dataclass(arg)]
+        return _decode(nouns[0], data) if nouns and isinstance(data, dict) else data
+    if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        hints = typing.get_type_hints(hint)
+        unknown = set(data) - {item.name for item in dataclasses.fields(hint)}
+        if unknown:
+            raise TypeError(f"{hint.__name__} has no field {', '.join(sorted(unknown))}")
+        return hint(**{name: _decode(hints[name], item) for name, item in data.items()})
+    return data

@@ -1,0 +1,259 @@
+"""Discover: model → layers. Only looks; nothing of the model is called, moved or changed.
+
+A layer has its name from one of three places, in this order: its class is registered (`kernel_layer_name`, with
+`kernel_condition`; function kernels in `_kernel_funcs` or `_hidden_kernels`), the user named its class with
+`register_layer`, or its graph is recognised. A subclass that overrides `forward` does not inherit a name, because the name
+speaks of what the parent's forward computes.
+"""
+
+from __future__ import annotations
+
+import inspect
+import weakref
+from collections.abc import Callable, Iterator
+from functools import lru_cache
+from types import FunctionType, MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernelwise import ops
+from kernelwise._data import Layer, Parameter, Recognition
+from kernelwise._recognize import recognize, recognize_functions
+
+STATE = "_kernelwise"
+"""The one attribute in which Kernelwise keeps what it knows about a module it changed."""
+
+_named: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
+
+
+def register_layer(cls: type[nn.Module], name: str) -> type[nn.Module]:
+    """Give every instance of a class a layer name, so that a mapping can refer to it.
+
+    The class itself is not changed. A subclass that overrides `forward` is not covered. Returns the class.
+
+    Raises:
+        TypeError: `cls` is not a class of modules, or `name` is not an identifier.
+    """
+    if not (isinstance(cls, type) and issubclass(cls, nn.Module)):
+        raise TypeError(f"register_layer takes a class of torch.nn.Module, got {cls!r}")
+    if not (isinstance(name, str) and name.isidentifier()):
+        raise TypeError(f"a layer name is a Python identifier, got {name!r}")
+    _named[cls] = name
+    return cls
+
+
+def device_type(device: torch.device | str) -> str:
+    """Return the device type that mappings use: ROCm is told apart from CUDA."""
+    kind = torch.device(device).type if not isinstance(device, str) or ":" in device else device
+    return "rocm" if kind == "cuda" and torch.version.hip is not None else kind
+
+
+def model_device(model: nn.Module) -> str | None:
+    """Return the device type of the first parameter or buffer; None for a model that has neither."""
+    for tensors in (model.parameters(), model.buffers()):
+        for tensor in tensors:
+            return device_type(tensor.device)
+    return None
+
+
+def discover(model: nn.Module) -> tuple[Layer, ...]:
+    """Return every layer of a model that has a name, in the order of its module tree.
+
+    A module that stands in several places is one layer with several `paths`. Functions called by a module's forward
+    follow that module.
+    """
+    places: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        places.setdefault(module, []).append(path)
+    fallback_device = model_device(model) or "cpu"
+    layers: list[Layer] = []
+    for module, paths in places.items():
+        layers.extend(_layers_of(module, tuple(paths), fallback_device))
+    return tuple(layers)
+
+
+def _layers_of(module: nn.Module, paths: tuple[str, ...], fallback_device: str) -> Iterator[Layer]:
+    registered = _inherited(type(module), lambda cls: cls.__dict__.get("kernel_layer_name"))
+    named = None if registered else _inherited(type(module), _named.get)
+    replaced = _replaced_forward(module)
+    found = recognize(module) if replaced is None else None
+    recognition = found if isinstance(found, Recognition) else None
+    name = registered or named or (ops.layer_name(recognition) if recognition else None)
+    if name is not None:
+        yield Layer(
+            path=paths[0],
+            name=name,
+            class_name=_class_name(type(module)),
+            how="registered" if registered else "named" if named else "recognised",
+            device=model_device(module) or fallback_device,
+            dtypes=_dtypes(module),
+            paths=paths,
+            signature=signature(own_forward(module)),
+            attributes=_attributes(module),
+            recognition=recognition,
+            blocked=replaced or _condition(module) or _shared_function(module),
+        )
+    yield from _functions_of(module, paths, fallback_device, replaced)
+
+
+def _functions_of(
+    module: nn.Module, paths: tuple[str, ...], fallback_device: str, replaced: str | None
+) -> Iterator[Layer]:
+    """Yield the functions that a module's forward calls: the registered wrappers first, then the recognised ones."""
+    wrappers: dict[int, nn.Module] = {}
+    for attribute in ("_kernel_funcs", "_hidden_kernels"):
+        for wrapper in (module.__dict__.get(attribute) or {}).values():
+            if isinstance(wrapper, nn.Module) and hasattr(type(wrapper), "kernel_layer_name"):
+                wrappers[id(wrapper)] = wrapper
+    recognised = dict(recognize_functions(module)) if replaced is None else {}
+    if not wrappers and not recognised:
+        return
+    called = globals_called(own_forward(module))
+    entries: dict[str | None, tuple[str, Recognition | None, str | None, Any]] = {}
+    for wrapper in wrappers.values():
+        name = str(type(wrapper).kernel_layer_name)
+        name_in_forward = next((key for key, value in called.items() if value is wrapper), None)
+        blocked = replaced or _condition(wrapper)
+        if name_in_forward is None:
+            blocked = blocked or (
+                f"the forward of {type(module).__name__} does not call it by a global name, so it cannot be changed for "
+                "this model alone"
+            )
+        key = name_in_forward if name_in_forward is not None else f"?{name}"
+        entries[key] = (name, recognised.pop(name_in_forward or "", None), blocked, wrapper)
+    for key, recognition in recognised.items():
+        entries[key] = (ops.layer_name(recognition), recognition, None, called.get(key))
+    for key, (name, recognition, blocked, value) in entries.items():
+        yield Layer(
+            path=f"{paths[0]}.{name}" if paths[0] else name,
+            name=name,
+            class_name=_class_name(type(module)),
+            how="registered" if id(value) in wrappers else "recognised",
+            device=model_device(module) or fallback_device,
+            dtypes=_dtypes(module),
+            paths=tuple(f"{path}.{name}" if path else name for path in paths),
+            signature=_function_signature(value),
+            attributes=_attributes(value) if isinstance(value, nn.Module) else frozenset(),
+            function=key,
+            recognition=recognition,
+            blocked=blocked,
+        )
+
+
+def _inherited(cls: type, lookup: Callable[[type], Any]) -> str | None:
+    """Return the name that `lookup` finds along the MRO, unless a class before it overrides `forward`."""
+    for base in cls.__mro__:
+        name = lookup(base)
+        if name:
+            return str(name)
+        if "forward" in base.__dict__:
+            return None
+    return None
+
+
+def _condition(module: nn.Module) -> str | None:
+    condition = getattr(type(module), "kernel_condition", None)
+    if condition is None:
+        return None
+    try:
+        return None if condition(module) else f"the kernel_condition of {type(module).__name__} says no"
+    except Exception as error:
+        return f"the kernel_condition of {type(module).__name__} failed: {error!r}"
+
+
+def _shared_function(module: nn.Module) -> str | None:
+    """A decorated function that a module holds as a submodule is one object for every model that holds it."""
+    if type(module).__qualname__.endswith("_create_func_module.<locals>.Func"):
+        return "it is one object shared by every model that holds this function, so it cannot be changed for one model alone"
+    return None
+
+
+def innermost_slot(module: nn.Module) -> str:
+    """Return the instance attribute that holds the innermost forward: accelerate keeps it in `_old_forward`."""
+    return "_old_forward" if "_old_forward" in module.__dict__ and "_hf_hook" in module.__dict__ else "forward"
+
+
+def own_forward(module: nn.Module) -> Callable[..., Any]:
+    """Return the function, `self` first, that the module runs without us: its class's forward."""
+    return type(module).forward
+
+
+def _replaced_forward(module: nn.Module) -> str | None:
+    """Say who replaced the forward of this instance, if somebody other than Kernelwise or accelerate's hooks did."""
+    state = module.__dict__.get(STATE)
+    current = module.__dict__.get(innermost_slot(module))
+    if state is not None and state.owns(current):
+        current = state.found
+    if current is None:
+        return None
+    if isinstance(current, MethodType) and current.__self__ is module and current.__func__ is own_forward(module):
+        return None
+    if state is not None and state.covers(current):
+        return None
+    who = getattr(current, "__qualname__", None) or repr(current)
+    return f"its forward was replaced on this instance by {who}"
+
+
+@lru_cache(maxsize=4096)
+def signature(forward: Callable[..., Any]) -> tuple[Parameter, ...]:
+    """Return the parameters of a forward without `self`; empty where Python cannot tell."""
+    return _parameters(forward)[1:]
+
+
+def _function_signature(value: Any) -> tuple[Parameter, ...]:
+    if isinstance(value, nn.Module):
+        return signature(type(value).forward)
+    return _parameters(value) if callable(value) else ()
+
+
+def _parameters(function: Callable[..., Any]) -> tuple[Parameter, ...]:
+    try:
+        parameters = inspect.signature(function).parameters.values()
+    except (TypeError, ValueError):
+        return ()
+    return tuple(Parameter(p.name, p.kind.name.lower(), p.default is not p.empty) for p in parameters)
+
+
+def unwrap(function: Callable[..., Any]) -> FunctionType | None:
+    """Return the plain Python function under `functools.wraps` decorators, or None where there is none."""
+    inner = inspect.unwrap(function)
+    return inner if isinstance(inner, FunctionType) else None
+
+
+@lru_cache(maxsize=4096)
+def _global_names(forward: Callable[..., Any]) -> tuple[FunctionType | None, tuple[str, ...]]:
+    inner = unwrap(forward)
+    return inner, (inner.__code__.co_names if inner is not None else ())
+
+
+def globals_called(forward: Callable[..., Any]) -> dict[str, Any]:
+    """Return the global names that a forward's own code mentions, with the values they have now."""
+    inner, names = _global_names(forward)
+    return {} if inner is None else {name: inner.__globals__[name] for name in names if name in inner.__globals__}
+
+
+@lru_cache(maxsize=4096)
+def _class_attributes(cls: type) -> frozenset[str]:
+    return frozenset(dir(cls))
+
+
+@lru_cache(maxsize=4096)
+def _instance_attributes(cls: type, names: tuple[str, ...]) -> frozenset[str]:
+    return _class_attributes(cls) | frozenset(names)
+
+
+def _attributes(module: nn.Module) -> frozenset[str]:
+    names = module.__dict__.keys() | module._parameters.keys() | module._buffers.keys() | module._modules.keys()
+    return _instance_attributes(type(module), tuple(sorted(names)))
+
+
+def _dtypes(module: nn.Module) -> tuple[str, ...]:
+    found = dict.fromkeys(str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters())
+    return tuple(found)
+
+
+@lru_cache(maxsize=4096)
+def _class_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"

@@ -1,0 +1,62 @@
+"""Every exception that Kernelwise raises on purpose.
+
+KernelwiseError
+├── KernelConfigError (ValueError)     a mapping or a config file is wrong; lists every problem at once
+├── KernelLoadError                    a kernel could not be found, trusted, downloaded, built for this machine or imported
+├── PlanError                          a layer that the user asked a kernel for cannot have it
+├── ApplyError                         the model cannot be changed (it is left as it was)
+└── MissingDependencyError (ImportError)   an optional package is needed; the message has the command that installs it
+
+A message has up to four parts: what is wrong, who asked for it, what was tried, how to go on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+
+class KernelwiseError(Exception):
+    """Base of all errors of this library."""
+
+
+@dataclass(frozen=True, slots=True)
+class Problem:
+    """One thing that is wrong with a config: where it stands, what it is, and how to fix it."""
+
+    where: str
+    what: str
+    fix: str
+
+    def __str__(self) -> str:
+        return f"{self.where}: {self.what}\n    fix: {self.fix}"
+
+
+class KernelConfigError(KernelwiseError, ValueError):
+    """A mapping is wrong. `problems` holds every problem found, not only the first."""
+
+    def __init__(self, problems: Sequence[Problem]) -> None:
+        self.problems = tuple(problems)
+        count = len(self.problems)
+        head = "1 problem in the kernel mapping" if count == 1 else f"{count} problems in the kernel mapping"
+        super().__init__("\n".join([head, *(f"  {problem}" for problem in self.problems)]))
+
+
+class KernelLoadError(KernelwiseError):
+    """A kernel could not be loaded. `ref` is what was asked for, `reason` is why in one line."""
+
+    def __init__(self, ref: str, reason: str, *, fix: str | None = None) -> None:
+        self.ref, self.reason, self.fix = ref, reason, fix
+        super().__init__(f"cannot load {ref}: {reason}" + (f"\n  go on      {fix}" if fix else ""))
+
+
+class PlanError(KernelwiseError):
+    """No kernel can run a layer that the user asked a kernel for."""
+
+
+class ApplyError(KernelwiseError):
+    """The model cannot be changed; it is as it was before the call."""
+
+
+class MissingDependencyError(KernelwiseError, ImportError):
+    """An optional package is missing. The message has the command that installs it."""
