@@ -79,7 +79,8 @@ class Layer:
 
     `path` is the first of `paths` (a shared module has several). A function that a module's forward calls has the path of
     that module followed by the function's layer name, and `function` is the global name through which it is called.
-    `attributes` are the names a kernel may read from the module. `blocked` says why no kernel may go here at all.
+    `attributes` are the names a kernel may read from the module. `blocked` says why no kernel can go here; `excluded` says
+    that the author of the layer wants none here (`kernel_condition`), which is no failure of whoever asks for one.
     """
 
     path: str
@@ -94,6 +95,7 @@ class Layer:
     function: str | None = None
     recognition: Recognition | None = None
     blocked: str | None = None
+    excluded: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +115,10 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The machine a plan is for. Only `kernelwise._api.current_target` asks the hardware."""
+    """The machine a plan is for. Only `kernelwise._api.current_target` asks the hardware.
+
+    `device` is the device type of the model; a layer of a model spread over several has its own in `Layer.device`.
+    """
 
     device: str
     arch: str | None = None
@@ -168,6 +173,15 @@ class Plan:
         """Return the plan as plain dicts, lists and scalars (functions are left out)."""
         data: dict[str, Any] = to_json(self)
         return data
+
+    def __str__(self) -> str:
+        from kernelwise._table import render  # only when somebody looks
+
+        rows = [
+            (d.layer.path, d.layer.name, d.mode, str(d.kernel.ref) if d.kernel else "own code", d.reason or "", d.asked_by)
+            for d in self.decisions
+        ]
+        return render(("layer", "name", "mode", "kernel", "why not", "asked by"), rows, notes=self.notes)
 
 
 Noun = TypeVar("Noun")

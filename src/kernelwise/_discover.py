@@ -51,10 +51,17 @@ def device_type(device: torch.device | str) -> str:
 
 
 def model_device(model: nn.Module) -> str | None:
-    """Return the device type of the first parameter or buffer; None for a model that has neither."""
-    for tensors in (model.parameters(), model.buffers()):
-        for tensor in tensors:
-            return device_type(tensor.device)
+    """Return the device type of the first parameter or buffer; None for a model that has neither.
+
+    A module that accelerate offloads has its weights on meta between calls; its device is the one it runs on.
+    """
+    for module in model.modules():
+        hook = module.__dict__.get("_hf_hook")
+        for tensors in (module._parameters, module._buffers):
+            for tensor in tensors.values():
+                if tensor is not None:
+                    runs_on = getattr(hook, "execution_device", None) if tensor.device.type == "meta" else None
+                    return device_type(tensor.device if runs_on is None else torch.device(runs_on))
     return None
 
 
@@ -93,7 +100,8 @@ def _layers_of(module: nn.Module, paths: tuple[str, ...], fallback_device: str) 
             signature=signature(own_forward(module)),
             attributes=_attributes(module),
             recognition=recognition,
-            blocked=replaced or _condition(module) or _shared_function(module),
+            blocked=replaced or _shared_function(module),
+            excluded=_condition(module),
         )
     yield from _functions_of(module, paths, fallback_device, replaced)
 
@@ -111,11 +119,11 @@ def _functions_of(
     if not wrappers and not recognised:
         return
     called = globals_called(own_forward(module))
-    entries: dict[str | None, tuple[str, Recognition | None, str | None, Any]] = {}
+    entries: dict[str, tuple[str, Recognition | None, str | None, Any]] = {}
     for wrapper in wrappers.values():
         name = str(type(wrapper).kernel_layer_name)
         name_in_forward = next((key for key, value in called.items() if value is wrapper), None)
-        blocked = replaced or _condition(wrapper)
+        blocked = replaced
         if name_in_forward is None:
             blocked = blocked or (
                 f"the forward of {type(module).__name__} does not call it by a global name, so it cannot be changed for "
@@ -139,6 +147,7 @@ def _functions_of(
             function=key,
             recognition=recognition,
             blocked=blocked,
+            excluded=_condition(value) if isinstance(value, nn.Module) else None,
         )
 
 
@@ -180,17 +189,25 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
     return type(module).forward
 
 
+def mark_dispatcher(function: Callable[..., Any]) -> None:
+    """Mark a function as one that Kernelwise puts on instances."""
+    function.__kernelwise__ = True  # type: ignore[attr-defined]
+
+
+def is_dispatcher(value: Any) -> bool:
+    """Return whether a forward found on an instance is one that Kernelwise put there."""
+    return isinstance(value, MethodType) and getattr(value.__func__, "__kernelwise__", False)
+
+
 def _replaced_forward(module: nn.Module) -> str | None:
     """Say who replaced the forward of this instance, if somebody other than Kernelwise or accelerate's hooks did."""
     state = module.__dict__.get(STATE)
     current = module.__dict__.get(innermost_slot(module))
-    if state is not None and state.owns(current):
-        current = state.found
+    if state is not None and state.installed:
+        current = state.found  # ours stands there, or inside a wrapper that somebody put around it
     if current is None:
         return None
     if isinstance(current, MethodType) and current.__self__ is module and current.__func__ is own_forward(module):
-        return None
-    if state is not None and state.covers(current):
         return None
     who = getattr(current, "__qualname__", None) or repr(current)
     return f"its forward was replaced on this instance by {who}"

@@ -1,0 +1,252 @@
+"""The public functions: they join the stages and hold no logic of their own.
+
+    config → discover → plan → apply → report
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import nn
+
+from kernelwise import _apply, _discover, _plan, sources
+from kernelwise._config import KernelConfig
+from kernelwise._data import DEVICE_TYPES, MODES, Decision, Kernel, KernelRef, Layer, Plan, Target
+from kernelwise._errors import KernelLoadError, PlanError
+from kernelwise._mapping import Rule
+from kernelwise._report import Report, make_row
+
+Model = TypeVar("Model", bound=nn.Module)
+Config = KernelConfig | Mapping[Any, Any] | None
+
+
+def current_target(device: str) -> Target:
+    """Return the target for a device type on this machine. The only place that asks the hardware."""
+    arch = None
+    if device == "cuda" and torch.cuda.is_available():
+        arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
+    elif device == "rocm" and torch.cuda.is_available():
+        arch = str(torch.cuda.get_device_properties(0).gcnArchName)
+    return Target(device, arch, (("torch", torch.__version__),))
+
+
+def mode_name(mode: object) -> str:
+    """Return the name of a `kernels.Mode`, or check a mode given by name (`"inference"`, `"training+compile"` …).
+
+    Raises:
+        PlanError: it is neither training nor inference.
+    """
+    if isinstance(mode, str) and mode in MODES:
+        return mode
+    flags = {flag for flag in ("INFERENCE", "TRAINING", "TORCH_COMPILE") if _has_flag(mode, flag)}
+    base = "training" if "TRAINING" in flags else "inference" if "INFERENCE" in flags else None
+    if base is None:
+        raise PlanError(f"mode is one of {', '.join(MODES)} or a kernels.Mode with INFERENCE or TRAINING, got {mode!r}")
+    return f"{base}+compile" if "TORCH_COMPILE" in flags else base
+
+
+def _has_flag(mode: object, name: str) -> bool:
+    flag = getattr(type(mode), name, None)
+    return flag is not None and flag in mode  # type: ignore[operator]
+
+
+def plan(
+    model: nn.Module,
+    config: Config = None,
+    *,
+    mode: object = None,
+    device: str | torch.device | None = None,
+    target: Target | None = None,
+    on_miss: str | None = None,
+) -> Plan:
+    """Decide which kernel goes into which layer. Loads kernels; the model is only looked at.
+
+    Args:
+        config: a `KernelConfig` or the mapping of one. None: builtin kernels for every recognised layer.
+        mode: a `kernels.Mode` or its name. None: inference and training both, so that `train()` and `eval()` switch.
+        device: the device type to plan for, where it is not the model's own.
+        target: plan for another machine; kernels are then described, not loaded, and the plan cannot be applied.
+        on_miss: `"raise"` or `"keep"`; None takes what the config says.
+
+    Raises:
+        KernelConfigError: the mapping is wrong. KernelLoadError: a kernel that the mapping asks for cannot be loaded.
+        PlanError: no kernel can run a layer that the mapping asks one for.
+    """
+    config = config if isinstance(config, KernelConfig) else KernelConfig(config)  # type: ignore[arg-type]
+    config.sanitize_kernel_mapping(model)
+    on_miss = on_miss or config.on_miss
+    if on_miss not in ("raise", "keep"):
+        raise PlanError(f'on_miss is "raise" or "keep", got {on_miss!r}')
+    rules = config.rules()
+    layers = _discover.discover(model)
+    wanted = target.device if target else _device(model, device)
+    if wanted is not None and (target is not None or device is not None):
+        layers = tuple(replace(layer, device=wanted) for layer in layers)
+    modes = (mode_name(mode),) if mode is not None else ("inference", "training")
+    devices = {layer.device for layer in layers}
+    defaults: dict[tuple[str, str], Sequence[KernelRef]] = {}
+    if config.inherit_mapping:
+        for layer in layers:
+            if layer.recognition is not None and (layer.recognition.op, layer.device) not in defaults:
+                refs = sources.builtin_refs(layer.recognition.op, device=layer.device)
+                defaults[layer.recognition.op, layer.device] = refs
+    kernels = _load(layers, rules, defaults, devices, modes, describe=target is not None, on_miss=on_miss)
+    return _plan.make_plan(
+        layers, rules, kernels, target=target or current_target(wanted), modes=modes, defaults=defaults, on_miss=on_miss
+    )
+
+
+def _device(model: nn.Module, device: str | torch.device | None) -> str:
+    found = _discover.device_type(device) if device is not None else _discover.model_device(model)
+    if found is None:
+        raise PlanError(
+            "the model has no parameters, so its device cannot be told\n"
+            '  go on      say which: kernelize(model, device="cuda") (one of ' + ", ".join(DEVICE_TYPES) + ")"
+        )
+    if found != "meta" and found not in DEVICE_TYPES:
+        raise PlanError(f"device is one of {', '.join(DEVICE_TYPES)}, got {found!r}")
+    return found
+
+
+def _load(
+    layers: Sequence[Layer],
+    rules: Sequence[Rule],
+    defaults: Mapping[tuple[str, str], Sequence[KernelRef]],
+    devices: set[str],
+    modes: Sequence[str],
+    *,
+    describe: bool,
+    on_miss: str,
+) -> dict[tuple[KernelRef, str], Kernel | str]:
+    """Load every kernel that a rule or a default offers here. What a rule asks for and cannot be loaded is an error."""
+    names = {layer.name for layer in layers}
+    kernels: dict[tuple[KernelRef, str], Kernel | str] = {}
+    for rule in rules:
+        if rule.ref is None or rule.fuses or rule.layer not in names or (rule.mode is not None and rule.mode not in modes):
+            continue
+        for device in devices:
+            if rule.device in (None, device) and (rule.ref, device) not in kernels:
+                kernels[rule.ref, device] = _load_one(rule.ref, device, describe, must=on_miss == "raise", where=rule.where)
+    for (_, device), refs in defaults.items():
+        for ref in refs:
+            if (ref, device) not in kernels:
+                kernels[ref, device] = _load_one(ref, device, describe, must=False)
+    return kernels
+
+
+def _load_one(ref: KernelRef, device: str, describe: bool, *, must: bool, where: str = "") -> Kernel | str:
+    if describe:
+        return sources.describe(ref, device=device) or Kernel(ref, can_torch_compile=True)
+    try:
+        return sources.load(ref, device=device)
+    except KernelLoadError as error:
+        if must:
+            error.args = (f"{error.args[0]}\n  asked by   {where}",)
+            raise
+        return error.reason
+
+
+def kernelize(
+    model: Model,
+    config: Config = None,
+    *,
+    mode: object = None,
+    device: str | torch.device | None = None,
+    on_miss: str | None = None,
+) -> Model:
+    """Put a kernel into every layer that has one, and return the model.
+
+    Everything is decided, loaded and bound before the first module changes; an error leaves the model as it was. Arguments
+    and errors are those of `plan`, and `ApplyError` where the model cannot be changed (its weights are on meta).
+
+    >>> import torch, kernelwise
+    >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
+    >>> kernelwise.kernelize(model) is model
+    True
+    """
+    _apply.apply(model, plan(model, config, mode=mode, device=device, on_miss=on_miss))
+    return model
+
+
+def apply(model: Model, decided: Plan) -> Model:
+    """Put the kernels of a plan into the model it was made for, and return the model. Raises `ApplyError`."""
+    _apply.apply(model, decided)
+    return model
+
+
+def unkernelize(model: Model, *, paths: Sequence[str] | None = None) -> Model:
+    """Take every kernel out again, or those at `paths` and below, and return the model.
+
+    Only what is still ours is removed. Where somebody has wrapped a kernelized forward since, ours stays inside the wrapper
+    and passes every call on to the layer's own code.
+
+    Raises:
+        PlanError: one of `paths` has no kernel at or below it.
+    """
+    if paths is not None:
+        known = [place for _, entry in _apply.entries_of(model) for place in entry.layer.paths]
+        for path in [paths] if isinstance(paths, str) else paths:
+            if not any(place == path or place.startswith(path + ".") for place in known):
+                raise PlanError(f"no kernel is at or below {path!r}\n  go on      print(kernelwise.report(model)) lists them")
+    _apply.remove(model, paths=[paths] if isinstance(paths, str) else paths)
+    return model
+
+
+@contextmanager
+def kernelized(model: Model, config: Config = None, **options: Any) -> Iterator[Model]:
+    """Kernelize for the length of a `with` block. Takes the arguments of `kernelize`; blocks may nest and overlap."""
+    token = _apply.apply(model, plan(model, config, **options))
+    try:
+        yield model
+    finally:
+        _apply.remove(model, token=token)
+
+
+def report(model: nn.Module) -> Report:
+    """Say of every layer what runs in it now: its kernel, or the reason for none, and how many calls fell back.
+
+    A model that was never kernelized gives a report that says so.
+    """
+    plans = _apply.plans_of(model)
+    running: dict[tuple[str, str], tuple[Decision, Mapping[str, int]]] = {}
+    for decided in plans:
+        for decision in decided.decisions:
+            running.setdefault((decision.layer.path, decision.mode), (decision, {}))
+            if decision.kernel is None and running[decision.layer.path, decision.mode][0].kernel is None:
+                running[decision.layer.path, decision.mode] = (decision, {})
+    active = set()
+    for module, entry in _apply.entries_of(model):
+        counts = entry.fallbacks if entry.layer.function else module.__dict__[_discover.STATE].fallbacks
+        for decision in entry.decisions:
+            active.add((decision.layer.path, decision.mode))
+            running[decision.layer.path, decision.mode] = (decision, counts)
+    rows = []
+    for key, (decision, counts) in running.items():
+        undone = decision.kernel is not None and key not in active
+        rows.append(make_row(replace(decision, kernel=None, reason="undone") if undone else decision, counts))
+    notes = tuple(dict.fromkeys(note for decided in plans for note in decided.notes))
+    return Report(tuple(rows), notes if plans else ("no kernels: the model runs its own code",))
+
+
+@contextmanager
+def expose_hidden_kernels(model: Model) -> Iterator[Model]:
+    """Register the function kernels hidden on a model's modules as submodules for the length of a `with` block.
+
+    For versions of the `kernels` library whose own `kernelize` looks at submodules alone.
+    """
+    added: list[tuple[nn.Module, str]] = []
+    try:
+        for module in list(model.modules()):
+            for attribute in ("_kernel_funcs", "_hidden_kernels"):
+                for name, wrapper in (module.__dict__.get(attribute) or {}).items():
+                    if isinstance(wrapper, nn.Module) and name.isidentifier() and name not in module._modules:
+                        module._modules[name] = wrapper
+                        added.append((module, name))
+        yield model
+    finally:
+        for module, name in added:
+            module._modules.pop(name, None)

@@ -1,0 +1,322 @@
+"""Apply: plan → model. The only module that changes a model.
+
+Every call is bound before the first module changes; an error halfway unwinds what was done. What changes is one entry of an
+instance's `__dict__`: its innermost forward, which becomes a dispatcher that runs what the module's state (`_kernelwise`)
+holds for its mode. Two more entries, `__reduce_ex__` and `__deepcopy__`, keep files free of us and copies kernelized.
+Parameters, buffers, hooks, the class and the `state_dict` stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernelwise._bind import Call, dispatcher, function_call, layer_call, rebuild
+from kernelwise._data import Decision, Layer, Plan
+from kernelwise._discover import STATE, globals_called, innermost_slot, is_dispatcher, own_forward
+from kernelwise._errors import ApplyError
+
+_SLOTS = ("forward", "_old_forward")
+_lock = threading.RLock()
+
+
+class Token:
+    """Stands for one kernelization, so that it can be undone apart from others. Copies of a model share it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Token:
+        return self
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """What one kernelization put on one module for one layer: a call per mode (None: the own code there)."""
+
+    token: Token
+    layer: Layer
+    decisions: tuple[Decision, ...]
+    inference: Call | None
+    training: Call | None
+    fallbacks: Counter[str] = field(default_factory=Counter)
+
+
+class ModuleState:
+    """What Kernelwise knows about one module. `inference` and `training` are what its forward runs."""
+
+    inference: Call
+    training: Call
+
+    def __init__(self) -> None:
+        self.found: Any = None  # the forward that stood on the instance before ours
+        self.installed = False  # whether our dispatcher was put on the instance
+        self.entries: list[Entry] = []
+        self.plans: dict[Token, Plan] = {}
+        self.fallbacks: Counter[str] = Counter()
+
+    def refresh(self, module: nn.Module) -> None:
+        """Choose what runs in each mode: the newest kernelization that speaks of it, else the module's own code."""
+        inference, training = self._effective(module, "inference"), self._effective(module, "training")
+        self.inference, self.training = inference, training
+
+    def _effective(self, module: nn.Module, mode: str) -> Call:
+        newest_first = list(reversed(self.entries))
+        whole = next((getattr(entry, mode) for entry in newest_first if entry.layer.function is None), None)
+        if whole is not None:
+            return whole  # type: ignore[no-any-return]
+        functions: dict[str, Call | None] = {}
+        for entry in newest_first:
+            if entry.layer.function is not None:
+                functions.setdefault(entry.layer.function, getattr(entry, mode))
+        replaced = {name: call for name, call in functions.items() if call is not None}
+        if replaced:
+            return _rebuilt(type(module).__name__, own_forward(module), replaced)
+        return _run_class_forward if self.found is None else _run_found_forward
+
+    def run_own(self, module: nn.Module, why: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's own code; count `why` unless a graph is being compiled."""
+        if why is not None and not torch.compiler.is_compiling():
+            self.fallbacks[why] += 1
+        if self.found is None:
+            return own_forward(module)(module, *args, **kwargs)
+        return self.found(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleState:
+        copied = ModuleState()
+        copied.found, copied.installed = copy.deepcopy(self.found, memo), self.installed
+        copied.entries, copied.plans = list(self.entries), dict(self.plans)
+        copied.inference, copied.training = self.inference, self.training
+        return copied
+
+
+def _run_class_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(self).forward(self, *args, **kwargs)
+
+
+def _run_found_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return getattr(self, STATE).found(*args, **kwargs)
+
+
+# The rebuilt forwards in use, shared by all modules of a class in one kernelization. A rebuilt forward holds its calls, so
+# an id in a key is not reused while its value lives.
+_rebuilt_forwards: weakref.WeakValueDictionary[tuple[int, ...], Any] = weakref.WeakValueDictionary()
+
+
+def _rebuilt(class_name: str, forward: Call, functions: dict[str, Call]) -> Call:
+    key = (id(forward), *(part for name, call in sorted(functions.items()) for part in (hash(name), id(call))))
+    rebuilt = _rebuilt_forwards.get(key)
+    if rebuilt is None:
+        rebuilt = rebuild(forward, functions)
+        if rebuilt is None:
+            names = ", ".join(sorted(functions))
+            raise ApplyError(
+                f"the forward of {class_name} cannot be rebuilt around {names}\n"
+                "  tried      a copy of it with globals of its own, with its decorators copied around it\n"
+                '  go on      keep the own code there ("none")'
+            )
+        _rebuilt_forwards[key] = rebuilt
+    return rebuilt  # type: ignore[no-any-return]
+
+
+def apply(model: nn.Module, plan: Plan) -> Token:
+    """Put every kernel of a plan into the model and return the token that undoes it.
+
+    Raises:
+        ApplyError: the model is on the meta device, a path of the plan is not in the model, or a kernel cannot be bound. The
+            model is as it was.
+    """
+    token = Token()
+    with _lock:
+        prepared = _prepare(model, plan, token)
+        with ExitStack() as undo:
+            for module, entry in prepared:
+                undo.callback(_take_out, module, lambda entry: entry.token is token)
+                _put_in(module, entry)
+            _state_of(model).plans[token] = plan
+            undo.pop_all()
+    return token
+
+
+def _prepare(model: nn.Module, plan: Plan, token: Token) -> list[tuple[nn.Module, Entry]]:
+    """Bind every call that the plan needs. Layers that no kernelization has a kernel for are left out."""
+    by_layer: dict[int, list[Decision]] = {}
+    for decision in plan.decisions:
+        by_layer.setdefault(id(decision.layer), []).append(decision)
+    functions: dict[Any, tuple[Call, Counter[str]]] = {}
+    prepared: list[tuple[nn.Module, Entry]] = []
+    for decisions in by_layer.values():
+        layer = decisions[0].layer
+        has_kernel = any(decision.kernel is not None for decision in decisions)
+        if not has_kernel and all(decision.asked_by == "default" for decision in decisions):
+            continue
+        module = _find(model, layer)
+        if not has_kernel and STATE not in module.__dict__:
+            continue
+        calls: dict[str, Call | None] = {}
+        fallbacks: Counter[str] = Counter()
+        for decision in decisions:
+            call: Call | None = None
+            if decision.kernel is not None and layer.function is None:
+                call = layer_call(layer, decision.kernel)
+            elif decision.kernel is not None and layer.function is not None:
+                original = globals_called(own_forward(module))[layer.function]
+                key = (id(original), decision.kernel, layer.recognition, id(own_forward(module)))
+                if key not in functions:
+                    counts: Counter[str] = Counter()
+                    functions[key] = function_call(layer, decision.kernel, original, counts), counts
+                call, fallbacks = functions[key]
+                _rebuilt(type(module).__name__, own_forward(module), {layer.function: call})
+            calls[decision.mode] = call
+        fixed = next(iter(calls.values()))  # a single fixed mode serves both train() and eval()
+        inference, training = calls.get("inference", fixed), calls.get("training", fixed)
+        prepared.append((module, Entry(token, layer, tuple(decisions), inference, training, fallbacks)))
+    return prepared
+
+
+def _find(model: nn.Module, layer: Layer) -> nn.Module:
+    path = layer.path.rpartition(".")[0] if layer.function is not None else layer.path
+    try:
+        module = model.get_submodule(path)
+    except AttributeError as error:
+        raise ApplyError(
+            f"the plan has a layer at {layer.path}, which this model does not have\n  go on      plan again for this model"
+        ) from error
+    if layer.device == "meta":
+        raise ApplyError(
+            f"{layer.path} is on the meta device: it can be planned, but kernels are put into a model that has its weights\n"
+            "  go on      load the weights first (from_pretrained, or to_empty and load_state_dict), then kernelize"
+        )
+    return module
+
+
+def _state_of(module: nn.Module) -> ModuleState:
+    """Return the module's state, putting one on it first where there is none."""
+    state: ModuleState | None = module.__dict__.get(STATE)
+    if state is None:
+        state = ModuleState()
+        state.refresh(module)
+        module.__dict__[STATE] = state
+        module.__dict__["__reduce_ex__"] = MethodType(_reduce_clean, module)
+        module.__dict__["__deepcopy__"] = MethodType(_deepcopy, module)
+    return state
+
+
+def _put_in(module: nn.Module, entry: Entry) -> None:
+    state = _state_of(module)
+    state.entries.append(entry)
+    if not state.installed:
+        slot = innermost_slot(module)
+        state.found = module.__dict__.get(slot)
+        state.refresh(module)
+        module.__dict__[slot] = MethodType(dispatcher(own_forward(module)), module)
+        state.installed = True
+    else:
+        state.refresh(module)
+
+
+def _take_out(module: nn.Module, gone: Callable[[Entry], bool]) -> int:
+    """Remove entries from a module and return how many; restore the module when nothing of ours is left on it."""
+    state: ModuleState | None = module.__dict__.get(STATE)
+    if state is None:
+        return 0
+    before = len(state.entries)
+    state.entries = [entry for entry in state.entries if not gone(entry)]
+    state.refresh(module)
+    if not state.entries:
+        _restore(module, state)
+    return before - len(state.entries)
+
+
+def _restore(module: nn.Module, state: ModuleState) -> None:
+    """Put back the forward that was found. Where somebody wrapped our dispatcher, it stays inside as a pass-through."""
+    slot = next((name for name in _SLOTS if is_dispatcher(module.__dict__.get(name))), None)
+    if slot is not None:
+        if state.found is not None:
+            module.__dict__[slot] = state.found
+        elif slot == "forward":
+            del module.__dict__["forward"]
+        else:  # accelerate put its hook around ours and calls what it keeps here
+            module.__dict__[slot] = MethodType(own_forward(module), module)
+        state.installed = False
+    elif state.installed and "forward" not in module.__dict__:
+        state.installed = False  # somebody took our dispatcher away
+    if not state.installed and not state.plans:
+        for name in (STATE, "__reduce_ex__", "__deepcopy__"):
+            module.__dict__.pop(name, None)
+
+
+def remove(model: nn.Module, *, token: Token | None = None, paths: Sequence[str] | None = None) -> int:
+    """Undo kernelizations and return how many layers got their own code back.
+
+    Args:
+        model: the model, or a part of it.
+        token: undo only this kernelization.
+        paths: undo only the layers at these paths, or below them.
+    """
+
+    def gone(entry: Entry) -> bool:
+        return (token is None or entry.token is token) and (paths is None or _below(entry.layer, paths))
+
+    with _lock:
+        modules = list(model.modules())
+        count = sum(_take_out(module, gone) for module in modules)
+        for module in modules:
+            state: ModuleState | None = module.__dict__.get(STATE)
+            if state is not None and state.plans:
+                kept = {entry.token for _, entry in entries_of(module)}
+                state.plans = {token: plan for token, plan in state.plans.items() if token in kept}
+                if not state.entries:
+                    _restore(module, state)
+    return count
+
+
+def _below(layer: Layer, paths: Sequence[str]) -> bool:
+    return any(place == path or place.startswith(path + ".") for place in layer.paths or (layer.path,) for path in paths)
+
+
+def _reduce_clean(self: nn.Module, protocol: int) -> Any:
+    """Pickle the module as it was found, so that the file loads without Kernelwise and runs the model's own code."""
+    reduced: Any = type(self).__reduce_ex__(self, protocol)  # type: ignore[arg-type]
+    if not (isinstance(reduced, tuple) and len(reduced) > 2 and isinstance(reduced[2], dict)):
+        return reduced
+    ours = (STATE, "__reduce_ex__", "__deepcopy__")
+    kept = {key: value for key, value in reduced[2].items() if key not in ours}
+    found = getattr(self, STATE).found
+    for slot in _SLOTS:
+        if is_dispatcher(kept.get(slot)):
+            if found is None:
+                del kept[slot]
+            else:
+                kept[slot] = found
+    return (*reduced[:2], kept, *reduced[3:])
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Copy a module with its kernels: bound methods follow to the copy, the state is copied with fresh counts."""
+    of_class = getattr(type(self), "__deepcopy__", None)
+    if of_class is not None:
+        return of_class(self, memo)  # type: ignore[no-any-return]
+    reduced: Any = type(self).__reduce_ex__(self, 4)
+    make, args, attributes = reduced[:3]
+    copied: nn.Module = make(*args)
+    memo[id(self)] = copied
+    copied.__setstate__(copy.deepcopy(attributes, memo))
+    return copied
+
+
+def entries_of(model: nn.Module) -> list[tuple[nn.Module, Entry]]:
+    """Return every entry on a model's modules, in module order."""
+    return [(module, entry) for module in model.modules() if STATE in module.__dict__ for entry in module.__dict__[STATE].entries]
+
+
+def plans_of(model: nn.Module) -> list[Plan]:
+    """Return the plans that were applied to this model or its parts and are not undone, oldest first."""
+    return [plan for module in model.modules() if STATE in module.__dict__ for plan in module.__dict__[STATE].plans.values()]

@@ -1,0 +1,207 @@
+"""Plan: layers + rules + kernels + target → decisions. Pure: it reads values and returns values, and never imports torch.
+
+What the user's rules ask for on the device at hand is a demand: where it cannot be met, planning fails with every reason.
+What only the defaults offer is a wish: where it cannot be met, the layer keeps its own code and the decision says why.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from fnmatch import fnmatchcase
+
+from kernelwise._data import Decision, Kernel, KernelRef, Layer, Plan, Target
+from kernelwise._errors import PlanError
+from kernelwise._mapping import Rule
+from kernelwise._signature import bind
+
+Loaded = Mapping[tuple[KernelRef, str], "Kernel | str"]
+"""For each reference and device type the loaded kernel, or the reason why it could not be loaded."""
+
+
+def choose_rule(layer: Layer, rules: Iterable[Rule], *, device: str, mode: str) -> Rule | None:
+    """Return the rule that decides this layer, or None where no rule speaks of it.
+
+    A rule that names a path beats one that names only the layer; then one for this device or mode beats one for any.
+
+    Raises:
+        PlanError: two rules of one kind claim the layer.
+    """
+    claims = [
+        rule
+        for rule in rules
+        if rule.layer == layer.name
+        and not rule.fuses
+        and rule.device in (None, device)
+        and rule.mode in (None, mode)
+        and (rule.path is None or any(fnmatchcase(path, rule.path) for path in layer.paths or (layer.path,)))
+    ]
+    if not claims:
+        return None
+
+    def rank(rule: Rule) -> tuple[bool, bool, bool]:
+        return rule.path is not None, rule.device is not None, rule.mode is not None
+
+    best = max(map(rank, claims))
+    winners = [rule for rule in claims if rank(rule) == best]
+    if len(winners) > 1:
+        raise PlanError(
+            f"two rules claim {layer.path} ({layer.name})\n"
+            + "".join(f"  rule       {rule.where}\n" for rule in winners)
+            + "  go on      make one path pattern narrower, so that only one of them matches"
+        )
+    return winners[0]
+
+
+def reasons_against(layer: Layer, kernel: Kernel, target: Target, mode: str) -> tuple[str, ...]:
+    """Return every reason why a kernel cannot serve a layer on a target; empty means it can."""
+    reasons = [reason for reason in (layer.blocked, layer.excluded) if reason]
+    limits = kernel.limits
+    if limits.devices and layer.device not in limits.devices:
+        reasons.append(f"runs on {', '.join(limits.devices)}, not on {layer.device}")
+    foreign = [dtype for dtype in layer.dtypes if limits.dtypes and dtype not in limits.dtypes]
+    if foreign:
+        reasons.append(f"takes {', '.join(limits.dtypes)}; the layer has {', '.join(foreign)}")
+    if limits.min_arch and target.arch and _capability(target.arch) < _capability(limits.min_arch):
+        reasons.append(f"needs {limits.min_arch} or newer; this is {target.arch}")
+    if mode.endswith("+compile") and not kernel.can_torch_compile:
+        reasons.append("does not work under torch.compile")
+    if kernel.op is not None:
+        reasons.extend(_role_reasons(layer, kernel))
+    else:
+        missing = [name for name in kernel.reads if name not in layer.attributes]
+        if missing:
+            reasons.append(f"reads {', '.join('self.' + name for name in missing)}, which {_short(layer)} does not have")
+        reasons.extend(bind(layer.signature, kernel.signature)[1])
+    return tuple(reasons)
+
+
+def _role_reasons(layer: Layer, kernel: Kernel) -> list[str]:
+    found = layer.recognition
+    if found is None:
+        return [f"takes the roles of {kernel.op}; what {_short(layer)} computes was not recognised"]
+    if found.op != kernel.op:
+        return [f"computes {kernel.op}; {_short(layer)} computes {found.op}"]
+    options = dict(found.options)
+    return [
+        f"supports {name} {', '.join(map(str, allowed))}; {_short(layer)} has {options[name]}"
+        for name, allowed in kernel.limits.options
+        if name in options and options[name] not in allowed
+    ]
+
+
+def make_plan(
+    layers: Sequence[Layer],
+    rules: Sequence[Rule],
+    kernels: Loaded,
+    *,
+    target: Target,
+    modes: Sequence[str],
+    defaults: Mapping[tuple[str, str], Sequence[KernelRef]],
+    on_miss: str = "raise",
+) -> Plan:
+    """Decide every layer in every mode.
+
+    Args:
+        kernels: each reference of `rules` and `defaults` with its loaded kernel, or the reason why it did not load.
+        defaults: the references that are offered for an operation on a device type without being asked for.
+        on_miss: `"raise"`, or `"keep"` to let a layer keep its own code where a demand cannot be met.
+
+    Raises:
+        PlanError: a demand cannot be met, or two rules of one kind claim one layer. The message lists all of them.
+    """
+    by_name: dict[str, list[Rule]] = {}
+    for rule in rules:
+        by_name.setdefault(rule.layer, []).append(rule)
+    decisions: list[Decision] = []
+    unmet: dict[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], list[Layer]] = {}
+    used: set[Rule] = set()
+    for layer in layers:
+        for mode in modes:
+            rule = choose_rule(layer, by_name.get(layer.name, ()), device=layer.device, mode=mode)
+            if rule is None:
+                op = layer.recognition.op if layer.recognition else ""
+                refs = defaults.get((op, layer.device), ())
+                decision = _decide(layer, mode, refs, kernels, target, asked_by="default")
+            else:
+                used.add(rule)
+                decision = _decide(layer, mode, (rule.ref,) if rule.ref else (), kernels, target, asked_by=rule.where)
+                if rule.ref is None:
+                    decision = Decision(layer, mode, None, rule.where, (), "the rule keeps the model's own code")
+                elif decision.kernel is None and not layer.excluded:
+                    unmet.setdefault((rule.where, decision.rejected), []).append(layer)
+            decisions.append(decision)
+    idle = [rule for rule in rules if rule not in used]
+    devices = {layer.device for layer in layers} | {target.device}
+    missed = [rule for rule in idle if rule.device in (None, *devices) and (rule.mode is None or rule.mode in modes)]
+    if on_miss == "raise" and (unmet or missed):
+        raise PlanError(_explain(unmet, missed, layers, target))
+    return Plan(target, tuple(decisions), tuple(_note(rule, target, modes, layers) for rule in idle))
+
+
+def _decide(
+    layer: Layer, mode: str, refs: Sequence[KernelRef], kernels: Loaded, target: Target, *, asked_by: str
+) -> Decision:
+    rejected: list[tuple[str, tuple[str, ...]]] = []
+    for ref in refs:
+        kernel = kernels[ref, layer.device]
+        reasons = (kernel,) if isinstance(kernel, str) else reasons_against(layer, kernel, target, mode)
+        if not reasons and isinstance(kernel, Kernel):
+            return Decision(layer, mode, kernel, asked_by, tuple(rejected))
+        rejected.append((str(ref), reasons))
+    if rejected:
+        reason = "; ".join(dict.fromkeys(reason for _, reasons in rejected for reason in reasons))
+    elif layer.recognition is None:
+        reason = "no rule asks for it, and what it computes was not recognised"
+    else:
+        reason = f"no kernel for {layer.recognition.op} on {layer.device}"
+    return Decision(layer, mode, None, asked_by, tuple(rejected), reason)
+
+
+def _note(rule: Rule, target: Target, modes: Sequence[str], layers: Sequence[Layer]) -> str:
+    if rule.device not in (None, target.device):
+        return f"{rule.where} did not apply: it is for {rule.device}, the model is on {target.device}"
+    if rule.mode is not None and rule.mode not in modes:
+        return f"{rule.where} did not apply: it is for {rule.mode}, planned for {', '.join(modes)}"
+    return f"{rule.where} did not apply: {_why_idle(rule, layers)}"
+
+
+def _why_idle(rule: Rule, layers: Sequence[Layer]) -> str:
+    if rule.fuses:
+        return "layers are fused when transformers builds the model (from_pretrained with kernel_config)"
+    paths = [layer.path for layer in layers if layer.name == rule.layer]
+    if not paths:
+        return f"the model has no layer {rule.layer}"
+    if rule.path is not None and not any(fnmatchcase(path, rule.path) for path in paths):
+        return f"no {rule.layer} stands at {rule.path} (there are {', '.join(paths[:3])}{', ...' if len(paths) > 3 else ''})"
+    return "other rules decide every layer that it matches"
+
+
+def _explain(
+    unmet: Mapping[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], Sequence[Layer]],
+    missed: Sequence[Rule],
+    layers: Sequence[Layer],
+    target: Target,
+) -> str:
+    lines: list[str] = []
+    running = " ".join(filter(None, [target.device, target.arch, *(f"{name} {version}" for name, version in target.versions)]))
+    for (where, rejected), places in unmet.items():
+        paths = list(dict.fromkeys(layer.path for layer in places))
+        more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""
+        dtypes = ", ".join(places[0].dtypes)
+        lines += [f"no kernel can run {paths[0]}{more} ({places[0].name})", f"  asked by   {where}"]
+        lines += [f"  running on {running}" + (f", {dtypes}" if dtypes else "")]
+        for ref, reasons in rejected:
+            lines += [f"  tried      {ref}", *(f"               {reason}" for reason in reasons)]
+    for rule in missed:
+        lines += [f"nothing to do for {rule.where}: {_why_idle(rule, layers)}"]
+    lines += ['  go on      change the rule, keep the own code there ("none"), or pass on_miss="keep"']
+    return "\n".join(lines)
+
+
+def _short(layer: Layer) -> str:
+    return layer.class_name.rpartition(".")[2]
+
+
+def _capability(arch: str) -> tuple[int, ...]:
+    digits = "".join(filter(str.isdigit, arch))
+    return (int(digits[:-1] or 0), int(digits[-1])) if digits else (0, 0)

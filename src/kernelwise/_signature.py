@@ -1,0 +1,104 @@
+"""Bind the forward of a kernel to the forward of a layer by position, or say why that would be a guess. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from kernelwise._data import Parameter
+
+_POSITIONAL = ("positional_only", "positional_or_keyword")
+
+
+def bind(layer: Sequence[Parameter], kernel: Sequence[Parameter]) -> tuple[str, tuple[str, ...]]:
+    """Return the source of the call's arguments, in the layer's names, and the reasons against it.
+
+    Positional parameters meet by position, keyword-only ones by name. A kernel may have further parameters with defaults;
+    it may not lack one of the layer's, and it may not name the layer's parameters in another order.
+
+    >>> x = Parameter("hidden_states", "positional_or_keyword")
+    >>> bind([x], [Parameter("x", "positional_or_keyword")])
+    ('hidden_states', ())
+    >>> bind([x], [])
+    ('', ("it takes no argument for the layer's `hidden_states`",))
+    """
+    reasons: list[str] = []
+    arguments: list[str] = []
+    own = [p for p in layer if p.kind in _POSITIONAL]
+    theirs = [p for p in kernel if p.kind in _POSITIONAL]
+    takes_any = any(p.kind == "var_positional" for p in kernel)
+    takes_any_keyword = any(p.kind == "var_keyword" for p in kernel)
+    position = {p.name: index for index, p in enumerate(own)}
+    by_keyword = {p.name for p in kernel if p.kind == "keyword_only"}
+    used: set[str] = set()
+    for index, parameter in enumerate(own):
+        if index < len(theirs):
+            other = theirs[index]
+            if position.get(other.name, index) != index:
+                reasons.append(f"it names the layer's `{other.name}` in another position")
+            arguments.append(parameter.name)
+        elif parameter.name in by_keyword or takes_any_keyword:
+            used.add(parameter.name)
+            arguments.append(f"{parameter.name}={parameter.name}")
+        elif takes_any:
+            arguments.append(parameter.name)
+        else:
+            reasons.append(f"it takes no argument for the layer's `{parameter.name}`")
+    for other in theirs[len(own) :]:
+        if not other.has_default:
+            reasons.append(f"it needs `{other.name}`, which the layer does not have")
+    for parameter in layer:
+        if parameter.kind == "var_positional":
+            if takes_any:
+                arguments.append(f"*{parameter.name}")
+            else:
+                reasons.append(f"it does not take the layer's `*{parameter.name}`")
+        elif parameter.kind == "keyword_only":
+            if parameter.name in by_keyword or takes_any_keyword or parameter.name in {p.name for p in theirs[len(own) :]}:
+                used.add(parameter.name)
+                arguments.append(f"{parameter.name}={parameter.name}")
+            else:
+                reasons.append(f"it takes no argument for the layer's `{parameter.name}`")
+        elif parameter.kind == "var_keyword":
+            if takes_any_keyword:
+                arguments.append(f"**{parameter.name}")
+            else:
+                reasons.append(f"it does not take the layer's `**{parameter.name}`")
+    for other in kernel:
+        if other.kind == "keyword_only" and not other.has_default and other.name not in used:
+            reasons.append(f"it needs `{other.name}`, which the layer does not have")
+    return ", ".join(arguments), tuple(reasons)
+
+
+def source(parameters: Sequence[Parameter]) -> tuple[str, str]:
+    """Return the source of a parameter list (defaults stand as `None`) and of a call that passes all of it on."""
+    declared: list[str] = []
+    passed: list[str] = []
+    star = slash = False
+    for parameter in parameters:
+        default = "=None" if parameter.has_default else ""
+        if slash and parameter.kind != "positional_only":
+            declared.append("/")
+            slash = False
+        if parameter.kind == "positional_only":
+            slash = True
+            declared.append(parameter.name + default)
+            passed.append(parameter.name)
+        elif parameter.kind == "positional_or_keyword":
+            declared.append(parameter.name + default)
+            passed.append(parameter.name)
+        elif parameter.kind == "var_positional":
+            star = True
+            declared.append(f"*{parameter.name}")
+            passed.append(f"*{parameter.name}")
+        elif parameter.kind == "keyword_only":
+            if not star:
+                declared.append("*")
+                star = True
+            declared.append(parameter.name + default)
+            passed.append(f"{parameter.name}={parameter.name}")
+        else:
+            declared.append(f"**{parameter.name}")
+            passed.append(f"**{parameter.name}")
+    if slash:
+        declared.append("/")
+    return ", ".join(declared), ", ".join(passed)
