@@ -1,0 +1,43 @@
+"""Sources: a reference → a loaded kernel. The only place that downloads or imports other people's code.
+
+A reference names the Hub, a local directory, an installed package or a builtin kernel. Whichever it is, `load` either
+returns a checked kernel or raises one `KernelLoadError` and leaves the process as it was: no half-imported module, nothing
+in the registries of the `kernels` library.
+"""
+
+from __future__ import annotations
+
+from kernelwise._data import Kernel, KernelRef
+from kernelwise._errors import KernelLoadError
+from kernelwise.sources import builtin, hub, package, path
+from kernelwise.sources._explain import explain
+
+__all__ = ["builtin_refs", "describe", "load"]
+
+_LOADERS = {"hub": hub.load, "path": path.load, "package": package.load, "builtin": builtin.load}
+
+
+def load(ref: KernelRef, *, device: str) -> Kernel:
+    """Load a kernel for a device type (`"cuda"`, `"cpu"` ...).
+
+    Kernels of the same content are loaded once and shared. A version or branch of the Hub is resolved at every call.
+
+    Raises:
+        KernelLoadError: always this, with the reason in one line, how to go on, and the cause chained.
+    """
+    try:
+        return _LOADERS[ref.scheme](ref, device=device)
+    except KernelLoadError:
+        raise
+    except (Exception, SystemExit) as error:
+        raise explain(ref, error) from error
+
+
+def describe(ref: KernelRef, *, device: str) -> Kernel | None:
+    """Return what is known of a kernel without loading it, for a plan of another machine; None for all but builtin ones."""
+    return builtin.describe(ref, device=device) if ref.scheme == "builtin" else None
+
+
+def builtin_refs(op: str, *, device: str) -> tuple[KernelRef, ...]:
+    """Return the builtin kernels that compute an operation on a device type."""
+    return builtin.refs(op, device=device)

@@ -1,0 +1,108 @@
+"""The kernels that come with Kernelwise: functions by the roles of an operation, `builtin:RMSNorm`."""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from kernelwise._data import Kernel, KernelRef, Limits, Scalar
+from kernelwise.sources._explain import failure, no_such_layer, one_line
+from kernelwise.sources._layer_class import signature
+from kernelwise.sources._repository import content_hash
+
+
+@dataclass(frozen=True, slots=True)
+class _Entry:
+    """One builtin layer on one backend: the operation it computes and where it runs."""
+
+    layer: str
+    op: str
+    backend: str
+    options: tuple[tuple[str, tuple[Scalar, ...]], ...] = ()
+    dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+
+
+_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",)}
+_MIN_ARCH = {"cpu": None, "triton": "sm_80"}
+_REQUIRES: dict[str, tuple[str, ...]] = {"cpu": (), "triton": ("triton",)}
+_MEND = {
+    "cpu": "build the C++ library: pip install --no-build-isolation --force-reinstall --no-deps kernelwise",
+    "triton": "pip install triton",
+}
+
+_SILU = (("activation", ("silu",)),)
+_GELU = (("activation", ("gelu", "gelu_tanh")),)
+
+CATALOGUE: tuple[_Entry, ...] = (
+    *(_Entry("RMSNorm", "rms_norm", backend) for backend in ("cpu", "triton")),
+    *(_Entry("SwiGLUMLP", "gated_mlp", backend, _SILU) for backend in ("cpu", "triton")),
+    *(_Entry("GEGLUMLP", "gated_mlp", backend, _GELU) for backend in ("cpu", "triton")),
+    *(_Entry("rotary_pos_emb", "rotary", backend) for backend in ("cpu", "triton")),
+    _Entry("Linear", "linear", "cpu", dtypes=("bfloat16", "float16")),
+)
+
+
+def refs(op: str, *, device: str) -> tuple[KernelRef, ...]:
+    """Return the references of the builtin kernels that compute an operation on a device type."""
+    found = [entry.layer for entry in CATALOGUE if entry.op == op and device in _DEVICES[entry.backend]]
+    return tuple(KernelRef("builtin", "", layer) for layer in found)
+
+
+def describe(ref: KernelRef, *, device: str) -> Kernel | None:
+    """Return a builtin kernel as data, without its function; None where there is none of that name for the device."""
+    entry = _find(ref.layer, device)
+    return None if entry is None else _kernel(ref, entry)
+
+
+def load(ref: KernelRef, *, device: str) -> Kernel:
+    """Import a builtin kernel.
+
+    Raises:
+        KernelLoadError: no such kernel, none for the device, or what it runs on (Triton, the C++ library) is missing.
+    """
+    entry = _find(ref.layer, device)
+    if entry is None:
+        devices = {name for e in CATALOGUE if e.layer == ref.layer for name in _DEVICES[e.backend]}
+        if not devices:
+            raise no_such_layer(ref, {e.layer for e in CATALOGUE})
+        raise failure(
+            ref, f"it runs on {', '.join(sorted(devices))}, not on {device}", fix="leave the layer its own code"
+        )
+    try:
+        module = importlib.import_module(f"kernelwise.kernels.{entry.backend}.{entry.op}")
+    except (ImportError, OSError, RuntimeError) as error:
+        raise failure(ref, f"it cannot be imported: {one_line(error)}", fix=_MEND[entry.backend]) from error
+    return _kernel(ref, entry, getattr(module, entry.op))
+
+
+def _find(layer: str, device: str) -> _Entry | None:
+    return next((e for e in CATALOGUE if e.layer == layer and device in _DEVICES[e.backend]), None)
+
+
+def _kernel(ref: KernelRef, entry: _Entry, function: Callable[..., Any] | None = None) -> Kernel:
+    return Kernel(
+        ref=ref,
+        op=entry.op,
+        limits=Limits(
+            devices=_DEVICES[entry.backend],
+            dtypes=entry.dtypes,
+            min_arch=_MIN_ARCH[entry.backend],
+            options=entry.options,
+            requires=_REQUIRES[entry.backend],
+        ),
+        has_backward=True,
+        can_torch_compile=True,
+        content_hash=None if function is None else _backend_hash(entry.backend),
+        signature=() if function is None else signature(function),
+        function=function,
+    )
+
+
+@lru_cache(maxsize=len(_DEVICES))
+def _backend_hash(backend: str) -> str:
+    """The hash over all of a backend's files: its kernels share helpers, and on the CPU one built library."""
+    return content_hash(Path(__file__).parents[1] / "kernels" / backend)
