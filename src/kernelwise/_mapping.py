@@ -45,6 +45,16 @@ class Rule:
 
 
 @dataclass(frozen=True, slots=True)
+class Key:
+    """A key of a mapping that is well formed, read: see `Rule` for the fields."""
+
+    layer: str
+    path: str | None
+    fuses: tuple[tuple[str, str], ...]
+    where: str
+
+
+@dataclass(frozen=True, slots=True)
 class _Place:
     """Where in a mapping something stands."""
 
@@ -104,6 +114,16 @@ def parse_mapping(
             claims[claim] = str(entry.place)
             rules.append(Rule(layer, path, entry.device, entry.mode, entry.ref, str(entry.place), fuses))
     return tuple(rules), tuple(problems)
+
+
+def read_keys(mapping: object, *, file: str | None = None) -> tuple[Key, ...]:
+    """Return the keys of `mapping` that are well formed, whatever their values are. `parse_mapping` names the rest."""
+    keys: list[Key] = []
+    for number, key in enumerate(mapping if isinstance(mapping, dict) else (), start=1):
+        layer, path, fuses, faults = _read_key(key)
+        if not faults:
+            keys.append(Key(layer, path, fuses, str(_Place(number, (_label(key),), file))))
+    return tuple(keys)
 
 
 def mode_name(key: object) -> str | None:
