@@ -1,0 +1,409 @@
+"""Find the operation that a traced layer or function is, and prove it at more sizes and dtypes.
+
+A layer is first traced once, in bfloat16. The references whose operators occur in its graph are traced the same way
+and compared without sizes; that fills the roles. Then layer and reference are traced again on the same shapes, in
+several ranks, sizes and dtypes, and must be the same every time with the same filling: a branch on a shape or a dtype
+shows there. Numbers are bound to an attribute only where changing the attribute changes the number.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from kernelwise._data import Binding, Recognition
+from kernelwise._recognize._graph import Graph
+from kernelwise._recognize._match import Bound, Match, markers, match
+from kernelwise._recognize._trace import (
+    Reads,
+    Recorder,
+    Source,
+    Stage,
+    Untraceable,
+    Widths,
+    innermost_forward,
+    make_stand_in,
+    parameters_of,
+    trace,
+)
+from kernelwise.ops import OPERATIONS, Operation, Variant
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One way to trace: the leading dimensions of the inputs and the dtypes."""
+
+    lead: tuple[int, ...]
+    widths: Widths
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.lead[0]
+
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return self.lead[-1]
+
+
+# Primes that no width of a model is: a leading dimension is never mistaken for another one.
+FIRST = Round((11, 13), Widths(BF16, BF16))
+ROUNDS = (
+    Round((1031, 8209), Widths(BF16, BF16)),
+    Round((1, 1), Widths(F16, F16)),
+    Round((17,), Widths(F32, F32)),
+    Round((7, 19, 23), Widths(F32, F32)),
+    Round((11, 13), Widths(BF16, F32)),
+    Round((11, 13), Widths(F32, BF16)),
+    Round((11, 13), Widths(F16, F16)),
+)
+FUNCTION_ROUNDS = tuple(r for r in ROUNDS if len(r.lead) == 2)
+_DEFAULT_SIZES = {"B": 11, "S": 13, "H": 34, "I": 58, "D": 46, "Hq": 3, "Hk": 5}
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """The answer about one layer, and what it was read from."""
+
+    recognition: Recognition | None
+    reason: str | None
+    graph: str | None
+    reads: Reads
+
+
+@dataclass(slots=True)
+class Candidate:
+    """A layer or a function that can be traced again and again.
+
+    `run(stage, round)` returns its graph. `reads` collects what all traces have read.
+    """
+
+    run: Callable[[Stage, Round], Graph]
+    reads: Reads
+    training: bool | None = None
+
+    def graph(self, at: Round, overrides: dict[str, Any] | None = None) -> Graph:
+        """Trace once. Raises `Untraceable`."""
+        stage = Stage(Recorder(), FakeTensorMode(), at.widths, training=self.training, overrides=overrides or {})
+        try:
+            return self.run(stage, at)
+        finally:
+            for path, value in stage.reads.tokens.items():
+                if not overrides or path[0] not in overrides:
+                    self.reads.tokens.setdefault(path, value)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Modules
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_module(module: nn.Module, *, training: bool | None) -> Finding:
+    """Return what `module` computes."""
+    reads = Reads()
+    try:
+        forward = innermost_forward(module)
+        name = _tensor_argument(forward)
+        candidate, graph = _first_trace(module, forward, name, reads, training)
+    except Untraceable as reason:
+        return Finding(None, str(reason), None, reads)
+    near = None
+    for op in OPERATIONS.values():
+        if op.function or not _may_be(op, graph):
+            continue
+        for variant in op.variants:
+            found = _compare(op, variant, {}, graph, FIRST, None)
+            if found is None:
+                continue
+            problem = _prove(op, variant, {}, candidate, found.roles, ROUNDS)
+            if problem is None:
+                roles = _bindings(op, variant, candidate, found.roles)
+                if roles is not None:
+                    return Finding(Recognition(op.name, roles, variant.options), None, None, reads)
+                problem = f"looks like {op.name}, but a role is filled by something a kernel cannot be given"
+            near = near or problem
+    return Finding(None, near or "no known operation has this graph", str(graph), reads)
+
+
+def _tensor_argument(forward: Callable[..., Any]) -> str:
+    """The one argument that a forward needs besides `self`. Raises `Untraceable` where there is not exactly one."""
+    parameters = list(parameters_of(forward).values())[1:]
+    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+    needed = [p for p in named if p.default is p.empty]
+    if len(needed) != 1 or needed[0].kind is inspect.Parameter.KEYWORD_ONLY:
+        raise Untraceable(f"its forward takes {len(needed)} arguments that have no default")
+    others = [p.name for p in named if p.default is not p.empty]
+    if others:
+        raise Untraceable(f"its forward also takes {', '.join(others)}")
+    return needed[0].name
+
+
+def _first_trace(
+    module: nn.Module, forward: Callable[..., Any], argument: str, reads: Reads, training: bool | None
+) -> tuple[Candidate, Graph]:
+    """Trace with the first width that the module takes, and return how to trace it again."""
+    reason: Untraceable | None = None
+    for width in _widths_of(module):
+
+        def run(stage: Stage, at: Round, width: int = width) -> Graph:
+            stand_in = make_stand_in(module, stage)
+            x = stage.recorder.input(stage.fake((*at.lead, width), at.widths.activations), Source("argument", argument))
+            return trace(stage, functools.partial(forward, stand_in), (x,), {})
+
+        candidate = Candidate(run, reads, training)
+        try:
+            return candidate, candidate.graph(FIRST)
+        except Untraceable as error:
+            reason = reason or error
+    assert reason is not None
+    raise reason
+
+
+def _widths_of(module: nn.Module) -> list[int]:
+    """Widths that the last dimension of the input may have, the likeliest first."""
+    widths: list[int] = []
+    for child in module.children():
+        wide_in = getattr(child, "in_features", None)
+        if isinstance(wide_in, int):
+            widths.append(wide_in)
+    for parameter in (*module._parameters.values(), *module._buffers.values()):
+        if parameter is not None:
+            widths.extend(reversed(parameter.shape))
+    for child in module.children():
+        for parameter in child.parameters(recurse=False):
+            widths.extend(reversed(parameter.shape))
+    return [width for width in dict.fromkeys(widths) if width > 0][:6] or [62]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Functions
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def find_function(function: Callable[..., Any]) -> Finding:
+    """Return what a plain function of tensors computes."""
+    reads = Reads()
+    parameters = list(parameters_of(function).values())
+    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    needed = [p.name for p in named if p.default is p.empty]
+    others = [p for p in named if p.default is not p.empty]
+    if len(named) != len(parameters):
+        return Finding(None, "it takes any number of arguments", None, reads)
+    near, shown = None, None
+    for op in OPERATIONS.values():
+        arguments = [role for role in op.roles if role.kind == "argument"]
+        if not op.function or len(needed) != len(arguments):
+            continue
+        choice = next(iter(op.choices), None)
+        if len(others) > 1 or (others and (choice is None or type(others[0].default) is not int)):
+            near = f"it also takes {', '.join(p.name for p in others)}"
+            continue
+        values = op.choices[choice] if choice is not None else (None,)
+        argument = others[0].name if others else None
+        for variant in op.variants:
+            problems = [_function_is(op, variant, choice, value, function, needed, argument) for value in values]
+            bound = [found for found in problems if isinstance(found, dict)]
+            shown = shown or next((str(found) for found in problems if isinstance(found, Graph)), None)
+            near = near or next((found for found in problems if isinstance(found, str)), None)
+            if not bound or (argument is not None and len(bound) != len(values)):
+                continue
+            if any(item != bound[0] for item in bound):
+                continue
+            roles = [(role.name, Binding("argument", bound[0][role.name].name)) for role in arguments]
+            if choice is not None:
+                fixed = next(v for v, found in zip(values, problems, strict=True) if isinstance(found, dict))
+                roles.append((choice, Binding("argument", argument) if argument else Binding("constant", fixed)))
+            return Finding(Recognition(op.name, tuple(roles), variant.options), None, None, reads)
+    return Finding(None, near or "no known operation has this graph", shown, reads)
+
+
+def _function_is(
+    op: Operation, variant: Variant, choice: str | None, value: int | None, function: Callable[..., Any],
+    needed: list[str], argument: str | None,
+) -> dict[str, Any] | Graph | str:
+    """The filling of the roles if the function is this variant, else its graph or the reason for none."""
+    fixed = {} if choice is None or value is None else {choice: value}
+    shapes = [role.shape for role in op.roles if role.kind == "argument"]
+
+    def run(stage: Stage, at: Round) -> Graph:
+        sizes = {**_DEFAULT_SIZES, "B": at.batch, "S": at.length, **fixed}
+        given = [
+            stage.recorder.input(stage.fake(shape(sizes), at.widths.activations), Source("argument", name))
+            for shape, name in zip(shapes, needed, strict=True)
+        ]
+        extra = {argument: value} if argument is not None else {}
+        return trace(stage, function, tuple(given), extra)
+
+    candidate = Candidate(run, Reads())
+    try:
+        graph = candidate.graph(FIRST)
+    except Untraceable as reason:
+        return str(reason)
+    if not _may_be(op, graph):
+        return graph
+    found = _compare(op, variant, fixed, graph, FIRST, None)
+    if found is None:
+        return graph
+    problem = _prove(op, variant, fixed, candidate, found.roles, FUNCTION_ROUNDS)
+    return dict(found.roles) if problem is None else problem
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Comparing with a reference
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _may_be(op: Operation, graph: Graph) -> bool:
+    there = graph.operators()
+    return all(any(name in there for name in names) for names in op.operators)
+
+
+def _compare(
+    op: Operation, variant: Variant, fixed: dict[str, int], graph: Graph, at: Round, roles: dict[str, Bound] | None
+) -> Match | None:
+    """Match a graph with any form of the variant; with `roles` known, on the same shapes and to the last size."""
+    if roles is None:
+        loose = (_match_form(op, form, variant, fixed, graph, at, None) for form in _forms(op))
+        for found in loose:
+            if found is not None:
+                exact = _compare(op, variant, fixed, graph, at, found.roles)
+                if exact is not None:
+                    return exact
+        return None
+    shapes = _shapes_of(graph, roles)
+    for form in _forms(op):
+        found = _match_form(op, form, variant, fixed, graph, at, shapes)
+        if found is not None and found.roles == roles:
+            return found
+    return None
+
+
+def _forms(op: Operation) -> Iterator[Callable[..., Any]]:
+    yield op.reference
+    yield from op.forms
+
+
+def _match_form(
+    op: Operation, form: Callable[..., Any], variant: Variant, fixed: dict[str, int], graph: Graph, at: Round,
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] | None,
+) -> Match | None:
+    numbers = markers(tuple(role.name for role in op.roles if role.kind == "number"))
+    reference = _reference_graph(op.name, form, variant, tuple(fixed.items()), at, shapes)
+    if isinstance(reference, str):
+        return None
+    return match(reference, graph, numbers, exact=shapes is not None)
+
+
+def _shapes_of(graph: Graph, roles: dict[str, Bound]) -> tuple[tuple[str, tuple[int, ...]], ...]:
+    """The shape of what fills each role: of a tensor, or of what a child gives."""
+    by_source = {node.args[0]: node.shape for node in graph.reachable() if node.op in ("input", "call")}
+    return tuple((role, by_source[b]) for role, b in roles.items() if isinstance(b, Source) and b in by_source)
+
+
+@functools.lru_cache(maxsize=2048)
+def _reference_graph(
+    name: str, form: Callable[..., Any], variant: Variant, fixed: tuple[tuple[str, int], ...], at: Round,
+    shapes: tuple[tuple[str, tuple[int, ...]], ...] | None,
+) -> Graph | str:
+    """The graph of one form of a reference, or why it has none at these shapes."""
+    op = OPERATIONS[name]
+    stage = Stage(Recorder(), FakeTensorMode(), at.widths)
+    known = dict(shapes) if shapes is not None else None
+    constants = dict(variant.constants)
+    sizes = {**_DEFAULT_SIZES, "B": at.batch, "S": at.length, **dict(fixed)}
+    numbers = markers(tuple(role.name for role in op.roles if role.kind == "number"))
+    given: dict[str, Any] = {}
+    for role in op.roles:
+        if role.name in constants:
+            given[role.name] = constants[role.name]
+        elif role.kind == "number":
+            given[role.name] = numbers[role.name]
+        else:
+            shape = role.shape(sizes) if known is None else known.get(role.name)
+            if shape is None:
+                return f"nothing fills {role.name}"
+            source = Source("role", role.name)
+            if role.kind == "child":
+                given[role.name] = functools.partial(_call_role, stage, source, shape)
+            else:
+                dtype = at.widths.parameters if role.kind == "attribute" else at.widths.activations
+                given[role.name] = stage.recorder.input(stage.fake(shape, dtype), source)
+    try:
+        return trace(stage, form, (), {**given, **dict(fixed), **dict(variant.options)})
+    except Untraceable as reason:
+        return str(reason)
+
+
+def _call_role(stage: Stage, source: Source, shape: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:
+    return stage.recorder.call(source, (x,), stage.fake(shape, x.dtype))
+
+
+def _prove(
+    op: Operation, variant: Variant, fixed: dict[str, int], candidate: Candidate, roles: dict[str, Bound],
+    rounds: tuple[Round, ...],
+) -> str | None:
+    """Return why a layer that matched in the first round is not this variant after all, or None."""
+    has_parameters = any(isinstance(b, Source) and b.kind == "attribute" for b in roles.values())
+    for at in rounds:
+        if not has_parameters and at.widths.activations != at.widths.parameters:
+            continue
+        try:
+            graph = candidate.graph(at)
+        except Untraceable:
+            continue  # it cannot be called this way, so nothing is lost there
+        if _compare(op, variant, fixed, graph, at, roles) is None:
+            a, p = (str(d).removeprefix("torch.") for d in (at.widths.activations, at.widths.parameters))
+            where = f"on inputs of {len(at.lead) + 1} dimensions {at.lead} in {a}, parameters in {p}"
+            return f"is {op.name} {dict(variant.options)} in bfloat16, but not {where}"
+    return None
+
+
+def _bindings(
+    op: Operation, variant: Variant, candidate: Candidate, roles: dict[str, Bound]
+) -> tuple[tuple[str, Binding], ...] | None:
+    """The roles in the order of the operation, numbers traced back to attributes; None where a kind does not fit."""
+    constants = dict(variant.constants)
+    bound: list[tuple[str, Binding]] = []
+    for role in op.roles:
+        if role.name in constants:
+            bound.append((role.name, Binding("constant", constants[role.name])))
+            continue
+        filled = roles[role.name]
+        if isinstance(filled, float):
+            bound.append((role.name, _number(op, variant, candidate, role.name, filled, roles)))
+        elif filled.kind != role.kind or ("." in filled.name and filled.kind == "attribute"):
+            return None
+        else:
+            bound.append((role.name, Binding(role.kind, filled.name)))  # type: ignore[arg-type]
+    return tuple(bound)
+
+
+def _number(
+    op: Operation, variant: Variant, candidate: Candidate, role: str, value: float, roles: dict[str, Bound]
+) -> Binding:
+    """Bind a number to the attribute it comes from: the one that, changed, changes it."""
+    marker = markers(("any",))["any"]
+    for path, (kind, *rest) in [(p, t) for p, t in candidate.reads.tokens.items() if isinstance(t, tuple) and t]:
+        if len(path) != 1 or kind not in (float, int) or not _close(rest[0], value):
+            continue
+        try:
+            graph = candidate.graph(FIRST, overrides={path[0]: marker})
+        except Untraceable:
+            continue
+        if _compare(op, variant, {}, graph, FIRST, {**roles, role: marker}) is not None:
+            return Binding("attribute", path[0])
+    return Binding("constant", value)
+
+
+def _close(a: float, b: float) -> bool:
+    return abs(a - b) <= 1e-6 * abs(b)

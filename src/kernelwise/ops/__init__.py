@@ -1,0 +1,24 @@
+"""What layers compute: one small file per operation, with its reference in plain PyTorch, its roles and its options."""
+
+from __future__ import annotations
+
+from kernelwise._data import Recognition
+from kernelwise.ops._gated_mlp import GATED_MLP
+from kernelwise.ops._linear import LINEAR
+from kernelwise.ops._operation import Operation, Role, Variant
+from kernelwise.ops._rms_norm import RMS_NORM
+from kernelwise.ops._rotary import ROTARY
+
+OPERATIONS: dict[str, Operation] = {op.name: op for op in (RMS_NORM, GATED_MLP, LINEAR, ROTARY)}
+
+LAYER_NAMES: tuple[str, ...] = tuple(
+    dict.fromkeys(name for op in OPERATIONS.values() for name in op.layer_names.values())
+)
+
+
+def layer_name(recognition: Recognition) -> str:
+    """Return the name that a mapping may use for a recognised layer that nobody has registered (`"RMSNorm"`)."""
+    return OPERATIONS[recognition.op].layer_name(recognition.options) or recognition.op
+
+
+__all__ = ["LAYER_NAMES", "OPERATIONS", "Operation", "Role", "Variant", "layer_name"]

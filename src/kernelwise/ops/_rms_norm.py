@@ -1,0 +1,52 @@
+"""Root-mean-square normalisation in the forms in which models compute it."""
+
+from __future__ import annotations
+
+import itertools
+
+import torch
+from torch import Tensor
+
+from kernelwise.ops._operation import Operation, Role, Variant
+
+
+def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, offset: float = 0.0, cast: str = "before") -> Tensor:
+    """Return `x / sqrt(mean(x ** 2, -1) + eps)`, computed in float32, times `offset + weight`.
+
+    x: [..., H]; weight: [H] or None. `cast` says where the result of the division is rounded:
+    "before" the weight to the dtype of x, "after" the weight to the dtype of x, "weight": before the weight to its
+    dtype if that is narrow, else not at all, "to_weight": before the weight to its dtype, whatever it is.
+    """
+    wide = x.to(torch.float32)
+    hat = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return hat.to(x.dtype)
+    if cast == "after":
+        scale = weight.float()
+        return ((offset + scale if offset else scale) * hat).to(x.dtype)
+    scale = offset + weight if offset else weight
+    if cast == "before":
+        return scale * hat.to(x.dtype)
+    if cast == "to_weight" or weight.dtype in (torch.float16, torch.bfloat16):
+        hat = hat.to(weight.dtype)
+    return scale * hat
+
+
+RMS_NORM = Operation(
+    name="rms_norm",
+    reference=rms_norm,
+    roles=(
+        Role("x", "argument", lambda n: (n["B"], n["S"], n["H"])),
+        Role("weight", "attribute", lambda n: (n["H"],)),
+        Role("eps", "number"),
+    ),
+    variants=(
+        *(
+            Variant((("offset", offset), ("cast", cast)))
+            for offset, cast in itertools.product((0.0, 1.0), ("before", "after", "weight", "to_weight"))
+        ),
+        Variant((("offset", 0.0), ("cast", "before")), (("weight", None),)),
+    ),
+    operators=(("rsqrt",), ("mean",), ("add",)),
+    layer_names={(): "RMSNorm"},
+)
