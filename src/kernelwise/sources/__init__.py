@@ -1,8 +1,8 @@
 """Sources: a reference → a loaded kernel. The only place that downloads or imports other people's code.
 
 A reference names the Hub, a local directory, an installed package or a builtin kernel. Whichever it is, `load` either
-returns a checked kernel or raises one `KernelLoadError` and leaves the process as it was: no half-imported module, nothing
-in the registries of the `kernels` library.
+returns a checked kernel or raises one `KernelLoadError` and leaves the process as it was: no half-imported module,
+nothing in the registries of the `kernels` library.
 """
 
 from __future__ import annotations
@@ -34,7 +34,10 @@ def load(ref: KernelRef, *, device: str) -> Kernel:
 
 
 def describe(ref: KernelRef, *, device: str) -> Kernel | None:
-    """Return what is known of a kernel without loading it, for a plan of another machine; None for all but builtin ones."""
+    """Return what is known of a kernel without loading it, for a plan of another machine.
+
+    That is the limits of a builtin kernel; None for all others.
+    """
     return builtin.describe(ref, device=device) if ref.scheme == "builtin" else None
 
 

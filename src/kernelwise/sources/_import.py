@@ -1,7 +1,7 @@
 """Import a build of a kernel, so that each content has one module and a failure leaves no trace.
 
-The `kernels` library keeps imported kernels by folder and puts them into `sys.modules` under the id of their metadata. A
-folder whose files were edited, or another build with the same id, would get the first one's module. Here the content
+The `kernels` library keeps imported kernels by folder and puts them into `sys.modules` under the id of their metadata.
+A folder whose files were edited, or another build with the same id, would get the first one's module. Here the content
 decides: what was imported with this content is shared, also with the `kernels` library; where the id is taken by other
 content, the module gets a name of its own and the one that stands there keeps working.
 """
@@ -109,7 +109,7 @@ def _own_name(name: str, digest: str) -> str:
 
 
 def _is_taken(name: str) -> bool:
-    """Whether a top-level module of that name is loaded or could be: a kernel must not stand in the way of a package."""
+    """Whether a module of that name is loaded or could be: a kernel must not stand in the way of a package."""
     return "." in name or name in sys.modules or importlib.util.find_spec(name) is not None
 
 

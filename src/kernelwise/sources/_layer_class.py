@@ -21,7 +21,7 @@ def class_problem(cls: object, name: str) -> str | None:
     problem = forward_problem(cls, name)
     if problem is not None or not isinstance(cls, type):
         return problem
-    if cls.__init__ is not nn.Module.__init__:
+    if inspect.getattr_static(cls, "__init__") is not inspect.getattr_static(nn.Module, "__init__"):
         return f"its class {name} defines __init__; a kernel has no state of its own"
     extra = sorted({member for member, _ in inspect.getmembers(cls)} - set(dir(nn.Module)) - _MEMBERS)
     if extra:
@@ -95,11 +95,9 @@ def _reads(code: CodeType, owner: str) -> Iterator[str]:
             yield "super()"
         if not _pushes_last(step, owner):
             continue
-        following = steps[index + 1 : index + 4]
-        if (following and following[0].opname in ("LOAD_ATTR", "LOAD_METHOD")) or _is_getattr_call(
-            steps[max(index - 2, 0) : index], following
-        ):
-            yield str(following[0].argval)
+        before, after = steps[max(index - 2, 0) : index], steps[index + 1 : index + 4]
+        if (after and after[0].opname in ("LOAD_ATTR", "LOAD_METHOD")) or _is_getattr_call(before, after):
+            yield str(after[0].argval)
     for constant in code.co_consts:
         if isinstance(constant, CodeType) and owner in constant.co_freevars:
             yield from _reads(constant, owner)

@@ -1,7 +1,7 @@
 """From a build on disk to a loaded kernel: what the Hub source and the path source have in common.
 
-The order is what makes it safe: static checks first, the import after them, checks on the class last, and nothing stays in
-the process when one of them fails.
+The order is what makes it safe: static checks first, the import after them, checks on the class last, and nothing
+stays in the process when one of them fails.
 """
 
 from __future__ import annotations

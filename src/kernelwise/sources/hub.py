@@ -1,7 +1,7 @@
 """Kernels from the Hugging Face Hub: `org/repo@v1:Layer`.
 
-In this order, and each step only when the one before went well: the form of the reference; trust in the publisher, before
-anything of the repository is asked for; the commit; the download, without importing; static checks; the import.
+In this order, and each step only when the one before went well: the form of the reference; trust in the publisher,
+before anything of the repository is asked for; the commit; the download, without importing; static checks; the import.
 """
 
 from __future__ import annotations
@@ -14,10 +14,11 @@ from typing import Any
 
 from kernelwise._data import Kernel, KernelRef
 from kernelwise.sources import _kernels_compat
-from kernelwise.sources._explain import explain, failure, one_line
+from kernelwise.sources._explain import explain, failure
 from kernelwise.sources._kernels_compat import Installed
 from kernelwise.sources._variant import check_statically, load_layer
 
+_HUB_NAME = re.compile(r"[0-9A-Za-z_](?:[0-9A-Za-z._-]*[0-9A-Za-z_])?")
 _FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -39,16 +40,9 @@ def load(ref: KernelRef, *, device: str) -> Kernel:
 
 
 def _check_form(ref: KernelRef) -> None:
-    from huggingface_hub.utils import HFValidationError, validate_repo_id
-
-    if ref.location.count("/") != 1 or not all(ref.location.split("/")):
+    owner, slash, name = ref.location.partition("/")
+    if not (slash and _HUB_NAME.fullmatch(owner) and _HUB_NAME.fullmatch(name)) or ".." in name or "--" in name:
         raise failure(ref, f"{ref.location!r} is no Hub repository", fix="write org/repo:Layer")
-    try:
-        validate_repo_id(ref.location)
-    except HFValidationError as error:
-        raise failure(
-            ref, f"{ref.location!r} is no Hub repository: {one_line(error)}", fix="write org/repo:Layer"
-        ) from error
     if not ref.layer.isidentifier():
         raise failure(ref, f"{ref.layer!r} is no class name", fix="write org/repo:Layer")
     if (ref.version is None) == (ref.revision is None):

@@ -1,8 +1,8 @@
 """Layer classes of installed packages: `package:module:Layer`. Only the class's forward is used.
 
-Such a class may have an `__init__` and methods, for it was written to be built, not to replace. Its forward is called with
-the replaced module as `self`, so `Kernel.reads` names all that it needs there, methods and `super()` too, and a plan
-refuses it where the module lacks one of them.
+Such a class may have an `__init__` and methods, for it was written to be built, not to replace. Its forward is called
+with the replaced module as `self`, so `Kernel.reads` names all that it needs there, methods and `super()` too, and a
+plan refuses it where the module lacks one of them.
 """
 
 from __future__ import annotations
