@@ -1,10 +1,10 @@
 """Kernelwise: the right kernel for every layer of a PyTorch model, proven.
 
-    import kernelwise as kw
+import kernelwise as kw
 
-    kw.kernelize(model)          # recognised layers, builtin kernels
-    print(kw.report(model))      # every layer: its kernel, or the reason for none
-    kw.unkernelize(model)        # exactly as it was
+kw.kernelize(model)          # recognised layers, builtin kernels
+print(kw.report(model))      # every layer: its kernel, or the reason for none
+kw.unkernelize(model)        # exactly as it was
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """The public functions: they join the stages and hold no logic of their own.
 
-    config → discover → plan → apply → report
+config → discover → plan → apply → report
 """
 
 from __future__ import annotations
@@ -77,12 +77,12 @@ def plan(
         PlanError: no kernel can run a layer that the mapping asks one for.
     """
     config = config if isinstance(config, KernelConfig) else KernelConfig(config)  # type: ignore[arg-type]
-    config.sanitize_kernel_mapping(model)
+    layers = _discover.discover(model) if isinstance(model, nn.Module) else ()
+    config.sanitize_kernel_mapping(model, layers=layers)
     on_miss = on_miss or config.on_miss
     if on_miss not in ("raise", "keep"):
         raise PlanError(f'on_miss is "raise" or "keep", got {on_miss!r}')
     rules = config.rules()
-    layers = _discover.discover(model)
     wanted = target.device if target else _device(model, device)
     if wanted is not None and (target is not None or device is not None):
         layers = tuple(replace(layer, device=wanted) for layer in layers)
@@ -126,11 +126,18 @@ def _load(
     names = {layer.name for layer in layers}
     kernels: dict[tuple[KernelRef, str], Kernel | str] = {}
     for rule in rules:
-        if rule.ref is None or rule.fuses or rule.layer not in names or (rule.mode is not None and rule.mode not in modes):
+        if (
+            rule.ref is None
+            or rule.fuses
+            or rule.layer not in names
+            or (rule.mode is not None and rule.mode not in modes)
+        ):
             continue
         for device in devices:
             if rule.device in (None, device) and (rule.ref, device) not in kernels:
-                kernels[rule.ref, device] = _load_one(rule.ref, device, describe, must=on_miss == "raise", where=rule.where)
+                kernels[rule.ref, device] = _load_one(
+                    rule.ref, device, describe, must=on_miss == "raise", where=rule.where
+                )
     for (_, device), refs in defaults.items():
         for ref in refs:
             if (ref, device) not in kernels:
@@ -191,7 +198,9 @@ def unkernelize(model: Model, *, paths: Sequence[str] | None = None) -> Model:
         known = [place for _, entry in _apply.entries_of(model) for place in entry.layer.paths]
         for path in [paths] if isinstance(paths, str) else paths:
             if not any(place == path or place.startswith(path + ".") for place in known):
-                raise PlanError(f"no kernel is at or below {path!r}\n  go on      print(kernelwise.report(model)) lists them")
+                raise PlanError(
+                    f"no kernel is at or below {path!r}\n  go on      print(kernelwise.report(model)) lists them"
+                )
     _apply.remove(model, paths=[paths] if isinstance(paths, str) else paths)
     return model
 

@@ -123,7 +123,7 @@ def _rebuilt(class_name: str, forward: Call, functions: dict[str, Call]) -> Call
                 '  go on      keep the own code there ("none")'
             )
         _rebuilt_forwards[key] = rebuilt
-    return rebuilt  # type: ignore[no-any-return]
+    return rebuilt
 
 
 def apply(model: nn.Module, plan: Plan) -> Token:
@@ -279,12 +279,14 @@ def remove(model: nn.Module, *, token: Token | None = None, paths: Sequence[str]
 
 
 def _below(layer: Layer, paths: Sequence[str]) -> bool:
-    return any(place == path or place.startswith(path + ".") for place in layer.paths or (layer.path,) for path in paths)
+    return any(
+        place == path or place.startswith(path + ".") for place in layer.paths or (layer.path,) for path in paths
+    )
 
 
 def _reduce_clean(self: nn.Module, protocol: int) -> Any:
     """Pickle the module as it was found, so that the file loads without Kernelwise and runs the model's own code."""
-    reduced: Any = type(self).__reduce_ex__(self, protocol)  # type: ignore[arg-type]
+    reduced: Any = type(self).__reduce_ex__(self, protocol)
     if not (isinstance(reduced, tuple) and len(reduced) > 2 and isinstance(reduced[2], dict)):
         return reduced
     ours = (STATE, "__reduce_ex__", "__deepcopy__")
@@ -308,15 +310,22 @@ def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
     make, args, attributes = reduced[:3]
     copied: nn.Module = make(*args)
     memo[id(self)] = copied
-    copied.__setstate__(copy.deepcopy(attributes, memo))
+    copied.__setstate__(copy.deepcopy(attributes, memo))  # type: ignore[no-untyped-call]
     return copied
 
 
 def entries_of(model: nn.Module) -> list[tuple[nn.Module, Entry]]:
     """Return every entry on a model's modules, in module order."""
-    return [(module, entry) for module in model.modules() if STATE in module.__dict__ for entry in module.__dict__[STATE].entries]
+    return [
+        (module, entry)
+        for module in model.modules()
+        if STATE in module.__dict__
+        for entry in module.__dict__[STATE].entries
+    ]
 
 
 def plans_of(model: nn.Module) -> list[Plan]:
     """Return the plans that were applied to this model or its parts and are not undone, oldest first."""
-    return [plan for module in model.modules() if STATE in module.__dict__ for plan in module.__dict__[STATE].plans.values()]
+    return [
+        plan for module in model.modules() if STATE in module.__dict__ for plan in module.__dict__[STATE].plans.values()
+    ]

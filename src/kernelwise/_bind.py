@@ -45,7 +45,9 @@ def needs_grad(module: torch.nn.Module | None, *arguments: Any) -> bool:
 
 def carries_grad(output: Any) -> bool:
     """Return whether some floating tensor of an output is part of the graph (True where there is no such tensor)."""
-    tensors = [output] if isinstance(output, torch.Tensor) else list(output) if isinstance(output, (tuple, list)) else []
+    tensors = (
+        [output] if isinstance(output, torch.Tensor) else list(output) if isinstance(output, (tuple, list)) else []
+    )
     floating = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
     return not floating or any(tensor.requires_grad for tensor in floating)
 
@@ -64,8 +66,14 @@ def layer_call(layer: Layer, kernel: Kernel) -> Call:
     if kernel.function is None:
         raise ApplyError(f"{kernel.ref} is described, not loaded; plan on the machine that the model is on")
     return _compile(
-        kernel.function, layer.signature, kernel.signature, kernel.op is not None and layer.recognition or None,
-        kernel.limits, kernel.has_backward, kernel.can_torch_compile, True
+        kernel.function,
+        layer.signature,
+        kernel.signature,
+        layer.recognition if kernel.op is not None else None,
+        kernel.limits,
+        kernel.has_backward,
+        kernel.can_torch_compile,
+        True,
     )(run_own)
 
 
@@ -83,8 +91,14 @@ def function_call(layer: Layer, kernel: Kernel, original: Call, fallbacks: Count
     if kernel.op is None:
         function = function.__get__(original)  # the forward of a kernel's layer class, with the wrapper as its self
     call = _compile(
-        function, layer.signature, kernel.signature, kernel.op is not None and layer.recognition or None,
-        kernel.limits, kernel.has_backward, kernel.can_torch_compile, False
+        function,
+        layer.signature,
+        kernel.signature,
+        layer.recognition if kernel.op is not None else None,
+        kernel.limits,
+        kernel.has_backward,
+        kernel.can_torch_compile,
+        False,
     )(run_original)
     plain = type(original).forward if isinstance(original, torch.nn.Module) else original
     _copy_defaults(call, plain, skip=0)
@@ -113,6 +127,13 @@ def _compile(
         lines += ["    if is_compiling():", "        " + own.format(why="None")]
     if recognition is not None:
         arguments = ", ".join(_role_arguments(recognition, kernel))
+        weight = _weight(recognition)
+        if weight:
+            # The dict first: a parameter found through nn.Module.__getattr__ costs several times as much.
+            lines += [
+                "    parameters = self._parameters",
+                f'    weight = parameters["{weight}"] if "{weight}" in parameters else self.{weight}',
+            ]
         guard = _guard(recognition, limits)
         if guard:
             lines += [f"    if not ({guard}):", "        " + own.format(why="INPUT")]
@@ -124,7 +145,8 @@ def _compile(
             arguments = f"self, {arguments}" if arguments else "self"
     if not has_backward:
         lines += [
-            f"    if is_grad_enabled() and needs_grad({module}, {names}):", "        " + own.format(why="NO_BACKWARD"),
+            f"    if is_grad_enabled() and needs_grad({module}, {names}):",
+            "        " + own.format(why="NO_BACKWARD"),
         ]
     if has_backward and recognition is None:
         lines += [
@@ -155,7 +177,12 @@ def _compile(
 
 def _role_arguments(recognition: Recognition, kernel: tuple[Parameter, ...]) -> list[str]:
     taken = {p.name for p in kernel}
-    arguments = [f"{role}={_expression(binding)}" for role, binding in recognition.roles if not taken or role in taken]
+    weight = _weight(recognition)
+    arguments = [
+        f"{role}={'weight' if role == 'weight' and weight else _expression(binding)}"
+        for role, binding in recognition.roles
+        if not taken or role in taken
+    ]
     return arguments + [f"{name}={value!r}" for name, value in recognition.options if not taken or name in taken]
 
 
@@ -178,17 +205,23 @@ def _guard(recognition: Recognition, limits: Limits) -> str:
         known = sorted({flags[device] for device in limits.devices if device in flags})
         if known:
             tests.append("(" + " or ".join(f"{first}.{flag}" for flag in known) + ")")
-    weight = dict(recognition.roles).get("weight")
-    if weight is not None and weight.kind == "attribute":
-        tests.append(f"type(self.{weight.value}) in plain")
+    if _weight(recognition):
+        tests.append("type(weight) in plain")
     return " and ".join(tests)
+
+
+def _weight(recognition: Recognition) -> str | None:
+    """Return the attribute that holds the layer's weight, if it has one."""
+    binding = dict(recognition.roles).get("weight")
+    return str(binding.value) if binding is not None and binding.kind == "attribute" else None
 
 
 @lru_cache(maxsize=4096)
 def dispatcher(own: Call) -> Call:
     """Return the forward that is put on an instance: it runs what the module's state holds for its mode."""
     parameters = tuple(
-        Parameter(p.name, p.kind.name.lower(), p.default is not p.empty) for p in inspect.signature(own).parameters.values()
+        Parameter(p.name, p.kind.name.lower(), p.default is not p.empty)
+        for p in inspect.signature(own).parameters.values()
     )[1:]
     declared, passed = source(parameters)
     namespace: dict[str, Any] = {}
@@ -214,8 +247,8 @@ def _copy_defaults(function: Call, own: Call, *, skip: int) -> None:
         parameters = parameters[1:]
     positional = [p.default for p in parameters if p.default is not p.empty and p.kind is not p.KEYWORD_ONLY]
     keyword = {p.name: p.default for p in parameters if p.default is not p.empty and p.kind is p.KEYWORD_ONLY}
-    function.__defaults__ = tuple(positional) or None  # type: ignore[attr-defined]
-    function.__kwdefaults__ = keyword or None  # type: ignore[attr-defined]
+    function.__defaults__ = tuple(positional) or None
+    function.__kwdefaults__ = keyword or None
 
 
 def rebuild(forward: Call, replacements: dict[str, Call]) -> Call | None:

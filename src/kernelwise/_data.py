@@ -178,10 +178,17 @@ class Plan:
         from kernelwise._table import render  # only when somebody looks
 
         rows = [
-            (d.layer.path, d.layer.name, d.mode, str(d.kernel.ref) if d.kernel else "own code", d.reason or "", d.asked_by)
+            (
+                d.layer.path,
+                d.layer.name,
+                d.mode,
+                str(d.kernel.ref) if d.kernel else "own code",
+                d.asked_by,
+                d.reason or "",
+            )
             for d in self.decisions
         ]
-        return render(("layer", "name", "mode", "kernel", "why not", "asked by"), rows, notes=self.notes)
+        return render(("layer", "name", "mode", "kernel", "asked by", "why not"), rows, notes=self.notes)
 
 
 Noun = TypeVar("Noun")
@@ -191,8 +198,9 @@ def to_json(value: Any) -> Any:
     """Turn a noun (or a tuple, dict or scalar of nouns) into what `json` can write. Callables are left out."""
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         return {
-            item.name: to_json(getattr(value, item.name)) for item in dataclasses.fields(value) if item.name != "function"
-            or not callable(getattr(value, item.name))
+            item.name: to_json(getattr(value, item.name))
+            for item in dataclasses.fields(value)
+            if item.name != "function" or not callable(getattr(value, item.name))
         }
     if isinstance(value, frozenset):
         return sorted(value)

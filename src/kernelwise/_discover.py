@@ -92,7 +92,7 @@ def _layers_of(module: nn.Module, paths: tuple[str, ...], fallback_device: str) 
         yield Layer(
             path=paths[0],
             name=name,
-            class_name=_class_name(type(module)),
+            class_name=_class_name(_class_of(module)),
             how="registered" if registered else "named" if named else "recognised",
             device=model_device(module) or fallback_device,
             dtypes=_dtypes(module),
@@ -121,7 +121,8 @@ def _functions_of(
     called = globals_called(own_forward(module))
     entries: dict[str, tuple[str, Recognition | None, str | None, Any]] = {}
     for wrapper in wrappers.values():
-        name = str(type(wrapper).kernel_layer_name)
+        wrapper_class: Any = type(wrapper)
+        name = str(wrapper_class.kernel_layer_name)
         name_in_forward = next((key for key, value in called.items() if value is wrapper), None)
         blocked = replaced
         if name_in_forward is None:
@@ -131,13 +132,13 @@ def _functions_of(
             )
         key = name_in_forward if name_in_forward is not None else f"?{name}"
         entries[key] = (name, recognised.pop(name_in_forward or "", None), blocked, wrapper)
-    for key, recognition in recognised.items():
-        entries[key] = (ops.layer_name(recognition), recognition, None, called.get(key))
+    for key, found in recognised.items():
+        entries[key] = (ops.layer_name(found), found, None, called.get(key))
     for key, (name, recognition, blocked, value) in entries.items():
         yield Layer(
             path=f"{paths[0]}.{name}" if paths[0] else name,
             name=name,
-            class_name=_class_name(type(module)),
+            class_name=_class_name(_class_of(module)),
             how="registered" if id(value) in wrappers else "recognised",
             device=model_device(module) or fallback_device,
             dtypes=_dtypes(module),
@@ -252,18 +253,18 @@ def globals_called(forward: Callable[..., Any]) -> dict[str, Any]:
 
 
 @lru_cache(maxsize=4096)
-def _class_attributes(cls: type) -> frozenset[str]:
+def _class_attributes(cls: Any) -> frozenset[str]:
     return frozenset(dir(cls))
 
 
 @lru_cache(maxsize=4096)
-def _instance_attributes(cls: type, names: tuple[str, ...]) -> frozenset[str]:
+def _instance_attributes(cls: Any, names: tuple[str, ...]) -> frozenset[str]:
     return _class_attributes(cls) | frozenset(names)
 
 
 def _attributes(module: nn.Module) -> frozenset[str]:
     names = module.__dict__.keys() | module._parameters.keys() | module._buffers.keys() | module._modules.keys()
-    return _instance_attributes(type(module), tuple(sorted(names)))
+    return _instance_attributes(_class_of(module), tuple(sorted(names)))
 
 
 def _dtypes(module: nn.Module) -> tuple[str, ...]:
@@ -271,6 +272,10 @@ def _dtypes(module: nn.Module) -> tuple[str, ...]:
     return tuple(found)
 
 
+def _class_of(module: nn.Module) -> Any:  # mypy takes a class of modules for unhashable
+    return type(module)
+
+
 @lru_cache(maxsize=4096)
-def _class_name(cls: type) -> str:
+def _class_name(cls: Any) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"

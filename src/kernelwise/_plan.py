@@ -70,7 +70,9 @@ def reasons_against(layer: Layer, kernel: Kernel, target: Target, mode: str) -> 
     else:
         missing = [name for name in kernel.reads if name not in layer.attributes]
         if missing:
-            reasons.append(f"reads {', '.join('self.' + name for name in missing)}, which {_short(layer)} does not have")
+            reasons.append(
+                f"reads {', '.join('self.' + name for name in missing)}, which {_short(layer)} does not have"
+            )
         reasons.extend(bind(layer.signature, kernel.signature)[1])
     return tuple(reasons)
 
@@ -110,8 +112,8 @@ def make_plan(
         PlanError: a demand cannot be met, or two rules of one kind claim one layer. The message lists all of them.
     """
     by_name: dict[str, list[Rule]] = {}
-    for rule in rules:
-        by_name.setdefault(rule.layer, []).append(rule)
+    for stated in rules:
+        by_name.setdefault(stated.layer, []).append(stated)
     decisions: list[Decision] = []
     unmet: dict[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], list[Layer]] = {}
     used: set[Rule] = set()
@@ -183,7 +185,9 @@ def _explain(
     target: Target,
 ) -> str:
     lines: list[str] = []
-    running = " ".join(filter(None, [target.device, target.arch, *(f"{name} {version}" for name, version in target.versions)]))
+    running = " ".join(
+        filter(None, [target.device, target.arch, *(f"{name} {version}" for name, version in target.versions)])
+    )
     for (where, rejected), places in unmet.items():
         paths = list(dict.fromkeys(layer.path for layer in places))
         more = f" and {len(paths) - 1} more" if len(paths) > 1 else ""

@@ -42,9 +42,9 @@ class Report:
 
     def __str__(self) -> str:
         return render(
-            ("layer", "name", "mode", "kernel", "why not", "asked by", "own code ran"),
+            ("layer", "name", "mode", "kernel", "asked by", "own code ran", "why not"),
             [
-                (row.path, row.name, row.mode, _kernel(row), row.reason or "", row.asked_by, _counts(row.fallbacks))
+                (row.path, row.name, row.mode, _kernel(row), row.asked_by, _counts(row.fallbacks), row.reason or "")
                 for row in self.rows
             ],
             notes=self.notes,

@@ -53,7 +53,11 @@ def bind(layer: Sequence[Parameter], kernel: Sequence[Parameter]) -> tuple[str, 
             else:
                 reasons.append(f"it does not take the layer's `*{parameter.name}`")
         elif parameter.kind == "keyword_only":
-            if parameter.name in by_keyword or takes_any_keyword or parameter.name in {p.name for p in theirs[len(own) :]}:
+            if (
+                parameter.name in by_keyword
+                or takes_any_keyword
+                or parameter.name in {p.name for p in theirs[len(own) :]}
+            ):
                 used.add(parameter.name)
                 arguments.append(f"{parameter.name}={parameter.name}")
             else:

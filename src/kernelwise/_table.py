@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from io import StringIO
 
-MERGED_MODES = " + "
+_MIN_WIDTH = 120
 
 
 def fold(rows: Sequence[Sequence[str]]) -> list[list[str]]:
@@ -23,7 +23,7 @@ def fold(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     groups: dict[tuple[str, ...], list[str]] = {}
     for (path, name, *rest), modes in by_path.items():
         pattern = re.sub(r"(^|\.)\d+(?=\.|$)", r"\1*", path)
-        groups.setdefault((pattern, name, MERGED_MODES.join(modes), *rest), []).append(path)
+        groups.setdefault((pattern, name, " + ".join(modes), *rest), []).append(path)
     folded = []
     for (pattern, *rest), paths in groups.items():
         label = paths[0] if len(paths) == 1 else f"{pattern} ({len(paths)})"
@@ -31,22 +31,39 @@ def fold(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     return folded
 
 
-def render(headers: Sequence[str], rows: Sequence[Sequence[str]], *, notes: Sequence[str] = (), width: int | None = None) -> str:
-    """Return a table as text, as wide as the terminal (at least 100 columns); empty columns are left out."""
+def render(headers: Sequence[str], rows: Sequence[Sequence[str]], *, notes: Sequence[str] = ()) -> str:
+    """Return a table as text, as wide as the terminal (at least 120 columns).
+
+    The last column holds reasons: each stands once below the table, and the cell holds its number. A column that is
+    empty is left out; one that is the same in every row is said in one line above the table.
+    """
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
+    text = StringIO()
+    console = Console(file=text, width=max(_MIN_WIDTH, Console().width), color_system=None, highlight=False)
     folded = fold(rows)
-    shown = [index for index in range(len(headers)) if any(row[index] for row in folded)]
-    table = Table(box=SIMPLE_HEAD, pad_edge=False)
+    reasons = list(dict.fromkeys(row[-1] for row in folded if row[-1]))
+    for row in folded:
+        row[-1] = str(reasons.index(row[-1]) + 1) if row[-1] else ""
+    constant = {
+        index: folded[0][index]
+        for index in range(2, len(headers) - 1)
+        if len({row[index] for row in folded}) == 1 and len(folded) > 1
+    }
+    said = [f"{headers[index]}: {value}" for index, value in constant.items() if value]
+    if said:
+        console.print("; ".join(said), markup=False)
+    shown = [index for index in range(len(headers)) if index not in constant and any(row[index] for row in folded)]
+    table = Table(box=SIMPLE_HEAD, pad_edge=False, padding=(0, 1))
     for index in shown:
         table.add_column(headers[index], overflow="fold")
     for row in folded:
         table.add_row(*(row[index].replace("[", r"\[") for index in shown))
-    text = StringIO()
-    console = Console(file=text, width=width or max(100, Console().width), color_system=None, highlight=False)
-    console.print(table if folded else "no layers")
+    console.print(table if folded else "no layers", soft_wrap=not folded)
+    for number, reason in enumerate(reasons, start=1):
+        console.print(f" {number}  {reason}", markup=False, soft_wrap=True)
     for note in notes:
-        console.print(f"note: {note}", markup=False)
+        console.print(f"note: {note}", markup=False, soft_wrap=True)
     return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
