@@ -1,0 +1,264 @@
+"""act(gate) * up, elementwise and rounded once, forward and backward: the middle of a gated MLP.
+
+Contiguous inputs are one flat run of elements; anything else, such as the halves of a packed projection, is cut by rows
+and read where it lies. The backward pass computes the activation again instead of keeping it.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from ._launch import NAMESPACE, Launcher, Launchers, check, needs_grad, power_of_2, rows_of, unit_of, watched
+
+Activation = Literal["silu", "gelu", "gelu_tanh"]
+
+ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+_BLOCK = 2048
+_WARPS = 4
+
+
+@triton.jit
+def _sigmoids(x):
+    """sigmoid(x) and sigmoid(-x), each exact near zero; their sum is one."""
+    decay = tl.exp2(tl.abs(x) * -1.4426950408889634)
+    large = 1.0 / (1.0 + decay)
+    small = decay * large
+    return tl.where(x < 0, small, large), tl.where(x < 0, large, small)
+
+
+@triton.jit
+def _activate(x, ACTIVATION: tl.constexpr):
+    """act(x) and act'(x); the compiler drops what is not used."""
+    if ACTIVATION == "silu":
+        s, rest = _sigmoids(x)
+        y = x * s
+        slope = s + y * rest
+    elif ACTIVATION == "gelu":
+        cdf = 0.5 * (1.0 + tl.math.erf(x * 0.7071067811865476))
+        y = x * cdf
+        slope = cdf + x * (0.3989422804014327 * tl.exp2(x * x * -0.7213475204444817))
+    else:  # x * (1 + tanh(u)) / 2 is x * sigmoid(2u), with u = sqrt(2 / pi) * (x + 0.044715 x^3)
+        square = x * x
+        s, rest = _sigmoids(1.5957691216057308 * x * (1.0 + 0.044715 * square))
+        y = x * s
+        slope = s + y * rest * (1.5957691216057308 * (1.0 + 0.134145 * square))
+    return y, slope
+
+
+@triton.jit
+def _place(FLAT: tl.constexpr, BLOCK: tl.constexpr):
+    """The row and the offsets in it that this program handles; rows are on the grid's long axis."""
+    if FLAT:
+        row = tl.zeros([], dtype=tl.int64)
+        block = tl.program_id(0).to(tl.int64)
+    else:
+        row = tl.program_id(0).to(tl.int64)
+        block = tl.program_id(1).to(tl.int64)
+    return row, block * BLOCK + tl.arange(0, BLOCK)
+
+
+@triton.jit
+def _load(ptr, offsets, inside, EXACT: tl.constexpr):
+    if EXACT:
+        return tl.load(ptr + offsets).to(tl.float32)
+    else:
+        return tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store(ptr, offsets, values, inside, EXACT: tl.constexpr):
+    if EXACT:
+        tl.store(ptr + offsets, values.to(ptr.dtype.element_ty))
+    else:
+        tl.store(ptr + offsets, values.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(do_not_specialize=["size", "gate_stride", "up_stride"])
+def _forward_kernel(
+    gate_ptr,
+    up_ptr,
+    y_ptr,
+    size,
+    gate_stride,
+    up_stride,
+    ACTIVATION: tl.constexpr,
+    FLAT: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    # `size` is the number of elements (flat) or of columns, in units, as the strides of rows are.
+    row, offsets = _place(FLAT, BLOCK)
+    size = size.to(tl.int64) * UNIT
+    inside = offsets < size
+    gate = _load(gate_ptr, row * (gate_stride * UNIT) + offsets, inside, EXACT)
+    up = _load(up_ptr, row * (up_stride * UNIT) + offsets, inside, EXACT)
+    y, _ = _activate(gate, ACTIVATION)
+    _store(y_ptr, row * size + offsets, y * up, inside, EXACT)
+
+
+@triton.jit(do_not_specialize=["size", "dy_stride", "gate_stride", "up_stride"])
+def _backward_kernel(
+    dy_ptr,
+    gate_ptr,
+    up_ptr,
+    dgate_ptr,
+    dup_ptr,
+    size,
+    dy_stride,
+    gate_stride,
+    up_stride,
+    ACTIVATION: tl.constexpr,
+    FLAT: tl.constexpr,
+    UNIT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    row, offsets = _place(FLAT, BLOCK)
+    size = size.to(tl.int64) * UNIT
+    inside = offsets < size
+    dy = _load(dy_ptr, row * (dy_stride * UNIT) + offsets, inside, EXACT)
+    gate = _load(gate_ptr, row * (gate_stride * UNIT) + offsets, inside, EXACT)
+    up = _load(up_ptr, row * (up_stride * UNIT) + offsets, inside, EXACT)
+    y, slope = _activate(gate, ACTIVATION)
+    _store(dgate_ptr, row * size + offsets, dy * up * slope, inside, EXACT)
+    _store(dup_ptr, row * size + offsets, dy * y, inside, EXACT)
+
+
+_forward_launchers = Launchers()
+_backward_launchers = Launchers()
+
+
+def _check(gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
+    check(gate.dtype in DTYPES, lambda: f"gated_activation takes float32, bfloat16 or float16, not {gate.dtype}")
+    check(up.dtype == gate.dtype, lambda: f"gate is {gate.dtype} and up is {up.dtype}; they must be of one dtype")
+    check(up.shape == gate.shape, lambda: f"gate has shape {tuple(gate.shape)}, up has {tuple(up.shape)}")
+    check(activation in ACTIVATIONS, lambda: f"activation is one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+
+
+def _launch(
+    launchers: Launchers,
+    kernel: Any,
+    activation: str,
+    inputs: tuple[torch.Tensor, ...],
+    outputs: tuple[torch.Tensor, ...],
+    traced: Any,
+) -> None:
+    """Run `kernel` over inputs of one shape, flat if all are contiguous, else by rows; outputs are contiguous."""
+    first = inputs[0]
+    flat = all(tensor.is_contiguous() for tensor in inputs)
+    if flat:
+        size: Any = first.numel()
+        width, strides = 0, (0,) * len(inputs)
+        unit = unit_of(size)
+    else:
+        size = width = int(first.shape[-1])
+        inputs = tuple(rows_of(tensor) for tensor in inputs)
+        strides = tuple(tensor.stride(0) for tensor in inputs)
+        unit = unit_of(size, *strides)
+    # A symbolic number of elements (while compiling) is never exact: that would be a guard on it.
+    exact = isinstance(size, int) and size % _BLOCK == 0
+    key = (first.get_device(), first.dtype, unit, width, exact, activation)
+    launcher = launchers.get(key)
+    if launcher is None:
+        block = _BLOCK if flat else min(_BLOCK, power_of_2(width))
+        launcher = launchers[key] = Launcher(
+            kernel,
+            block,
+            ACTIVATION=activation,
+            FLAT=flat,
+            UNIT=unit,
+            BLOCK=block,
+            EXACT=exact or (not flat and width % block == 0),
+            num_warps=max(1, _WARPS * block // _BLOCK),
+        )
+    blocks = (size + launcher.size - 1) // launcher.size
+    grid_x, grid_y = (blocks, 1) if flat else (inputs[0].shape[0], blocks)
+    launcher(grid_x, grid_y, (*inputs, *outputs), (size // unit, *(s // unit for s in strides)), traced)
+
+
+def _forward(gate: torch.Tensor, up: torch.Tensor, activation: str, traced: Any = None) -> torch.Tensor:
+    if gate.dtype != up.dtype or gate.shape != up.shape or gate.dtype not in DTYPES or activation not in ACTIVATIONS:
+        _check(gate, up, activation)
+    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    if isinstance(y.numel(), int) and y.numel() == 0:
+        return y
+    _launch(_forward_launchers, _forward_kernel, activation, (gate, up), (y,), traced)
+    return y
+
+
+def _backward(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str, traced: Any = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The gradients of gate and up."""
+    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
+    dup = torch.empty_like(dgate)
+    if isinstance(dup.numel(), int) and dup.numel() == 0:
+        return dgate, dup
+    if not dy.is_contiguous() and gate.is_contiguous() and up.is_contiguous():
+        dy = dy.contiguous()
+    _launch(_backward_launchers, _backward_kernel, activation, (dy, gate, up), (dgate, dup), traced)
+    return dgate, dup
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+        ctx.save_for_backward(gate, up)
+        ctx.activation = activation
+        return _forward(gate, up, activation)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        gate, up = ctx.saved_tensors
+        return *_backward(dy, gate, up, ctx.activation), None
+
+
+@torch.library.triton_op(f"{NAMESPACE}::gated_activation", mutates_args={})
+def _operation(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    return _forward(gate, up, activation, torch.library.wrap_triton(_forward_kernel))
+
+
+@torch.library.triton_op(f"{NAMESPACE}::gated_activation_backward", mutates_args={})
+def _backward_operation(
+    dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _backward(dy, gate, up, activation, torch.library.wrap_triton(_backward_kernel))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: torch.Tensor) -> None:
+    gate, up, ctx.activation = inputs
+    ctx.save_for_backward(gate, up)
+
+
+def _operation_backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    gate, up = ctx.saved_tensors
+    return *_backward_operation(dy, gate, up, ctx.activation), None
+
+
+_operation.register_autograd(_operation_backward, setup_context=_setup_context)
+
+
+def gated_activation(gate: torch.Tensor, up: torch.Tensor, *, activation: Activation = "silu") -> torch.Tensor:
+    """act(gate) * up, elementwise, computed in float32 and rounded once.
+
+    `gate` and `up` are [..., I], of one shape and one dtype (float32, bfloat16 or float16); rows may lie anywhere as
+    long as their elements are adjacent, so the chunks of a packed projection are read in place. The result is
+    contiguous. `activation` is "silu", "gelu" (the erf form) or "gelu_tanh". Raises ValueError for anything else.
+    """
+    if watched(gate, up):
+        y: torch.Tensor = _operation(gate, up, activation)
+        return y
+    if needs_grad(gate, up):
+        y = _Function.apply(gate, up, activation)
+        return y
+    return _forward(gate, up, activation)

@@ -1,0 +1,290 @@
+"""Rotary position embedding of queries and keys in one launch (half layout), forward and backward.
+
+With x = (x1, x2) along the last dimension: y = (x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2). The backward pass is the
+same kernel with the two halves of sin swapped and negated. A program handles one token and a share of its heads: all of
+them where there are many tokens, few where there are few, so that a single token still uses several multiprocessors.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch.autograd.function import once_differentiable
+
+from ._launch import NAMESPACE, Launcher, Launchers, check, needs_grad, num_processors, power_of_2, unit_of, watched
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+MAX_HEAD_WIDTH = 1024
+_MOST_SHARES = 8  # of the heads of one token
+
+
+@triton.jit
+def _rotate(
+    x_ptr,
+    y_ptr,
+    x_stride,
+    first,
+    cos1,
+    cos2,
+    sin1,
+    sin2,
+    HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Heads first .. first + SHARE of one token; x_ptr and y_ptr point at its first head."""
+    heads = first + tl.arange(0, SHARE)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    x_offsets = heads * x_stride + columns
+    y_offsets = heads * (2 * HALF) + columns
+    if EXACT:
+        x1 = tl.load(x_ptr + x_offsets).to(tl.float32)
+        x2 = tl.load(x_ptr + x_offsets + HALF).to(tl.float32)
+        tl.store(y_ptr + y_offsets, (x1 * cos1 - x2 * sin1).to(y_ptr.dtype.element_ty))
+        tl.store(y_ptr + y_offsets + HALF, (x2 * cos2 + x1 * sin2).to(y_ptr.dtype.element_ty))
+    else:
+        inside = (heads < HEADS) & (columns < HALF)
+        x1 = tl.load(x_ptr + x_offsets, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(x_ptr + x_offsets + HALF, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y_ptr + y_offsets, (x1 * cos1 - x2 * sin1).to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(y_ptr + y_offsets + HALF, (x2 * cos2 + x1 * sin2).to(y_ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit(
+    do_not_specialize=[
+        "q_batch_stride",
+        "q_head_stride",
+        "q_token_stride",
+        "k_batch_stride",
+        "k_head_stride",
+        "k_token_stride",
+        "cos_batch_stride",
+        "cos_token_stride",
+    ]
+)
+def _kernel(
+    q_ptr,
+    k_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    k_batch_stride,
+    k_head_stride,
+    k_token_stride,
+    cos_batch_stride,
+    cos_token_stride,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    SHARES: tl.constexpr,
+    Q_SHARE: tl.constexpr,
+    K_SHARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    UNIT: tl.constexpr,
+    BACKWARD: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    batch = (tl.program_id(1) // SHARES).to(tl.int64)
+    share = tl.program_id(1) % SHARES
+    columns = tl.arange(0, BLOCK)[None, :]
+    offsets = batch * (cos_batch_stride * UNIT) + token * (cos_token_stride * UNIT) + columns
+    inside = columns < HALF
+    cos1 = tl.load(cos_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    cos2 = tl.load(cos_ptr + offsets + HALF, mask=inside, other=0.0).to(tl.float32)
+    sin1 = tl.load(sin_ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+    sin2 = tl.load(sin_ptr + offsets + HALF, mask=inside, other=0.0).to(tl.float32)
+    if BACKWARD:
+        swapped = -sin1
+        sin1 = -sin2
+        sin2 = swapped
+    place = batch * tl.num_programs(0) + token  # outputs lie as [batch, token, head, column]
+    q = q_ptr + batch * (q_batch_stride * UNIT) + token * (q_token_stride * UNIT)
+    k = k_ptr + batch * (k_batch_stride * UNIT) + token * (k_token_stride * UNIT)
+    Q_EXACT: tl.constexpr = BLOCK == HALF and SHARES * Q_SHARE == Q_HEADS
+    K_EXACT: tl.constexpr = BLOCK == HALF and SHARES * K_SHARE == K_HEADS
+    q_out = q_out_ptr + place * (Q_HEADS * 2 * HALF)
+    k_out = k_out_ptr + place * (K_HEADS * 2 * HALF)
+    q_stride = q_head_stride.to(tl.int64) * UNIT
+    k_stride = k_head_stride.to(tl.int64) * UNIT
+    _rotate(q, q_out, q_stride, share * Q_SHARE, cos1, cos2, sin1, sin2, Q_HEADS, Q_SHARE, BLOCK, HALF, Q_EXACT)
+    _rotate(k, k_out, k_stride, share * K_SHARE, cos1, cos2, sin1, sin2, K_HEADS, K_SHARE, BLOCK, HALF, K_EXACT)
+
+
+_launchers = Launchers()
+
+
+def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> None:
+    tokens = 3 - heads
+    check(
+        q.dtype in DTYPES and k.dtype == q.dtype,
+        lambda: f"rotary takes q and k of one dtype, float32, bfloat16 or float16, not {q.dtype} and {k.dtype}",
+    )
+    check(
+        cos.dtype == sin.dtype and cos.dtype in (q.dtype, torch.float32),
+        lambda: f"cos and sin have the dtype of q ({q.dtype}) or float32, not {cos.dtype} and {sin.dtype}",
+    )
+    check(
+        k.shape[0] == q.shape[0] and k.shape[tokens] == q.shape[tokens] and k.shape[3] == q.shape[3],
+        lambda: f"q {tuple(q.shape)} and k {tuple(k.shape)} may differ only in the number of heads",
+    )
+    check(
+        sin.shape == cos.shape and cos.shape[0] in (1, q.shape[0]) and cos.shape[1:] == (q.shape[tokens], q.shape[3]),
+        lambda: f"cos {tuple(cos.shape)} and sin {tuple(sin.shape)} do not fit q {tuple(q.shape)}",
+    )
+    check(
+        q.shape[3] % 2 == 0 and q.shape[3] <= MAX_HEAD_WIDTH,
+        lambda: f"the head width is even and at most {MAX_HEAD_WIDTH}, not {q.shape[3]}",
+    )
+
+
+def _run(
+    q: torch.Tensor,
+    k: torch.Tensor,
+    cos: torch.Tensor,
+    sin: torch.Tensor,
+    unsqueeze_dim: int,
+    dtype: torch.dtype,
+    backward: bool,
+    traced: Any = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rotate q and k into fresh tensors of `dtype` that lie as [batch, token, head, column]."""
+    heads, tokens = (1, 2) if unsqueeze_dim == 1 else (2, 1)
+    batch, num_tokens = q.shape[0], q.shape[tokens]
+    q_heads, k_heads, width = int(q.shape[heads]), int(k.shape[heads]), int(q.shape[3])
+    q_out = torch.empty((batch, num_tokens, q_heads, width), dtype=dtype, device=q.device)
+    k_out = torch.empty((batch, num_tokens, k_heads, width), dtype=dtype, device=q.device)
+    results = (q_out.transpose(1, 2), k_out.transpose(1, 2)) if unsqueeze_dim == 1 else (q_out, k_out)
+    total: Any = batch * num_tokens
+    if isinstance(total, int) and total == 0:
+        return results
+    q, k = _unit_last(q), _unit_last(k)
+    if cos.stride() != sin.stride() or cos.stride(2) != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+    q_strides, k_strides = q.stride(), k.stride()
+    strides = (
+        q_strides[0], q_strides[heads], q_strides[tokens],
+        k_strides[0], k_strides[heads], k_strides[tokens],
+        cos.stride(0) if cos.shape[0] != 1 else 0, cos.stride(1),
+    )  # fmt: skip
+    unit = unit_of(*strides)
+    device = q.get_device()
+    many = not isinstance(total, int) or total > 8 * num_processors(device)
+    key = (device, q.dtype, cos.dtype, dtype, q_heads, k_heads, width, unit, many, backward)
+    launcher = _launchers.get(key)
+    if launcher is None:
+        if not backward:
+            _check(q, k, cos, sin, heads)
+        shares = 1 if many else min(_MOST_SHARES, power_of_2(max(q_heads, k_heads)))
+        q_share, k_share = (power_of_2(-(-n // shares)) for n in (q_heads, k_heads))
+        block = power_of_2(width // 2)
+        launcher = _launchers[key] = Launcher(
+            _kernel,
+            shares,
+            Q_HEADS=q_heads,
+            K_HEADS=k_heads,
+            SHARES=shares,
+            Q_SHARE=q_share,
+            K_SHARE=k_share,
+            BLOCK=block,
+            HALF=width // 2,
+            UNIT=unit,
+            BACKWARD=backward,
+            num_warps=max(1, min(4, q_share * block // 256)),
+        )
+    launcher(
+        num_tokens, batch * launcher.size, (q, k, cos, sin, q_out, k_out), tuple(s // unit for s in strides), traced
+    )
+    return results
+
+
+def _unit_last(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(3) == 1 else x.contiguous()
+
+
+def _plain(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+
+    def rotate(x: torch.Tensor) -> torch.Tensor:
+        first, second = x.chunk(2, dim=-1)
+        return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+    return rotate(q), rotate(k)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.save_for_backward(cos, sin)
+        ctx.unsqueeze_dim, ctx.dtype = unsqueeze_dim, q.dtype
+        return _run(q, k, cos, sin, unsqueeze_dim, torch.promote_types(q.dtype, cos.dtype), False)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        cos, sin = ctx.saved_tensors
+        return *_run(dq, dk, cos, sin, ctx.unsqueeze_dim, ctx.dtype, True), None, None, None
+
+
+@torch.library.triton_op(f"{NAMESPACE}::rotary", mutates_args={})
+def _operation(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    dtype = torch.promote_types(q.dtype, cos.dtype)
+    return _run(q, k, cos, sin, unsqueeze_dim, dtype, False, torch.library.wrap_triton(_kernel))
+
+
+@torch.library.triton_op(f"{NAMESPACE}::rotary_backward", mutates_args={})
+def _backward_operation(
+    dq: torch.Tensor, dk: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int, dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _run(dq, dk, cos, sin, unsqueeze_dim, dtype, True, torch.library.wrap_triton(_kernel))
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    q, _, cos, sin, ctx.unsqueeze_dim = inputs
+    ctx.dtype = q.dtype
+    ctx.save_for_backward(cos, sin)
+
+
+def _operation_backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+    cos, sin = ctx.saved_tensors
+    return *_backward_operation(dq, dk, cos, sin, ctx.unsqueeze_dim, ctx.dtype), None, None, None
+
+
+_operation.register_autograd(_operation_backward, setup_context=_setup_context)
+
+
+def rotary(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, *, unsqueeze_dim: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """q * cos + rotate_half(q) * sin, and the same for k, computed in float32 and rounded once.
+
+    `q` is [B, Hq, S, D] and `k` [B, Hk, S, D] (`unsqueeze_dim=1`), or heads and tokens swapped (`unsqueeze_dim=2`), of
+    one dtype (float32, bfloat16, float16), with any strides; D is even and at most 1024. `cos` and `sin` are [B, S, D]
+    or [1, S, D], of that dtype or float32; their second half need not repeat the first. The results have the dtype to
+    which PyTorch promotes q and cos and lie in memory as [B, S, H, D]. Where cos or sin needs a gradient, the plain
+    formula is computed instead. Raises ValueError for anything else.
+    """
+    if needs_grad(cos, sin):
+        return _plain(q, k, cos, sin, unsqueeze_dim)
+    if watched(q, k, cos, sin):
+        results: tuple[torch.Tensor, torch.Tensor] = _operation(q, k, cos, sin, unsqueeze_dim)
+        return results
+    if needs_grad(q, k):
+        results = _Function.apply(q, k, cos, sin, unsqueeze_dim)
+        return results
+    return _run(q, k, cos, sin, unsqueeze_dim, torch.promote_types(q.dtype, cos.dtype), False)
