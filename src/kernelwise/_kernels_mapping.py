@@ -1,8 +1,8 @@
 """Rules → the mapping that the `kernels` library takes. Part of the config stage.
 
 That library chooses a kernel by layer name, device type and mode, and knows repositories of the Hub and local ones.
-What a rule says beyond that is refused where leaving it out would change what happens to other layers, and left out with
-a warning where it would not.
+What a rule says beyond that is refused where leaving it out would change what happens to other layers, and left out
+with a warning where it would not.
 """
 
 from __future__ import annotations
