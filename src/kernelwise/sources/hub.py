@@ -20,6 +20,7 @@ from kernelwise.sources._variant import check_statically, load_layer
 
 _HUB_NAME = re.compile(r"[0-9A-Za-z_](?:[0-9A-Za-z._-]*[0-9A-Za-z_])?")
 _FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
+_downloaded: dict[tuple[Path, str], Installed] = {}
 
 
 def load(ref: KernelRef, *, device: str) -> Kernel:
@@ -94,15 +95,22 @@ def _commit(ref: KernelRef, api: Any) -> str:
 
 
 def _download(ref: KernelRef, commit: str, *, backend: str) -> Installed:
+    """Download a commit and check the bytes; a commit that this process has is not asked for again."""
+    snapshot = _snapshot(ref.location, commit)
+    known = _downloaded.get((snapshot, backend))
+    if known is not None and known.variant.is_dir():
+        return known
     try:
         installed = _kernels_compat.install(
             ref.location, revision=commit, backend=backend, trust_remote_code=ref.trust_remote_code
         )
     except Exception:
-        _check_bytes(ref, _snapshot(ref.location, commit))
+        _check_bytes(ref, snapshot)
         raise
     for build in _builds(installed):
         _check_bytes(ref, build.variant)
+    if not installed.dependencies:  # what a commit depends on are versions, which can move
+        _downloaded[snapshot, backend] = installed
     return installed
 
 
