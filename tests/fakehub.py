@@ -2,7 +2,7 @@
 
     with FakeHub(trusted={"good"}) as hub, hub.patched(cache_folder):
         hub.add("good/norm", {"v1": kernel_files("norm", layers=SOURCE)})
-        hub.fail(r"/resolve/", status=503, times=2)     # faults: status, drop=True, hub.delay, hub.corrupt
+        hub.fail(r"/resolve/", status=503, times=2)     # also drop=True, hub.cut, hub.corrupt, hub.delay
         ...
         hub.requests                                     # what was asked for, in order
 
@@ -158,6 +158,10 @@ class FakeHub:
     def corrupt(self, pattern: str, *, times: int | None = None) -> None:
         """Serve the right number of wrong bytes."""
         self._faults.append(Fault(re.compile(pattern), "corrupt", times))
+
+    def cut(self, pattern: str, *, times: int | None = None) -> None:
+        """Drop the connection after half of the bytes."""
+        self._faults.append(Fault(re.compile(pattern), "cut", times))
 
     def heal(self) -> None:
         """End all faults."""
@@ -376,8 +380,11 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), "X-Request-Id": "fake", **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command != "HEAD":
-            self.wfile.write(body)
+        if self.command == "HEAD":
+            return
+        if self.hub.fault(self.path, "cut"):
+            body, self.close_connection = body[: len(body) // 2], True
+        self.wfile.write(body)
 
     def _log(self, status: int) -> None:
         if self.path == "/api/agent-harnesses":  # telemetry of the Hub client

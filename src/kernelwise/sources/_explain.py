@@ -55,7 +55,8 @@ def _of_hub(ref: KernelRef, error: BaseException) -> tuple[str, str] | None:
     if isinstance(error, errors.RevisionNotFoundError):
         return f"{ref.location} has no revision {ref.revision!r}", "name a branch, a tag or a full commit that it has"
     if isinstance(error, (errors.OfflineModeIsEnabled, errors.LocalEntryNotFoundError)):
-        return f"the Hub cannot be reached: {one_line(error)}", again
+        cause = error.__cause__ and _of_hub(ref, error.__cause__)
+        return cause or (f"the Hub cannot be reached: {one_line(error)}", again)
     if isinstance(error, errors.EntryNotFoundError):
         return "the repository has no `build` folder with kernels", "name a repository of built kernels"
     if isinstance(error, errors.HfHubHTTPError):
