@@ -2,10 +2,10 @@
 
 A graph is a set of interned nodes: two equal expressions in one graph are one node, so comparing nodes is comparing
 identities. `Graph.apply` takes an ATen operation as it was traced and rewrites it by a fixed set of identities. Those
-that hold bit for bit: casts and views that change nothing, `x - y` as `x + (-y)`, `pow(x, 2)` as `x * x`, type promotion
-made explicit, argument order, splits as slices. Those that hold up to the rounding of one operation:
-`pow(x, -0.5)`, `1 / sqrt(x)` and `y / sqrt(x)` through `rsqrt`. Whatever has no rule stays as it was traced, and
-therefore equals nothing but itself.
+that hold bit for bit: casts and views that change nothing, `x - y` as `x + (-y)`, `pow(x, 2)` as `x * x`, promotion to
+a wider dtype made explicit, splits as slices. Those that hold up to the rounding of one operation: `pow(x, -0.5)`,
+`1 / sqrt(x)` and `y / sqrt(x)` through `rsqrt`. Whatever has no rule stays as it was traced, and therefore equals
+nothing but itself.
 """
 
 from __future__ import annotations
@@ -304,7 +304,7 @@ def _mean(graph: Graph, a: dict[str, Any], shape: Shape, dtype: torch.dtype) -> 
 
 
 def _transpose(graph: Graph, a: dict[str, Any], shape: Shape, dtype: torch.dtype) -> Node | None:
-    x = a["self"]
+    x: Node = a["self"]
     dims = list(range(len(x.shape)))
     if len(dims) < 2:
         return x
@@ -322,7 +322,7 @@ def _view(graph: Graph, a: dict[str, Any], shape: Shape, dtype: torch.dtype) -> 
 
 
 def _expand(graph: Graph, a: dict[str, Any], shape: Shape, dtype: torch.dtype) -> Node | None:
-    x = a["self"]
+    x: Node = a["self"]
     return x if x.shape == shape else graph.node("expand", (x,), shape, dtype)
 
 

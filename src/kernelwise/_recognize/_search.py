@@ -137,12 +137,11 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
 
 def _tensor_argument(forward: Callable[..., Any]) -> str:
     """The one argument that a forward needs besides `self`. Raises `Untraceable` where there is not exactly one."""
-    parameters = list(parameters_of(forward).values())[1:]
-    named = [p for p in parameters if p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    needed = [p for p in named if p.default is p.empty]
+    named = list(parameters_of(forward).values())[1:]
+    needed = [p for p in named if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
     if len(needed) != 1 or needed[0].kind is inspect.Parameter.KEYWORD_ONLY:
         raise Untraceable(f"its forward takes {len(needed)} arguments that have no default")
-    others = [p.name for p in named if p.default is not p.empty]
+    others = [p.name for p in named if p is not needed[0]]
     if others:
         raise Untraceable(f"its forward also takes {', '.join(others)}")
     return needed[0].name
@@ -228,8 +227,13 @@ def find_function(function: Callable[..., Any]) -> Finding:
 
 
 def _function_is(
-    op: Operation, variant: Variant, choice: str | None, value: int | None, function: Callable[..., Any],
-    needed: list[str], argument: str | None,
+    op: Operation,
+    variant: Variant,
+    choice: str | None,
+    value: int | None,
+    function: Callable[..., Any],
+    needed: list[str],
+    argument: str | None,
 ) -> dict[str, Any] | Graph | str:
     """The filling of the roles if the function is this variant, else its graph or the reason for none."""
     fixed = {} if choice is None or value is None else {choice: value}
@@ -294,7 +298,12 @@ def _forms(op: Operation) -> Iterator[Callable[..., Any]]:
 
 
 def _match_form(
-    op: Operation, form: Callable[..., Any], variant: Variant, fixed: dict[str, int], graph: Graph, at: Round,
+    op: Operation,
+    form: Callable[..., Any],
+    variant: Variant,
+    fixed: dict[str, int],
+    graph: Graph,
+    at: Round,
     shapes: tuple[tuple[str, tuple[int, ...]], ...] | None,
 ) -> Match | None:
     numbers = markers(tuple(role.name for role in op.roles if role.kind == "number"))
@@ -312,7 +321,11 @@ def _shapes_of(graph: Graph, roles: dict[str, Bound]) -> tuple[tuple[str, tuple[
 
 @functools.lru_cache(maxsize=2048)
 def _reference_graph(
-    name: str, form: Callable[..., Any], variant: Variant, fixed: tuple[tuple[str, int], ...], at: Round,
+    name: str,
+    form: Callable[..., Any],
+    variant: Variant,
+    fixed: tuple[tuple[str, int], ...],
+    at: Round,
     shapes: tuple[tuple[str, tuple[int, ...]], ...] | None,
 ) -> Graph | str:
     """The graph of one form of a reference, or why it has none at these shapes."""
@@ -349,7 +362,11 @@ def _call_role(stage: Stage, source: Source, shape: tuple[int, ...], x: torch.Te
 
 
 def _prove(
-    op: Operation, variant: Variant, fixed: dict[str, int], candidate: Candidate, roles: dict[str, Bound],
+    op: Operation,
+    variant: Variant,
+    fixed: dict[str, int],
+    candidate: Candidate,
+    roles: dict[str, Bound],
     rounds: tuple[Round, ...],
 ) -> str | None:
     """Return why a layer that matched in the first round is not this variant after all, or None."""

@@ -16,6 +16,7 @@ import inspect
 import logging
 import threading
 import types
+import weakref
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,13 +35,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kernelwise._recognize._graph import Graph, Node, parts_of
 
 
-class Untraceable(Exception):  # noqa: N818 (an answer, not an error)
+class Untraceable(Exception):  # noqa: N818
     """The forward does something that a graph cannot say; the message is the reason."""
 
 
 @dataclass(frozen=True, slots=True)
 class Source:
-    """Where an input of a graph comes from: `("argument", "x")`, `("attribute", "weight")`, `("child", "gate_proj")`."""
+    """Where an input of a graph comes from: `("argument", "x")`, `("attribute", "weight")`, `("child", "up")`."""
 
     kind: str
     name: str
@@ -66,11 +67,12 @@ class Recorder(TorchDispatchMode):
     """Writes every ATen operation into a graph of canonical nodes."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.graph = Graph()
         self._values: dict[int, Node] = {}
         self._tensors: list[torch.Tensor] = []  # keeps ids alive
         self._given: set[int] = set()  # storages that belong to the caller
+        self.paused = False
 
     def input(self, tensor: torch.Tensor, source: Source) -> torch.Tensor:
         """Make `tensor` an input of the graph."""
@@ -100,14 +102,14 @@ class Recorder(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
-        if func.namespace == "prim":
+        if self.paused or func.namespace == "prim":
             return result
         if torch.Tag.nondeterministic_seeded in func.tags:
             raise Untraceable(f"it draws random numbers ({func})")
         schema = func._schema
         arguments = dict(zip((a.name for a in schema.arguments), args, strict=False))
         for argument in schema.arguments[len(args) :]:
-            arguments[argument.name] = kwargs[argument.name] if argument.name in kwargs else argument.default_value
+            arguments[argument.name] = kwargs.get(argument.name, argument.default_value)
         name = str(func).removeprefix("aten.")
         if name == "lift_fresh.default":
             self._bind(result, self._constant(arguments["self"]))
@@ -143,7 +145,7 @@ class Recorder(TorchDispatchMode):
         """Record `x.add_(y)` as `x = x.add(y)`, where nobody else can see the write."""
         packet, overload = str(func).removeprefix("aten.").split(".")
         target = arguments.get("self")
-        if not packet.endswith("_") or packet.endswith("__") or not isinstance(target, torch.Tensor) or result is not target:
+        if not packet.endswith("_") or packet.endswith("__") or result is not target or target is None:
             raise Untraceable(f"it writes into a tensor ({func})")
         storage = _storage(target)
         views = sum(_storage(tensor) == storage for tensor in self._tensors)
@@ -176,7 +178,7 @@ class Recorder(TorchDispatchMode):
 
 
 def _storage(tensor: torch.Tensor) -> int:
-    return tensor.untyped_storage()._cdata
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _refuse_custom_autograd(outputs: tuple[torch.Tensor, ...]) -> None:
@@ -198,6 +200,7 @@ def _refuse_custom_autograd(outputs: tuple[torch.Tensor, ...]) -> None:
 
 MISSING = "<missing>"
 Token = Any
+_SCALARS = frozenset({bool, int, float, str, type(None)})
 _PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, type)
 _CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial)
 
@@ -217,35 +220,58 @@ class Reads:
 
 
 def token(value: Any) -> Token:
-    """Return what a trace can see of `value`, as something that can be compared and that holds no tensor alive."""
-    if isinstance(value, (bool, int, float, str, type(None))):
-        return (type(value), value)
+    """Return what a trace can see of `value`, as something that can be compared and that keeps nothing alive."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return (kind, value)
     if isinstance(value, torch.Tensor):
-        return ("tensor", value.dtype.is_floating_point, None if value.dtype.is_floating_point else value.dtype, value.shape)
+        floating = value.dtype.is_floating_point
+        return ("tensor", None if floating else value.dtype, value.shape)
     if isinstance(value, nn.Module):
-        return ("module", child_token(value))
+        return child_token(value)
     if isinstance(value, (tuple, list)):
-        return (type(value), tuple(token(item) for item in value))
+        return (kind, tuple(token(item) for item in value))
     if isinstance(value, dict):
-        return (type(value), tuple((key, token(item)) for key, item in value.items()))
+        return (kind, tuple((key, token(item)) for key, item in value.items()))
     if isinstance(value, types.MethodType):
-        return ("method", value.__func__)
+        return ("method", weakref.ref(value.__func__))
+    if isinstance(value, functools.partial):
+        return ("partial", token(value.func), token(value.args), token(value.keywords))
+    if isinstance(value, (type, types.FunctionType)):
+        return weakref.ref(value)
     if isinstance(value, (*_PLAIN, *_CODE)):
         return value
-    return ("object", type(value))
+    return ("object", weakref.ref(kind))
 
 
 def child_token(module: nn.Module) -> Token:
-    """What a trace can see of a child before it calls it."""
-    return (type(module), has_hooks(module), "forward" in module.__dict__, getattr(module, "out_features", None))
+    """What decides how a trace goes on at a child: its class, and whether it is a function or a leaf."""
+    return (weakref.ref(type(module)), is_function(module))
 
 
 def has_hooks(module: nn.Module) -> bool:
-    """Whether anything runs around this module's forward."""
+    """Whether anything but the class's own forward runs when this module is called."""
     d = module.__dict__
     return bool(
-        d["_forward_hooks"] or d["_forward_pre_hooks"] or d["_backward_hooks"] or d["_backward_pre_hooks"]
-    ) or d.get("_compiled_call_impl") is not None
+        d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or d.get("_compiled_call_impl") is not None
+        or "forward" in d
+        or type(module).__call__ is not nn.Module.__call__
+    )
+
+
+def is_function(module: nn.Module) -> bool:
+    """Whether a module is nothing but a function: no parameters, no buffers, nothing around its forward."""
+    d = module.__dict__
+    return (
+        all(value is None for value in d["_parameters"].values())
+        and all(value is None for value in d["_buffers"].values())
+        and not has_hooks(module)
+        and all(child is None or is_function(child) for child in d["_modules"].values())
+    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -295,7 +321,7 @@ class _StandIn:
         raise Untraceable(f"it deletes its attribute {name}")
 
 
-_INTERNAL = frozenset({"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks", "_backward_hooks"})
+_INTERNAL = frozenset({"_parameters", "_buffers", "_modules", "_forward_hooks", "_forward_pre_hooks"})
 
 
 class View:
@@ -320,6 +346,7 @@ class View:
         if on_class is not None:
             if not callable(on_class) and not hasattr(type(on_class), "__get__"):
                 return self._keep(name, on_class)
+            self._stage.reads.note((*self._path, name), getattr(type(self._module), name))
             return object.__getattribute__(stand_in, name)
         for kind in ("_parameters", "_buffers", "_modules"):
             if name in d[kind]:
@@ -371,8 +398,8 @@ class _Plain:
     def __init__(self, value: Any, stage: Stage, path: tuple[str, ...]) -> None:
         self.__dict__["_kernelwise"] = (value, stage, path)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self.__dict__["_kernelwise"][0])
 
     def __getattr__(self, name: str) -> Any:
@@ -412,8 +439,8 @@ class Child:
     def __init__(self, module: nn.Module, stage: Stage, path: tuple[str, ...]) -> None:
         self.__dict__["_kernelwise"] = (module, stage, path)
 
-    @property
-    def __class__(self) -> type:  # type: ignore[override]
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
         return type(self.__dict__["_kernelwise"][0])
 
     def _inner(self) -> Any:
@@ -449,14 +476,13 @@ class Child:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, stage, path = self.__dict__["_kernelwise"]
-        stage.reads.tokens.setdefault(path, token(module))
         if type(module) is nn.Sequential and not has_hooks(module):
             (value,) = args
             for child in self:
                 value = child(value)
             return value
         if is_function(module):
-            return type(module).forward(self._inner(), *args, **kwargs)
+            return self._inner().forward(*args, **kwargs)
         tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
         if len(tensors) != 1 or len(args) != 1 or kwargs:
             raise Untraceable(f"it calls its child {'.'.join(path)} with more than one tensor")
@@ -464,34 +490,28 @@ class Child:
 
     def _result(self, x: torch.Tensor) -> torch.Tensor:
         """A fake tensor of the shape that the child gives. Only a shape: what the child computes stays unknown."""
-        module, stage, path = self.__dict__["_kernelwise"]
+        module, path = self.__dict__["_kernelwise"][0], self.__dict__["_kernelwise"][2]
+        stage: Stage = self.__dict__["_kernelwise"][1]
         wide_in, wide_out = getattr(module, "in_features", None), getattr(module, "out_features", None)
         if isinstance(wide_in, int) and isinstance(wide_out, int):
-            stage.reads.tokens[(*path, "in_features")] = (int, wide_in)
+            stage.reads.note((*path, "in_features"), wide_in)
+            stage.reads.note((*path, "out_features"), wide_out)
             if x.shape[-1] != wide_in:
                 raise Untraceable(f"its child {'.'.join(path)} takes {wide_in} features, not {x.shape[-1]}")
             return stage.fake((*x.shape[:-1], wide_out), x.dtype)
         inner = Stage(Recorder(), stage.mode, stage.widths, training=False)
         stand_in = make_stand_in(module, inner)
         given = inner.recorder.input(stage.fake(tuple(x.shape), x.dtype), Source("argument", "x"))
-        result = _run(inner, functools.partial(type(module).forward, stand_in), (given,), {})
+        stage.recorder.paused = True
+        try:
+            result = _run(inner, functools.partial(type(module).forward, stand_in), (given,), {})
+        finally:
+            stage.recorder.paused = False
+            for key, value in inner.reads.tokens.items():
+                stage.reads.tokens.setdefault((*path, *key), value)
         if not isinstance(result, torch.Tensor):
             raise Untraceable(f"its child {'.'.join(path)} gives no single tensor")
-        for key, value in inner.reads.tokens.items():
-            stage.reads.tokens.setdefault((*path, *key), value)
         return stage.fake(tuple(result.shape), result.dtype)
-
-
-def is_function(module: nn.Module) -> bool:
-    """Whether a module is nothing but a function: no parameters, no buffers, no hooks, no forward of its own."""
-    d = module.__dict__
-    return (
-        not has_hooks(module)
-        and "forward" not in d
-        and not any(True for _ in module.parameters())
-        and not any(True for _ in module.buffers())
-        and all(not has_hooks(child) and "forward" not in child.__dict__ for child in module.modules())
-    )
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -563,12 +583,16 @@ def innermost_forward(module: nn.Module) -> Callable[..., Any]:
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
-    """Parameters of a function by name, without those that its code never reads."""
+    """Parameters of a function by name, without those that need not be given and that its code never reads."""
     code = getattr(inspect.unwrap(function), "__code__", None)
     parameters = dict(inspect.signature(function).parameters)
     if code is None:
         return parameters
-    return {name: p for name, p in parameters.items() if p.default is p.empty or name in _names_read(code)}
+    given = {name for name, p in parameters.items() if p.default is p.empty and p.kind not in _STARRED}
+    return {name: p for name, p in parameters.items() if name in given or name in _names_read(code)}
+
+
+_STARRED = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -28,7 +28,7 @@ def _gelu_accurate(x: Tensor) -> Tensor:
     return 0.5 * x * (1 + torch.tanh(math.sqrt(2 / math.pi) * (x + 0.044715 * torch.pow(x, 3))))
 
 
-# name → how it is written. The first formula is the meaning; the others differ from it by the rounding of one operation.
+# name → how it is written. The first formula is the meaning; the others differ from it by one rounding.
 # `gelu_new`, `gelu_fast` and `gelu_python` round after every step in narrow dtypes, so they have names of their own.
 ACTIVATIONS: dict[str, tuple[Activation, ...]] = {
     "silu": (F.silu, lambda x: x * torch.sigmoid(x)),

@@ -1,0 +1,165 @@
+"""Answers that are remembered, and what each depends on.
+
+An answer about a layer holds as long as everything its trace has looked at is the same: the attributes that the forward
+has read, the functions that it can reach through its globals, the values in their closures. Nothing here keeps a
+module, a class or a function alive.
+"""
+
+from __future__ import annotations
+
+import builtins
+import functools
+import types
+import weakref
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from kernelwise._recognize._trace import MISSING, Reads, token
+
+
+def plain_function(value: Any) -> types.FunctionType | None:
+    """Return the Python function under decorators and under the wrapper that the kernels library puts around one."""
+    seen: set[int] = set()
+    while id(value) not in seen:
+        seen.add(id(value))
+        if isinstance(value, nn.Module):
+            value = _wrapped_function(value)
+        elif hasattr(value, "__wrapped__"):
+            value = value.__wrapped__
+    return value if isinstance(value, types.FunctionType) else None
+
+
+def _wrapped_function(module: nn.Module) -> Any:
+    """The function that a module's class does nothing but call: the only value in the closure of its forward."""
+    cells: tuple[types.CellType, ...] = getattr(type(module).forward, "__closure__", None) or ()
+    if "forward" in module.__dict__ or len(cells) != 1:
+        return None
+    return cells[0].cell_contents
+
+
+def is_library(function: types.FunctionType) -> bool:
+    """Whether a function is PyTorch's own."""
+    return (function.__module__ or "").partition(".")[0] == "torch"
+
+
+@functools.lru_cache(maxsize=4096)
+def global_names(code: types.CodeType) -> frozenset[str]:
+    """Every name that code, or a function defined inside it, may look up in its globals."""
+    names = set(code.co_names)
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            names |= global_names(constant)
+    return frozenset(names)
+
+
+@dataclass(frozen=True, slots=True)
+class _Global:
+    """A name in somebody's globals and what stood there."""
+
+    space: dict[str, Any]
+    name: str
+    value: Any
+
+    def holds(self) -> bool:
+        return bool(_pin(self.space.get(self.name, MISSING)) == self.value)
+
+
+@dataclass(frozen=True, slots=True)
+class _Cell:
+    """A variable of a closure and what stood there."""
+
+    function: weakref.ref[types.FunctionType]
+    index: int
+    value: Any
+
+    def holds(self) -> bool:
+        function = self.function()
+        return function is not None and bool(_contents(function, self.index) == self.value)
+
+
+def _contents(function: types.FunctionType, index: int) -> Any:
+    cells = function.__closure__ or ()
+    try:
+        return _pin(cells[index].cell_contents)
+    except (ValueError, IndexError):
+        return MISSING
+
+
+def _pin(value: Any) -> Any:
+    """Something that is equal for the same value and different for another one, and keeps nothing alive."""
+    if isinstance(value, types.ModuleType):
+        return value
+    if isinstance(value, nn.Module):
+        return (weakref.ref(type(value)), id(value))
+    if isinstance(value, (list, tuple, dict)):
+        items = list(value.values()) if isinstance(value, dict) else value
+        if len(items) > 16 or not all(isinstance(item, (int, float, str, type(None))) for item in items):
+            return (type(value), id(value))
+        return token(value)
+    made = token(value)
+    return (made, id(value)) if isinstance(made, tuple) and made[0] in ("object", "tensor", "partial") else made
+
+
+class Entry:
+    """An answer and everything it depends on."""
+
+    __slots__ = ("_code", "_reads", "answer")
+
+    def __init__(self, answer: Any, reads: Reads, functions: Iterable[Any]) -> None:
+        self.answer = answer
+        self._reads = tuple(reads.tokens.items())
+        called = (value() for value in reads.tokens.values() if isinstance(value, weakref.ref))
+        self._code = tuple(_dependencies((*functions, *called)))
+
+    def holds(self, module: nn.Module | None) -> bool:
+        """Whether a trace of `module` would read the same values and run the same functions."""
+        for path, value in self._reads:
+            if value_at(module, path) != value:
+                return False
+        return all(item.holds() for item in self._code)
+
+
+def value_at(module: Any, path: tuple[str, ...]) -> Any:
+    """Return the token of what a trace would find at `path`."""
+    value = module
+    for name in path:
+        if isinstance(value, nn.Module):
+            d = value.__dict__
+            if name in d:
+                value = d[name]
+            elif name in d["_parameters"]:
+                value = d["_parameters"][name]
+            elif name in d["_buffers"]:
+                value = d["_buffers"][name]
+            elif name in d["_modules"]:
+                value = d["_modules"][name]
+            else:
+                value = getattr(type(value), name, MISSING)
+        elif isinstance(value, dict):
+            value = value.get(name, MISSING)
+        else:
+            value = getattr(value, name, MISSING)
+        if value is MISSING:
+            return MISSING
+    return token(value)
+
+
+def _dependencies(functions: Iterable[Any]) -> Iterator[_Global | _Cell]:
+    """Every global and closure variable that the code of these functions, and of those they can call, looks up."""
+    stack = [plain_function(function) for function in functions]
+    seen: set[Callable[..., Any]] = set()
+    while stack:
+        function = stack.pop()
+        if function is None or function in seen or is_library(function):
+            continue
+        seen.add(function)
+        for index in range(len(function.__closure__ or ())):
+            yield _Cell(weakref.ref(function), index, _contents(function, index))
+        for name in global_names(function.__code__):
+            space = function.__globals__
+            if name in space and not hasattr(builtins, name):
+                yield _Global(space, name, _pin(space[name]))
+                stack.append(plain_function(space[name]))

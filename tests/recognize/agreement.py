@@ -1,0 +1,98 @@
+"""Run a recognised layer and the reference of its operation on the same inputs, and compare."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+from exact import float64_mode
+from torch import Tensor, nn
+
+from kernelwise._data import Recognition
+from kernelwise.ops import OPERATIONS
+
+SIZES = {"B": 2, "S": 5, "D": 16, "Hq": 4, "Hk": 2}
+
+
+def reference_arguments(recognition: Recognition, module: nn.Module | None, given: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of the reference: every role looked up where the recognition says."""
+    arguments: dict[str, Any] = dict(recognition.options)
+    for role, binding in recognition.roles:
+        if binding.kind == "argument":
+            arguments[role] = given[str(binding.value)]
+        elif binding.kind == "attribute":
+            arguments[role] = getattr(module, str(binding.value))
+        elif binding.kind == "child":
+            assert module is not None
+            arguments[role] = module.get_submodule(str(binding.value))
+        else:
+            arguments[role] = binding.value
+    return arguments
+
+
+def width_of(module: nn.Module) -> int:
+    """The width of the layer's input."""
+    for child in module.children():
+        if isinstance(getattr(child, "in_features", None), int):
+            return int(child.in_features)
+    for parameter in module.parameters():
+        return int(parameter.shape[-1])
+    return 24
+
+
+def randomize(module: nn.Module, generator: torch.Generator) -> None:
+    with torch.no_grad():
+        for parameter in module.parameters():
+            scale = 1.0 if parameter.ndim == 1 else parameter.shape[-1] ** -0.5
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
+
+
+def assert_agrees(module: nn.Module, recognition: Recognition, given: dict[str, Tensor], call: Any = None) -> None:
+    """Assert that a layer is what it was recognised as, in float64 to 1e-10 and in bf16 to one rounding."""
+    call = module if call is None else call
+    reference = OPERATIONS[recognition.op].reference
+
+    def both(inputs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
+        own = call(**inputs)
+        ours = reference(**reference_arguments(recognition, module, inputs))
+        own, ours = (item if isinstance(item, tuple) else (item,) for item in (own, ours))
+        assert len(own) == len(ours)
+        return list(zip(own, ours, strict=True))
+
+    with torch.no_grad():
+        wide = {key: value.double() if torch.is_floating_point(value) else value for key, value in given.items()}
+        module.double()
+        with float64_mode():
+            pairs = both(wide)
+        for own, ours in pairs:
+            assert own.shape == ours.shape
+            assert (own - ours).abs().max() <= 1e-10 * max(1.0, float(own.abs().max()))
+        for dtype in (torch.bfloat16, torch.float16):
+            module.to(dtype)
+            for own, ours in both({key: value.to(dtype) for key, value in given.items()}):
+                assert own.dtype == ours.dtype
+                error = (own.double() - ours.double()).abs().max()
+                assert error <= 2 * torch.finfo(dtype).eps * float(own.double().abs().max()), (recognition, error)
+
+
+def inputs_of(module: nn.Module, recognition: Recognition, generator: torch.Generator) -> dict[str, Tensor]:
+    """Random inputs for a recognised module with one tensor argument."""
+    (name,) = [binding.value for _, binding in recognition.roles if binding.kind == "argument"]
+    return {str(name): torch.randn(2, 5, width_of(module), generator=generator)}
+
+
+def function_inputs(function: Any, recognition: Recognition, generator: torch.Generator) -> dict[str, Any]:
+    """Random inputs for a recognised function, by the names of its own parameters."""
+    op = OPERATIONS[recognition.op]
+    bindings = dict(recognition.roles)
+    sizes = dict(SIZES)
+    choice = bindings.get("unsqueeze_dim")
+    if choice is not None and choice.kind == "constant":
+        sizes["unsqueeze_dim"] = choice.value
+    given: dict[str, Any] = {}
+    for role in op.roles:
+        if role.kind == "argument":
+            given[str(bindings[role.name].value)] = torch.randn(role.shape(sizes), generator=generator)
+    assert set(given) <= set(inspect.signature(function).parameters)
+    return given
