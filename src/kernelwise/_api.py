@@ -221,23 +221,20 @@ def report(model: nn.Module) -> Report:
     A model that was never kernelized gives a report that says so.
     """
     plans = _apply.plans_of(model)
+    decided = {(d.layer.path, d.mode): d for applied in plans for d in applied.decisions}
     running: dict[tuple[str, str], tuple[Decision, Mapping[str, int]]] = {}
-    for decided in plans:
-        for decision in decided.decisions:
-            running.setdefault((decision.layer.path, decision.mode), (decision, {}))
-            if decision.kernel is None and running[decision.layer.path, decision.mode][0].kernel is None:
-                running[decision.layer.path, decision.mode] = (decision, {})
-    active = set()
     for module, entry in _apply.entries_of(model):
-        counts = entry.fallbacks if entry.layer.function else module.__dict__[_discover.STATE].fallbacks
-        for decision in entry.decisions:
-            active.add((decision.layer.path, decision.mode))
-            running[decision.layer.path, decision.mode] = (decision, counts)
+        counts = entry.fallbacks or {} if entry.layer.function else module.__dict__[_discover.STATE].fallbacks
+        running.update({(d.layer.path, d.mode): (d, counts) for d in entry.decisions})
     rows = []
-    for key, (decision, counts) in running.items():
-        undone = decision.kernel is not None and key not in active
-        rows.append(make_row(replace(decision, kernel=None, reason="undone") if undone else decision, counts))
-    notes = tuple(dict.fromkeys(note for decided in plans for note in decided.notes))
+    for key, decision in decided.items():
+        if key in running:
+            rows.append(make_row(*running[key]))
+        elif decision.kernel is not None:
+            rows.append(make_row(replace(decision, kernel=None, reason="its kernel was taken out again"), {}))
+        else:
+            rows.append(make_row(decision, {}))
+    notes = tuple(dict.fromkeys(note for applied in plans for note in applied.notes))
     return Report(tuple(rows), notes if plans else ("no kernels: the model runs its own code",))
 
 

@@ -13,8 +13,7 @@ import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MethodType
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from torch import nn
 
 from kernelwise._bind import Call, dispatcher, function_call, layer_call, rebuild
-from kernelwise._data import Decision, Layer, Plan
+from kernelwise._data import Decision, Kernel, Layer, Plan
 from kernelwise._discover import STATE, globals_called, innermost_slot, is_dispatcher, own_forward
 from kernelwise._errors import ApplyError
 
@@ -46,7 +45,7 @@ class Entry:
     decisions: tuple[Decision, ...]
     inference: Call | None
     training: Call | None
-    fallbacks: Counter[str] = field(default_factory=Counter)
+    fallbacks: Counter[str] | None = None  # calls of a function that fell back; a module's own stand in its state
 
 
 class ModuleState:
@@ -60,10 +59,18 @@ class ModuleState:
         self.installed = False  # whether our dispatcher was put on the instance
         self.entries: list[Entry] = []
         self.plans: dict[Token, Plan] = {}
-        self.fallbacks: Counter[str] = Counter()
+        self.fallbacks: dict[str, int] = {}
 
     def refresh(self, module: nn.Module) -> None:
         """Choose what runs in each mode: the newest kernelization that speaks of it, else the module's own code."""
+        if (
+            len(self.entries) == 1
+            and (entry := self.entries[0]).layer.function is None
+            and entry.inference
+            and entry.training
+        ):
+            self.inference, self.training = entry.inference, entry.training  # by far the most frequent case
+            return
         inference, training = self._effective(module, "inference"), self._effective(module, "training")
         self.inference, self.training = inference, training
 
@@ -84,7 +91,7 @@ class ModuleState:
     def run_own(self, module: nn.Module, why: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Run the module's own code; count `why` unless a graph is being compiled."""
         if why is not None and not torch.compiler.is_compiling():
-            self.fallbacks[why] += 1
+            self.fallbacks[why] = self.fallbacks.get(why, 0) + 1
         if self.found is None:
             return own_forward(module)(module, *args, **kwargs)
         return self.found(*args, **kwargs)
@@ -136,21 +143,23 @@ def apply(model: nn.Module, plan: Plan) -> Token:
     token = Token()
     with _lock:
         prepared = _prepare(model, plan, token)
-        with ExitStack() as undo:
+        try:
             for module, entry in prepared:
-                undo.callback(_take_out, module, lambda entry: entry.token is token)
                 _put_in(module, entry)
-            _state_of(model).plans[token] = plan
-            undo.pop_all()
+        except BaseException:
+            for module, _ in prepared:
+                _take_out(module, lambda entry: entry.token is token)
+            raise
+        _state_of(model).plans[token] = plan
     return token
 
 
 def _prepare(model: nn.Module, plan: Plan, token: Token) -> list[tuple[nn.Module, Entry]]:
     """Bind every call that the plan needs. Layers that no kernelization has a kernel for are left out."""
-    by_layer: dict[int, list[Decision]] = {}
+    by_layer: dict[tuple[str, str | None], list[Decision]] = {}
     for decision in plan.decisions:
-        by_layer.setdefault(id(decision.layer), []).append(decision)
-    functions: dict[Any, tuple[Call, Counter[str]]] = {}
+        by_layer.setdefault((decision.layer.path, decision.layer.function), []).append(decision)
+    bound: dict[tuple[int, ...], tuple[Call, Counter[str] | None]] = {}  # alike layers share their call
     prepared: list[tuple[nn.Module, Entry]] = []
     for decisions in by_layer.values():
         layer = decisions[0].layer
@@ -161,31 +170,44 @@ def _prepare(model: nn.Module, plan: Plan, token: Token) -> list[tuple[nn.Module
         if not has_kernel and STATE not in module.__dict__:
             continue
         calls: dict[str, Call | None] = {}
-        fallbacks: Counter[str] = Counter()
+        fallbacks: Counter[str] | None = None
         for decision in decisions:
-            call: Call | None = None
-            if decision.kernel is not None and layer.function is None:
-                call = layer_call(layer, decision.kernel)
-            elif decision.kernel is not None and layer.function is not None:
-                original = globals_called(own_forward(module))[layer.function]
-                key = (id(original), decision.kernel, layer.recognition, id(own_forward(module)))
-                if key not in functions:
-                    counts: Counter[str] = Counter()
-                    functions[key] = function_call(layer, decision.kernel, original, counts), counts
-                call, fallbacks = functions[key]
-                _rebuilt(type(module).__name__, own_forward(module), {layer.function: call})
-            calls[decision.mode] = call
+            calls[decision.mode] = None
+            if decision.kernel is not None:
+                calls[decision.mode], fallbacks = _bind(module, layer, decision.kernel, bound)
         fixed = next(iter(calls.values()))  # a single fixed mode serves both train() and eval()
         inference, training = calls.get("inference", fixed), calls.get("training", fixed)
         prepared.append((module, Entry(token, layer, tuple(decisions), inference, training, fallbacks)))
     return prepared
 
 
+def _bind(
+    module: nn.Module, layer: Layer, kernel: Kernel, bound: dict[tuple[int, ...], tuple[Call, Counter[str] | None]]
+) -> tuple[Call, Counter[str] | None]:
+    """Bind a kernel to one layer, or take the call that an alike layer has. Functions bring a count of their own."""
+    own = own_forward(module)
+    key = (id(own), id(kernel), id(layer.signature), id(layer.recognition), hash(layer.function))
+    if key not in bound and layer.function is None:
+        bound[key] = layer_call(layer, kernel), None
+    elif key not in bound and layer.function is not None:
+        fallbacks: Counter[str] = Counter()
+        call = function_call(layer, kernel, globals_called(own)[layer.function], fallbacks)
+        _rebuilt(
+            type(module).__name__, own, {layer.function: call}
+        )  # what cannot be rebuilt is known before any change
+        bound[key] = call, fallbacks
+    return bound[key]
+
+
 def _find(model: nn.Module, layer: Layer) -> nn.Module:
     path = layer.path.rpartition(".")[0] if layer.function is not None else layer.path
     try:
-        module = model.get_submodule(path)
-    except AttributeError as error:
+        module = model
+        for name in filter(None, path.split(".")):
+            child = module._modules[name]
+            assert child is not None
+            module = child
+    except (KeyError, AssertionError) as error:
         raise ApplyError(
             f"the plan has a layer at {layer.path}, which this model does not have\n  go on      plan again for this model"
         ) from error
@@ -202,7 +224,7 @@ def _state_of(module: nn.Module) -> ModuleState:
     state: ModuleState | None = module.__dict__.get(STATE)
     if state is None:
         state = ModuleState()
-        state.refresh(module)
+        state.inference = state.training = _run_class_forward
         module.__dict__[STATE] = state
         module.__dict__["__reduce_ex__"] = MethodType(_reduce_clean, module)
         module.__dict__["__deepcopy__"] = MethodType(_deepcopy, module)

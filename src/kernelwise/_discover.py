@@ -89,13 +89,14 @@ def _layers_of(module: nn.Module, paths: tuple[str, ...], fallback_device: str) 
     recognition = found if isinstance(found, Recognition) else None
     name = registered or named or (ops.layer_name(recognition) if recognition else None)
     if name is not None:
+        device, dtypes = _device_and_dtypes(module)
         yield Layer(
             path=paths[0],
             name=name,
             class_name=_class_name(_class_of(module)),
             how="registered" if registered else "named" if named else "recognised",
-            device=model_device(module) or fallback_device,
-            dtypes=_dtypes(module),
+            device=device or fallback_device,
+            dtypes=dtypes,
             paths=paths,
             signature=signature(own_forward(module)),
             attributes=_attributes(module),
@@ -134,14 +135,15 @@ def _functions_of(
         entries[key] = (name, recognised.pop(name_in_forward or "", None), blocked, wrapper)
     for key, found in recognised.items():
         entries[key] = (ops.layer_name(found), found, None, called.get(key))
+    device, dtypes = _device_and_dtypes(module)
     for key, (name, recognition, blocked, value) in entries.items():
         yield Layer(
             path=f"{paths[0]}.{name}" if paths[0] else name,
             name=name,
             class_name=_class_name(_class_of(module)),
             how="registered" if id(value) in wrappers else "recognised",
-            device=model_device(module) or fallback_device,
-            dtypes=_dtypes(module),
+            device=device or fallback_device,
+            dtypes=dtypes,
             paths=tuple(f"{path}.{name}" if path else name for path in paths),
             signature=_function_signature(value),
             attributes=_attributes(value) if isinstance(value, nn.Module) else frozenset(),
@@ -263,13 +265,27 @@ def _instance_attributes(cls: Any, names: tuple[str, ...]) -> frozenset[str]:
 
 
 def _attributes(module: nn.Module) -> frozenset[str]:
-    names = module.__dict__.keys() | module._parameters.keys() | module._buffers.keys() | module._modules.keys()
-    return _instance_attributes(_class_of(module), tuple(sorted(names)))
+    names = (*module.__dict__, *module._parameters, *module._buffers, *module._modules)
+    return _instance_attributes(_class_of(module), names)
 
 
-def _dtypes(module: nn.Module) -> tuple[str, ...]:
-    found = dict.fromkeys(str(parameter.dtype).removeprefix("torch.") for parameter in module.parameters())
-    return tuple(found)
+def _device_and_dtypes(module: nn.Module) -> tuple[str | None, tuple[str, ...]]:
+    """Return the device type of a module and the dtypes of its parameters; what most layers have is read directly."""
+    if not module._modules and len(module._parameters) == 1 and "_hf_hook" not in module.__dict__:
+        (parameter,) = module._parameters.values()
+        if parameter is not None:
+            return _device_name(parameter.device), (_dtype_name(parameter.dtype),)
+    return model_device(module), tuple(dict.fromkeys(_dtype_name(parameter.dtype) for parameter in module.parameters()))
+
+
+@lru_cache(maxsize=64)
+def _device_name(device: torch.device) -> str:
+    return device_type(device)
+
+
+@lru_cache(maxsize=64)
+def _dtype_name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _class_of(module: nn.Module) -> Any:  # mypy takes a class of modules for unhashable

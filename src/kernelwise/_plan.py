@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatchcase
+from typing import Any
 
 from kernelwise._data import Decision, Kernel, KernelRef, Layer, Plan, Target
 from kernelwise._errors import PlanError
@@ -16,6 +17,10 @@ from kernelwise._signature import bind
 
 Loaded = Mapping[tuple[KernelRef, str], "Kernel | str"]
 """For each reference and device type the loaded kernel, or the reason why it could not be loaded."""
+
+
+# What a Decision says besides its layer and mode, and whether the user demanded a kernel there.
+_Outcome = tuple["Kernel | None", "tuple[tuple[str, tuple[str, ...]], ...]", "str | None", str, bool]
 
 
 def choose_rule(layer: Layer, rules: Iterable[Rule], *, device: str, mode: str) -> Rule | None:
@@ -116,22 +121,21 @@ def make_plan(
         by_name.setdefault(stated.layer, []).append(stated)
     decisions: list[Decision] = []
     unmet: dict[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], list[Layer]] = {}
+    by_place = {name for name, stated in by_name.items() if any(rule.path is not None for rule in stated)}
     used: set[Rule] = set()
+    outcomes: dict[tuple[Any, ...], _Outcome] = {}
     for layer in layers:
+        alike = _what_decides(layer, by_place)
         for mode in modes:
-            rule = choose_rule(layer, by_name.get(layer.name, ()), device=layer.device, mode=mode)
-            if rule is None:
-                op = layer.recognition.op if layer.recognition else ""
-                refs = defaults.get((op, layer.device), ())
-                decision = _decide(layer, mode, refs, kernels, target, asked_by="default")
-            else:
-                used.add(rule)
-                decision = _decide(layer, mode, (rule.ref,) if rule.ref else (), kernels, target, asked_by=rule.where)
-                if rule.ref is None:
-                    decision = Decision(layer, mode, None, rule.where, (), "the rule keeps the model's own code")
-                elif decision.kernel is None and not layer.excluded:
-                    unmet.setdefault((rule.where, decision.rejected), []).append(layer)
-            decisions.append(decision)
+            outcome = outcomes.get((alike, mode))
+            if outcome is None:
+                rule = choose_rule(layer, by_name.get(layer.name, ()), device=layer.device, mode=mode)
+                outcome = outcomes[alike, mode] = _decide(layer, mode, rule, kernels, target, defaults)
+                used.update([rule] if rule else [])
+            kernel, rejected, reason, asked_by, is_demand = outcome
+            decisions.append(Decision(layer, mode, kernel, asked_by, rejected, reason))
+            if is_demand and kernel is None:
+                unmet.setdefault((asked_by, rejected), []).append(layer)
     idle = [rule for rule in rules if rule not in used]
     devices = {layer.device for layer in layers} | {target.device}
     missed = [rule for rule in idle if rule.device in (None, *devices) and (rule.mode is None or rule.mode in modes)]
@@ -140,15 +144,45 @@ def make_plan(
     return Plan(target, tuple(decisions), tuple(_note(rule, target, modes, layers) for rule in idle))
 
 
+def _what_decides(layer: Layer, by_place: set[str]) -> tuple[Any, ...]:
+    """Everything that decides a layer: its place only where a rule for its name has a path.
+
+    Values that `discover` shares between layers stand for themselves by identity, which is cheap for large models.
+    """
+    return (
+        layer.path if layer.name in by_place else layer.name,
+        layer.class_name,
+        layer.device,
+        layer.dtypes,
+        layer.blocked,
+        layer.excluded,
+        layer.function,
+        id(layer.signature),
+        id(layer.attributes),
+        id(layer.recognition),
+    )
+
+
 def _decide(
-    layer: Layer, mode: str, refs: Sequence[KernelRef], kernels: Loaded, target: Target, *, asked_by: str
-) -> Decision:
+    layer: Layer,
+    mode: str,
+    rule: Rule | None,
+    kernels: Loaded,
+    target: Target,
+    defaults: Mapping[tuple[str, str], Sequence[KernelRef]],
+) -> _Outcome:
+    """Try the kernel that the rule names, or without a rule every default in turn."""
+    if rule is not None and rule.ref is None:
+        return None, (), "the rule keeps the model's own code", rule.where, False
+    op = layer.recognition.op if layer.recognition else ""
+    refs = (rule.ref,) if rule is not None and rule.ref is not None else defaults.get((op, layer.device), ())
+    asked_by, is_demand = (rule.where, not layer.excluded) if rule is not None else ("default", False)
     rejected: list[tuple[str, tuple[str, ...]]] = []
     for ref in refs:
         kernel = kernels[ref, layer.device]
         reasons = (kernel,) if isinstance(kernel, str) else reasons_against(layer, kernel, target, mode)
         if not reasons and isinstance(kernel, Kernel):
-            return Decision(layer, mode, kernel, asked_by, tuple(rejected))
+            return kernel, tuple(rejected), None, asked_by, is_demand
         rejected.append((str(ref), reasons))
     if rejected:
         reason = "; ".join(dict.fromkeys(reason for _, reasons in rejected for reason in reasons))
@@ -156,7 +190,7 @@ def _decide(
         reason = "no rule asks for it, and what it computes was not recognised"
     else:
         reason = f"no kernel for {layer.recognition.op} on {layer.device}"
-    return Decision(layer, mode, None, asked_by, tuple(rejected), reason)
+    return None, tuple(rejected), reason, asked_by, is_demand
 
 
 def _note(rule: Rule, target: Target, modes: Sequence[str], layers: Sequence[Layer]) -> str:
