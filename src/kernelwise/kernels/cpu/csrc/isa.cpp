@@ -1,0 +1,44 @@
+// Which instruction set to use: what the processor and the operating system offer, at most what the user allows.
+#include <cstdlib>
+#include <cstring>
+
+#include "kernels.h"
+
+namespace kernelwise {
+namespace {
+
+#define KERNELWISE_TABLE(isa)                                                                                     \
+  {                                                                                                               \
+    #isa, isa::rms_norm, isa::rms_norm_backward, isa::gated, isa::gated_backward, isa::rotary, isa::widen,        \
+        isa::narrow, isa::few_rows                                                                                \
+  }
+
+const Kernels kBaseline = KERNELWISE_TABLE(baseline);
+#if defined(KERNELWISE_X86)
+const Kernels kAvx2 = KERNELWISE_TABLE(avx2);
+const Kernels kAvx512 = KERNELWISE_TABLE(avx512);
+#endif
+
+const Kernels* choose() {
+#if defined(KERNELWISE_X86)
+  const char* wish = std::getenv("ATEN_CPU_CAPABILITY");  // as torch reads it; anything unknown means no limit
+  const bool none = wish != nullptr && std::strcmp(wish, "default") == 0;
+  const bool only_avx2 = wish != nullptr && std::strcmp(wish, "avx2") == 0;
+  __builtin_cpu_init();
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+                      __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq");
+  if (avx512 && !none && !only_avx2) return &kAvx512;
+  if (avx2 && !none) return &kAvx2;
+#endif
+  return &kBaseline;
+}
+
+}  // namespace
+
+const Kernels& kernels() {
+  static const Kernels* const chosen = choose();
+  return *chosen;
+}
+
+}  // namespace kernelwise

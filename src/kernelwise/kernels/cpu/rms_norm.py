@@ -1,0 +1,60 @@
+"""RMSNorm over the last dimension, in C++, forward and backward."""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ._library import load
+
+_ops = load()
+_forward = _ops.rms_norm.default
+_backward = _ops.rms_norm_backward.default
+_CAST_AFTER = {"before": False, "after": True}
+
+
+def rms_norm(
+    x: torch.Tensor,
+    weight: torch.Tensor | None,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    cast: Literal["before", "after"] = "before",
+) -> torch.Tensor:
+    """(offset + weight) * x / sqrt(mean(x^2) + eps) over the last dimension, computed in float32.
+
+    `x` is [..., H] in float32, bfloat16 or float16 with any strides (copied where rows are not evenly spaced); `weight`
+    is [H] in x's dtype or float32, or None. `cast` says when the normalised numbers are rounded to x's dtype: "before"
+    the weight is applied (the result then has the dtype to which PyTorch promotes x and weight) or "after".
+    The result is contiguous. Raises RuntimeError for other shapes and dtypes.
+
+    >>> x, weight = torch.randn(2, 8), torch.rand(8)
+    >>> torch.allclose(rms_norm(x, weight, 1e-6), torch.nn.functional.rms_norm(x, (8,), weight, 1e-6))
+    True
+    """
+    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+        y: torch.Tensor = _RmsNorm.apply(x, weight, eps, offset, _CAST_AFTER[cast])
+    else:
+        y = _forward(x, weight, eps, offset, _CAST_AFTER[cast])
+    return y
+
+
+class _RmsNorm(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float, cast_after: bool
+    ) -> torch.Tensor:
+        ctx.save_for_backward(x, weight)
+        ctx.options = eps, offset, cast_after
+        y: torch.Tensor = _forward(x, weight, eps, offset, cast_after)
+        return y
+
+    @staticmethod
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        grad_x, grad_weight = _backward(grad, x, weight, *ctx.options, need_weight)
+        return grad_x if need_x else None, grad_weight if need_weight else None, None, None, None
