@@ -30,7 +30,7 @@ _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",)}
 _MIN_ARCH = {"cpu": None, "triton": "sm_80"}
 _REQUIRES: dict[str, tuple[str, ...]] = {"cpu": (), "triton": ("triton",)}
 _MEND = {
-    "cpu": "build the C++ library: pip install --no-build-isolation --force-reinstall --no-deps kernelwise",
+    "cpu": "pip install --no-build-isolation --force-reinstall --no-deps kernelwise",
     "triton": "pip install triton",
 }
 
@@ -72,10 +72,12 @@ def load(ref: KernelRef, *, device: str) -> Kernel:
         raise failure(
             ref, f"it runs on {', '.join(sorted(devices))}, not on {device}", fix="leave the layer its own code"
         )
+    mend = _MEND[entry.backend]
     try:
         module = importlib.import_module(f"kernelwise.kernels.{entry.backend}.{entry.op}")
     except (ImportError, OSError, RuntimeError) as error:
-        raise failure(ref, f"it cannot be imported: {one_line(error)}", fix=_MEND[entry.backend]) from error
+        reason = one_line(error).removesuffix(f": {mend}")
+        raise failure(ref, f"it cannot be imported: {reason}", fix=mend) from error
     return _kernel(ref, entry, getattr(module, entry.op))
 
 
