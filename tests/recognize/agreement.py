@@ -61,7 +61,7 @@ def assert_agrees(module: nn.Module, recognition: Recognition, given: dict[str, 
         return list(zip(own, ours, strict=True))
 
     with torch.no_grad():
-        wide = {key: value.double() if torch.is_floating_point(value) else value for key, value in given.items()}
+        wide = {key: to(value, torch.float64) for key, value in given.items()}
         module.double()
         with float64_mode():
             pairs = both(wide)
@@ -70,10 +70,14 @@ def assert_agrees(module: nn.Module, recognition: Recognition, given: dict[str, 
             assert (own - ours).abs().max() <= 1e-10 * max(1.0, float(own.abs().max()))
         for dtype in (torch.bfloat16, torch.float16):
             module.to(dtype)
-            for own, ours in both({key: value.to(dtype) for key, value in given.items()}):
+            for own, ours in both({key: to(value, dtype) for key, value in given.items()}):
                 assert own.dtype == ours.dtype
                 error = (own.double() - ours.double()).abs().max()
                 assert error <= 2 * torch.finfo(dtype).eps * float(own.double().abs().max()), (recognition, error)
+
+
+def to(value: Any, dtype: torch.dtype) -> Any:
+    return value.to(dtype) if isinstance(value, Tensor) and value.is_floating_point() else value
 
 
 def inputs_of(module: nn.Module, recognition: Recognition, generator: torch.Generator) -> dict[str, Tensor]:
@@ -88,9 +92,11 @@ def function_inputs(function: Any, recognition: Recognition, generator: torch.Ge
     bindings = dict(recognition.roles)
     sizes = dict(SIZES)
     choice = bindings.get("unsqueeze_dim")
-    if choice is not None and choice.kind == "constant":
-        sizes["unsqueeze_dim"] = choice.value
     given: dict[str, Any] = {}
+    if choice is not None:
+        sizes["unsqueeze_dim"] = choice.value if choice.kind == "constant" else 2
+        if choice.kind == "argument":
+            given[str(choice.value)] = 2
     for role in op.roles:
         if role.kind == "argument":
             given[str(bindings[role.name].value)] = torch.randn(role.shape(sizes), generator=generator)
