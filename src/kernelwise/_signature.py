@@ -21,55 +21,47 @@ def bind(layer: Sequence[Parameter], kernel: Sequence[Parameter]) -> tuple[str, 
     >>> bind([x], [])
     ('', ("it takes no argument for the layer's `hidden_states`",))
     """
-    reasons: list[str] = []
-    arguments: list[str] = []
     own = [p for p in layer if p.kind in _POSITIONAL]
     theirs = [p for p in kernel if p.kind in _POSITIONAL]
+    met = list(zip(own, theirs, strict=False))
+    spare = theirs[len(own) :]
+    by_keyword = {p.name for p in kernel if p.kind == "keyword_only"}
+    by_keyword |= {p.name for p in spare if p.kind == "positional_or_keyword"}
     takes_any = any(p.kind == "var_positional" for p in kernel)
     takes_any_keyword = any(p.kind == "var_keyword" for p in kernel)
-    position = {p.name: index for index, p in enumerate(own)}
-    by_keyword = {p.name for p in kernel if p.kind == "keyword_only"}
-    used: set[str] = set()
-    for index, parameter in enumerate(own):
-        if index < len(theirs):
-            other = theirs[index]
-            if position.get(other.name, index) != index:
-                reasons.append(f"it names the layer's `{other.name}` in another position")
-            arguments.append(parameter.name)
-        elif parameter.name in by_keyword or takes_any_keyword:
-            used.add(parameter.name)
-            arguments.append(f"{parameter.name}={parameter.name}")
-        elif takes_any:
-            arguments.append(parameter.name)
+    in_layer, in_kernel = {p.name for p in layer}, {p.name for p in kernel}
+    crossed = [mine.name for mine, other in met if mine.name != other.name and mine.name in in_kernel]
+    crossed += [other.name for mine, other in met if mine.name != other.name and other.name in in_layer]
+    reasons = [f"it names the layer's `{name}` in another position" for name in dict.fromkeys(crossed)]
+    positional = [p.name for p in own[: len(theirs)]]
+    keywords: list[str] = []
+    for parameter in [*own[len(theirs) :], *(p for p in layer if p.kind == "keyword_only")]:
+        if parameter.name in by_keyword:
+            keywords.append(parameter.name)
+        elif takes_any and parameter.kind != "keyword_only":
+            positional.append(parameter.name)
+        elif takes_any_keyword and parameter.name not in in_kernel:
+            keywords.append(parameter.name)
         else:
             reasons.append(f"it takes no argument for the layer's `{parameter.name}`")
-    for other in theirs[len(own) :]:
-        if not other.has_default:
+    for other in kernel:
+        required = (other in spare or other.kind == "keyword_only") and not other.has_default
+        if required and (other.name not in keywords or other.kind == "positional_only"):
             reasons.append(f"it needs `{other.name}`, which the layer does not have")
+    arguments = [*positional]
     for parameter in layer:
         if parameter.kind == "var_positional":
-            if takes_any:
-                arguments.append(f"*{parameter.name}")
-            else:
+            arguments.append(f"*{parameter.name}")
+            if not takes_any:
                 reasons.append(f"it does not take the layer's `*{parameter.name}`")
-        elif parameter.kind == "keyword_only":
-            if (
-                parameter.name in by_keyword
-                or takes_any_keyword
-                or parameter.name in {p.name for p in theirs[len(own) :]}
-            ):
-                used.add(parameter.name)
-                arguments.append(f"{parameter.name}={parameter.name}")
-            else:
-                reasons.append(f"it takes no argument for the layer's `{parameter.name}`")
-        elif parameter.kind == "var_keyword":
-            if takes_any_keyword:
-                arguments.append(f"**{parameter.name}")
-            else:
+            elif spare:
+                reasons.append(f"the layer's `*{parameter.name}` would fill its `{spare[0].name}`")
+    arguments += [f"{name}={name}" for name in keywords]
+    for parameter in layer:
+        if parameter.kind == "var_keyword":
+            arguments.append(f"**{parameter.name}")
+            if not takes_any_keyword:
                 reasons.append(f"it does not take the layer's `**{parameter.name}`")
-    for other in kernel:
-        if other.kind == "keyword_only" and not other.has_default and other.name not in used:
-            reasons.append(f"it needs `{other.name}`, which the layer does not have")
     return ", ".join(arguments), tuple(reasons)
 
 
