@@ -219,9 +219,13 @@ def from_json(cls: type[Noun], data: Any) -> Noun:
 
 def _decode(hint: Any, data: Any) -> Any:
     origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if origin in (tuple, frozenset) and not isinstance(data, (list, tuple)):
+        raise TypeError(f"expected a list, got {data!r}")
     if origin is tuple:
         if len(args) == 2 and args[1] is Ellipsis:
             return tuple(_decode(args[0], item) for item in data)
+        if len(args) != len(data):
+            raise TypeError(f"expected a list of {len(args)}, got {data!r}")
         return tuple(_decode(arg, item) for arg, item in zip(args, data, strict=True))
     if origin is frozenset:
         return frozenset(_decode(args[0], item) for item in data)
@@ -231,6 +235,8 @@ def _decode(hint: Any, data: Any) -> Any:
         nouns = [arg for arg in args if dataclasses.is_dataclass(arg)]
         return _decode(nouns[0], data) if nouns and isinstance(data, dict) else data
     if dataclasses.is_dataclass(hint) and isinstance(hint, type):
+        if not isinstance(data, dict):
+            raise TypeError(f"expected the fields of a {hint.__name__}, got {data!r}")
         hints = typing.get_type_hints(hint)
         unknown = set(data) - {item.name for item in dataclasses.fields(hint)}
         if unknown:
