@@ -480,3 +480,22 @@ def test_rules_of_a_loaded_config_are_those_of_the_object(tmp_path):
     loaded = KernelConfig.load(tmp_path / "kernels.toml")
     refs = [(rule.device, rule.ref) for rule in loaded.rules()]
     assert refs == [("cuda", KernelRef("hub", "org/repo", "Norm", version=2)), ("cpu", None)]
+
+
+def test_the_examples_of_the_docs_run(tmp_path, capsys):
+    text = (Path(__file__).parent.parent / "docs" / "config.md").read_text()
+    blocks = [block.partition("\n") for block in text.split("```")[1::2]]
+    names: dict[str, object] = {}
+    for language, _, code in blocks:
+        if language == "python":
+            exec(code, names)
+        elif language == "toml":
+            (tmp_path / "kernels.toml").write_text(code)
+            assert len(KernelConfig.load(tmp_path / "kernels.toml").rules()) == 6
+    assert [language for language, _, _ in blocks] == ["python", "python", "python", "toml"]
+    assert "did you mean 'version'?" in capsys.readouterr().out
+    table = text.split("## Values")[1].split("In place of")[0]
+    forms = [form for row in table.splitlines()[4:] for form in row.split(" | ")[0].split("`")[1::2]]
+    assert len(forms) == 10
+    for form in forms:
+        assert len(KernelConfig({"RMSNorm": eval(form)}).rules()) == 1
