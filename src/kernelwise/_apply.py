@@ -59,6 +59,7 @@ class ModuleState:
         self.installed = False  # whether our dispatcher was put on the instance
         self.entries: list[Entry] = []
         self.plans: dict[Token, Plan] = {}
+        self.attributes: dict[str, Any] = {}  # what stood in attributes that `set_attribute` changed
         self.fallbacks: dict[str, int] = {}
 
     def refresh(self, module: nn.Module) -> None:
@@ -100,6 +101,7 @@ class ModuleState:
         copied = ModuleState()
         copied.found, copied.installed = copy.deepcopy(self.found, memo), self.installed
         copied.entries, copied.plans = list(self.entries), dict(self.plans)
+        copied.attributes = copy.deepcopy(self.attributes, memo)
         copied.inference, copied.training = self.inference, self.training
         return copied
 
@@ -174,24 +176,36 @@ def _prepare(model: nn.Module, plan: Plan, token: Token) -> list[tuple[nn.Module
         for decision in decisions:
             calls[decision.mode] = None
             if decision.kernel is not None:
-                calls[decision.mode], fallbacks = _bind(module, layer, decision.kernel, bound)
-        fixed = next(iter(calls.values()))  # a single fixed mode serves both train() and eval()
-        inference, training = calls.get("inference", fixed), calls.get("training", fixed)
+                calls[decision.mode], fallbacks = _bind(module, layer, decision.kernel, decision.mode, bound)
+        inference, training = _in_both_modes(layer, calls)
         prepared.append((module, Entry(token, layer, tuple(decisions), inference, training, fallbacks)))
     return prepared
 
 
+def _in_both_modes(layer: Layer, calls: dict[str, Call | None]) -> tuple[Call | None, Call | None]:
+    """Return what runs in `eval()` and in `train()`: one fixed mode serves both, where the layer computes the same in both."""
+    if len(calls) > 1:
+        return calls["inference"], calls["training"]
+    ((mode, call),) = calls.items()
+    other = call if layer.recognition == layer.recognition_in_training else None
+    return (other, call) if mode.startswith("training") else (call, other)
+
+
 def _bind(
-    module: nn.Module, layer: Layer, kernel: Kernel, bound: dict[tuple[int, ...], tuple[Call, Counter[str] | None]]
+    module: nn.Module,
+    layer: Layer,
+    kernel: Kernel,
+    mode: str,
+    bound: dict[tuple[int, ...], tuple[Call, Counter[str] | None]],
 ) -> tuple[Call, Counter[str] | None]:
     """Bind a kernel to one layer, or take the call that an alike layer has. Functions bring a count of their own."""
     own = own_forward(module)
-    key = (id(own), id(kernel), id(layer.signature), id(layer.recognition), hash(layer.function))
+    key = (id(own), id(kernel), id(layer.signature), id(layer.computes(mode)), hash(layer.function))
     if key not in bound and layer.function is None:
-        bound[key] = layer_call(layer, kernel), None
+        bound[key] = layer_call(layer, kernel, mode), None
     elif key not in bound and layer.function is not None:
         fallbacks: Counter[str] = Counter()
-        call = function_call(layer, kernel, globals_called(own)[layer.function], fallbacks)
+        call = function_call(layer, kernel, mode, globals_called(own)[layer.function], fallbacks)
         _rebuilt(
             type(module).__name__, own, {layer.function: call}
         )  # what cannot be rebuilt is known before any change
@@ -273,6 +287,14 @@ def _restore(module: nn.Module, state: ModuleState) -> None:
     if not state.installed and not state.plans:
         for name in (STATE, "__reduce_ex__", "__deepcopy__"):
             module.__dict__.pop(name, None)
+        module.__dict__.update(state.attributes)
+
+
+def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+    """Change a plain attribute that a module has, until nothing of ours is left on it; a file holds what stood there."""
+    with _lock:
+        _state_of(module).attributes.setdefault(name, module.__dict__[name])
+        module.__dict__[name] = value
 
 
 def remove(model: nn.Module, *, token: Token | None = None, paths: Sequence[str] | None = None) -> int:
@@ -312,7 +334,7 @@ def _reduce_clean(self: nn.Module, protocol: int) -> Any:
     if not (isinstance(reduced, tuple) and len(reduced) > 2 and isinstance(reduced[2], dict)):
         return reduced
     ours = (STATE, "__reduce_ex__", "__deepcopy__")
-    kept = {key: value for key, value in reduced[2].items() if key not in ours}
+    kept = {key: value for key, value in reduced[2].items() if key not in ours} | getattr(self, STATE).attributes
     found = getattr(self, STATE).found
     for slot in _SLOTS:
         if is_dispatcher(kept.get(slot)):
