@@ -91,9 +91,9 @@ def plan(
     defaults: dict[tuple[str, str], Sequence[KernelRef]] = {}
     if config.inherit_mapping:
         for layer in layers:
-            if layer.recognition is not None and (layer.recognition.op, layer.device) not in defaults:
-                refs = sources.builtin_refs(layer.recognition.op, device=layer.device)
-                defaults[layer.recognition.op, layer.device] = refs
+            for found in (layer.recognition, layer.recognition_in_training):
+                if found is not None and (found.op, layer.device) not in defaults:
+                    defaults[found.op, layer.device] = sources.builtin_refs(found.op, device=layer.device)
     kernels = _load(layers, rules, defaults, devices, modes, describe=target is not None, on_miss=on_miss)
     return _plan.make_plan(
         layers, rules, kernels, target=target or current_target(wanted), modes=modes, defaults=defaults, on_miss=on_miss

@@ -57,7 +57,7 @@ def run_own(self: torch.nn.Module, why: str | None, *args: Any, **kwargs: Any) -
     return getattr(self, STATE).run_own(self, why, args, kwargs)
 
 
-def layer_call(layer: Layer, kernel: Kernel) -> Call:
+def layer_call(layer: Layer, kernel: Kernel, mode: str) -> Call:
     """Return the function `(self, ...)`, in the layer's own signature, that runs the kernel for this layer.
 
     Raises:
@@ -69,7 +69,7 @@ def layer_call(layer: Layer, kernel: Kernel) -> Call:
         kernel.function,
         layer.signature,
         kernel.signature,
-        layer.recognition if kernel.op is not None else None,
+        layer.computes(mode) if kernel.op is not None else None,
         kernel.limits,
         kernel.has_backward,
         kernel.can_torch_compile,
@@ -77,7 +77,7 @@ def layer_call(layer: Layer, kernel: Kernel) -> Call:
     )(run_own)
 
 
-def function_call(layer: Layer, kernel: Kernel, original: Call, fallbacks: Counter[str]) -> Call:
+def function_call(layer: Layer, kernel: Kernel, mode: str, original: Call, fallbacks: Counter[str]) -> Call:
     """Return the function that runs the kernel in place of a function `original` that a forward calls."""
     if kernel.function is None:
         raise ApplyError(f"{kernel.ref} is described, not loaded; plan on the machine that the model is on")
@@ -94,7 +94,7 @@ def function_call(layer: Layer, kernel: Kernel, original: Call, fallbacks: Count
         function,
         layer.signature,
         kernel.signature,
-        layer.recognition if kernel.op is not None else None,
+        layer.computes(mode) if kernel.op is not None else None,
         kernel.limits,
         kernel.has_backward,
         kernel.can_torch_compile,

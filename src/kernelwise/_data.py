@@ -96,6 +96,11 @@ class Layer:
     recognition: Recognition | None = None
     blocked: str | None = None
     excluded: str | None = None
+    recognition_in_training: Recognition | None = None
+
+    def computes(self, mode: str) -> Recognition | None:
+        """Return what the layer computes in a mode; a dropout makes training something else than inference."""
+        return self.recognition_in_training if mode.startswith("training") else self.recognition
 
 
 @dataclass(frozen=True, slots=True)

@@ -85,9 +85,10 @@ def _layers_of(module: nn.Module, paths: tuple[str, ...], fallback_device: str) 
     registered = _inherited(type(module), lambda cls: cls.__dict__.get("kernel_layer_name"))
     named = None if registered else _inherited(type(module), _named.get)
     replaced = _replaced_forward(module)
-    found = recognize(module) if replaced is None else None
-    recognition = found if isinstance(found, Recognition) else None
-    name = registered or named or (ops.layer_name(recognition) if recognition else None)
+    in_inference = _recognized(module, training=False) if replaced is None else None
+    in_training = _recognized(module, training=True) if replaced is None else None
+    found = in_inference or in_training
+    name = registered or named or (ops.layer_name(found) if found else None)
     if name is not None:
         device, dtypes = _device_and_dtypes(module)
         yield Layer(
@@ -100,11 +101,17 @@ def _layers_of(module: nn.Module, paths: tuple[str, ...], fallback_device: str) 
             paths=paths,
             signature=signature(own_forward(module)),
             attributes=_attributes(module),
-            recognition=recognition,
+            recognition=in_inference,
+            recognition_in_training=in_training,
             blocked=replaced or _shared_function(module),
             excluded=_condition(module),
         )
     yield from _functions_of(module, paths, fallback_device, replaced)
+
+
+def _recognized(module: nn.Module, *, training: bool) -> Recognition | None:
+    found = recognize(module, training=training)
+    return found if isinstance(found, Recognition) else None
 
 
 def _functions_of(
@@ -149,6 +156,7 @@ def _functions_of(
             attributes=_attributes(value) if isinstance(value, nn.Module) else frozenset(),
             function=key,
             recognition=recognition,
+            recognition_in_training=recognition,
             blocked=blocked,
             excluded=_condition(value) if isinstance(value, nn.Module) else None,
         )

@@ -71,7 +71,7 @@ def reasons_against(layer: Layer, kernel: Kernel, target: Target, mode: str) -> 
     if mode.endswith("+compile") and not kernel.can_torch_compile:
         reasons.append("does not work under torch.compile")
     if kernel.op is not None:
-        reasons.extend(_role_reasons(layer, kernel))
+        reasons.extend(_role_reasons(layer, kernel, mode))
     else:
         missing = [name for name in kernel.reads if name not in layer.attributes]
         if missing:
@@ -82,8 +82,8 @@ def reasons_against(layer: Layer, kernel: Kernel, target: Target, mode: str) -> 
     return tuple(reasons)
 
 
-def _role_reasons(layer: Layer, kernel: Kernel) -> list[str]:
-    found = layer.recognition
+def _role_reasons(layer: Layer, kernel: Kernel, mode: str) -> list[str]:
+    found = layer.computes(mode)
     if found is None:
         return [f"takes the roles of {kernel.op}; what {_short(layer)} computes was not recognised"]
     if found.op != kernel.op:
@@ -160,6 +160,7 @@ def _what_decides(layer: Layer, by_place: set[str]) -> tuple[Any, ...]:
         id(layer.signature),
         id(layer.attributes),
         id(layer.recognition),
+        id(layer.recognition_in_training),
     )
 
 
@@ -174,7 +175,8 @@ def _decide(
     """Try the kernel that the rule names, or without a rule every default in turn."""
     if rule is not None and rule.ref is None:
         return None, (), "the rule keeps the model's own code", rule.where, False
-    op = layer.recognition.op if layer.recognition else ""
+    found = layer.computes(mode)
+    op = found.op if found else ""
     refs = (rule.ref,) if rule is not None and rule.ref is not None else defaults.get((op, layer.device), ())
     asked_by, is_demand = (rule.where, not layer.excluded) if rule is not None else ("default", False)
     rejected: list[tuple[str, tuple[str, ...]]] = []
@@ -186,10 +188,10 @@ def _decide(
         rejected.append((str(ref), reasons))
     if rejected:
         reason = "; ".join(dict.fromkeys(reason for _, reasons in rejected for reason in reasons))
-    elif layer.recognition is None:
+    elif found is None:
         reason = "no rule asks for it, and what it computes was not recognised"
     else:
-        reason = f"no kernel for {layer.recognition.op} on {layer.device}"
+        reason = f"no kernel for {found.op} on {layer.device}"
     return None, tuple(rejected), reason, asked_by, is_demand
 
 
