@@ -9,6 +9,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
+import kernels
 import pytest
 import torch
 from conftest import NORM
@@ -21,6 +22,8 @@ from kernelwise.sources import load
 
 Refuse = Callable[..., KernelLoadError]
 DOUBLE = NORM.replace("self.weight *", "2 * self.weight *")
+HAS_DEPENDENCIES = hasattr(kernels, "get_kernel_dep")
+"""Kernels depend on other kernels from kernels 0.17 on."""
 
 
 def norm(**pin: object) -> KernelRef:
@@ -152,18 +155,21 @@ def test_trust_in_a_kernel_is_no_trust_in_what_it_depends_on(hub: FakeHub, refus
     depends = {"kernel-depends": [{"repo-id": "stranger/base", "version": 1}]}
     layers = "from kernels import get_kernel_dep\nSCALE = get_kernel_dep('stranger/base').SCALE\n" + NORM
     hub.add("good/norm", {"v1": kernel_files(layers=layers, metadata=depends)})
-    assert "stranger/base" in refused(norm()).reason
+    assert ("stranger/base" if HAS_DEPENDENCIES else "needs kernels >= 0.17") in refused(norm()).reason
     assert not hub.asked("kernels/stranger")
 
 
-def test_a_kernel_gets_what_it_depends_on(hub: FakeHub) -> None:
+def test_a_kernel_gets_what_it_depends_on(hub: FakeHub, refused: Refuse) -> None:
     hub.add("good/base", {"v1": kernel_files("base", init="SCALE = 5")})
     depends = {"kernel-depends": [{"repo-id": "good/base", "version": 1}]}
     layers = "from kernels import get_kernel_dep\nSCALE = get_kernel_dep('good/base').SCALE\n" + NORM.replace(
         "self.weight *", "SCALE * self.weight *"
     )
     hub.add("good/norm", {"v1": kernel_files(layers=layers, metadata=depends)})
-    assert run(load(norm(), device="cpu")) == 15.0
+    if HAS_DEPENDENCIES:
+        assert run(load(norm(), device="cpu")) == 15.0
+    else:
+        assert refused(norm()).fix == "pip install --upgrade kernels"
 
 
 @pytest.mark.parametrize(
@@ -180,6 +186,9 @@ def test_a_kernel_gets_what_it_depends_on(hub: FakeHub) -> None:
         norm(layer="not a name"),
         norm(version=1, revision="main"),
         norm(revision=None, version=None),
+        norm(version=True),
+        norm(version=-1),
+        norm(revision=""),
     ],
 )
 def test_a_wrong_form_is_refused_before_any_request(hub: FakeHub, refused: Refuse, ref: KernelRef) -> None:
@@ -386,6 +395,12 @@ def test_a_class_that_is_no_stateless_layer(hub: FakeHub, refused: Refuse, body:
     assert message in refused(norm()).reason
 
 
+def test_a_layer_with_an_init_is_refused_before_its_code_runs(hub: FakeHub, refused: Refuse) -> None:
+    body = "class RMSNorm(nn.Module):\n    def __init__(self): ...\n    def forward(self, x): ...\n"
+    hub.add("good/norm", {"v1": kernel_files(layers="raise RuntimeError('this code must not run')\n" + body)})
+    assert "__init__" in refused(norm()).reason
+
+
 def test_a_module_that_does_not_import_its_layers(hub: FakeHub, refused: Refuse) -> None:
     hub.add("good/norm", {"v1": kernel_files(init="x = 1\n", extra={"layers.py": NORM})})
     assert "no `layers`" in refused(norm()).reason
@@ -456,8 +471,6 @@ def test_threads_that_load_bad_and_good_kernels_do_not_disturb_each_other(hub: F
 
 
 def test_what_the_kernels_library_has_loaded_is_shared(hub: FakeHub) -> None:
-    import kernels
-
     hub.add("good/norm", {"v1": kernel_files(layers=NORM)})
     theirs = kernels.get_kernel("good/norm", version=1).layers.RMSNorm
     assert load(norm(), device="cpu").function is theirs.forward

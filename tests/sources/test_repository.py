@@ -32,7 +32,7 @@ def test_a_variant_is_found_from_each_of_the_three_places(tmp_path: Path, place:
 
 def test_the_preference_is_that_of_the_kernels_library(tmp_path: Path) -> None:
     import torch
-    from kernels.resolver import resolve_local_kernel
+    from kernels.variants import get_variants_local, resolve_variant
 
     major, minor = torch.__version__.split(".")[:2]
     names = [
@@ -43,7 +43,8 @@ def test_the_preference_is_that_of_the_kernels_library(tmp_path: Path) -> None:
     ]
     for name in names:
         write_files(tmp_path, kernel_files(layers=CLASS, variants=[name]))
-        expected = resolve_local_kernel(tmp_path, backend="cpu").variant_path
+        best, _ = resolve_variant(get_variants_local(tmp_path / "build"), "cpu")
+        expected = tmp_path / "build" / best.variant_str
         assert find_variant(tmp_path, device="cpu") == expected
     assert expected.name != "torch-universal"
 

@@ -1,8 +1,10 @@
-"""What Kernelwise uses of the `kernels` library beyond its public interface, for kernels 0.16 to 0.18.
+"""What Kernelwise uses of the `kernels` library beyond its public interface, for kernels 0.16 and 0.17.
+
+Tested with 0.16.2, 0.17.0 and 0.17.2.
 
 Where each name lives:
 
-| used here                          | kernels 0.16                  | kernels 0.17 and 0.18         |
+| used here                          | kernels 0.16                  | kernels 0.17                  |
 |------------------------------------|-------------------------------|-------------------------------|
 | `_loaded_kernels`, `_import_from_path` | `kernels.utils`           | `kernels.importer`            |
 | `get_variants_local`, `resolve_variants` | `kernels.variants`      | `kernels.variants`            |
@@ -19,6 +21,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib
+import importlib.metadata
 import importlib.util
 import json
 from collections.abc import Iterator, Mapping, MutableMapping
@@ -140,10 +143,13 @@ def _check_machine(variant: Path) -> None:
     """Check a folder against this machine as kernels 0.17 does, where the library (0.16) leaves it to its callers."""
     from kernels.backends import _backend
     from kernels.deps import validate_dependencies
+    from packaging.version import parse
 
     metadata = read_metadata(variant)
-    if json.loads((variant / "metadata.json").read_bytes()).get("kernel-depends"):
-        raise ImportError("the kernel depends on other kernels, which needs kernels >= 0.17")
+    stated = json.loads((variant / "metadata.json").read_bytes())
+    oldest = stated.get("kernels-minver", "0.17") if stated.get("kernel-depends") else stated.get("kernels-minver", "0")
+    if parse(oldest) > parse(importlib.metadata.version("kernels")):
+        raise RuntimeError(f"the kernel needs kernels >= {oldest}; mend it with: pip install --upgrade kernels")
     validate_dependencies(metadata.name.python_name, metadata.python_depends, _backend())
     if _has("archs"):
         from kernels.archs import _check_arch_incompatibility

@@ -48,6 +48,10 @@ def _check_form(ref: KernelRef) -> None:
         raise failure(ref, f"{ref.layer!r} is no class name", fix="write org/repo:Layer")
     if (ref.version is None) == (ref.revision is None):
         raise failure(ref, "it needs a version or a revision, and not both", fix="write org/repo@v1:Layer")
+    if ref.version is not None and (type(ref.version) is not int or ref.version < 0):
+        raise failure(ref, f"{ref.version!r} is no version", fix="write org/repo@v1:Layer")
+    if ref.revision is not None and not (isinstance(ref.revision, str) and ref.revision.strip()):
+        raise failure(ref, f"{ref.revision!r} is no revision", fix="write org/repo@<branch, tag or commit>:Layer")
 
 
 def _api(ref: KernelRef) -> Any:
