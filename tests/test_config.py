@@ -187,7 +187,13 @@ def test_checking_neither_imports_nor_downloads(repository, tmp_path, monkeypatc
     monkeypatch.syspath_prepend(package.parent)
     monkeypatch.setattr("socket.socket.connect", lambda *_: pytest.fail("a connection was opened"))
     config = KernelConfig(
-        {"RMSNorm": {"cpu": f"{repository}:TenTimes", "cuda": "package:some_kernels:Norm", "xpu": "no-such-org/repo:Norm"}}
+        {
+            "RMSNorm": {
+                "cpu": f"{repository}:TenTimes",
+                "cuda": "package:some_kernels:Norm",
+                "xpu": "no-such-org/repo:Norm",
+            }
+        }
     )
     config.sanitize_kernel_mapping(Model())
     with pytest.warns(UserWarning, match="left out"):
@@ -209,7 +215,10 @@ def test_what_fuses_is_checked_by_its_paths():
 def test_the_mapping_of_the_kernels_library():
     config = KernelConfig(
         {
-            "RMSNorm": {"cuda": {"inference": HUB, "training+compile": "org/repo@main:Norm"}, "cpu": "org/repo@v3:Norm"},
+            "RMSNorm": {
+                "cuda": {"inference": HUB, "training+compile": "org/repo@main:Norm"},
+                "cpu": "org/repo@v3:Norm",
+            },
             "SiLU": ("org/repo:SiLU", {"version": 2, "trust_remote_code": True}),
         }
     )
@@ -470,7 +479,9 @@ def test_a_missing_file_and_a_directory(tmp_path):
 
 def test_a_byte_order_mark_and_a_schema_line_are_read_over(tmp_path):
     file = tmp_path / "kernels.json"
-    file.write_bytes(b"\xef\xbb\xbf" + json.dumps({"$schema": "config-schema.json", "kernels": {"A": "a/b:L"}}).encode())
+    file.write_bytes(
+        b"\xef\xbb\xbf" + json.dumps({"$schema": "config-schema.json", "kernels": {"A": "a/b:L"}}).encode()
+    )
     assert KernelConfig.load(file) == KernelConfig({"A": "a/b:L"})
 
 
