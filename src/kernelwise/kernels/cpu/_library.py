@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +50,7 @@ def _loaded() -> str:
     if not FILE.exists():
         return f"the C++ library of the CPU kernels was not built (no C++17 compiler, or torch was missing): {_BUILD}"
     try:
-        torch.ops.load_library(str(FILE))
+        torch.ops.load_library(str(FILE))  # type: ignore[no-untyped-call]
     except OSError as error:
         return f"the C++ library of the CPU kernels does not load with torch {torch.__version__} ({error}): {_BUILD}"
     for name, shapes in _SHAPES.items():
@@ -67,8 +68,9 @@ def _rms_norm(x: Tensor, weight: Tensor | None, eps: float, offset: float = 0.0,
 def _rms_norm_backward(
     grad: Tensor, x: Tensor, weight: Tensor | None, eps: float, offset: float, cast_after: bool, weight_grad: bool
 ) -> tuple[Tensor, Tensor]:
-    without = weight is None or not weight_grad
-    return x.new_empty(x.shape), x.new_empty(0, dtype=torch.float32) if without else weight.new_empty(weight.shape)
+    if weight is None or not weight_grad:
+        return x.new_empty(x.shape), x.new_empty(0, dtype=torch.float32)
+    return x.new_empty(x.shape), weight.new_empty(weight.shape)
 
 
 def _gated_activation(gate: Tensor, up: Tensor, activation: int) -> Tensor:
@@ -110,7 +112,7 @@ def _linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     return grad.new_empty((grad.shape[-1], x.shape[-1]))
 
 
-_SHAPES = {
+_SHAPES: dict[str, Callable[..., Any]] = {
     "rms_norm": _rms_norm,
     "rms_norm_backward": _rms_norm_backward,
     "gated_activation": _gated_activation,

@@ -29,7 +29,7 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, *, activation: Activa
     True
     """
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
-        y: torch.Tensor = _GatedActivation.apply(gate, up, _CODE[activation])
+        y: torch.Tensor = _GatedActivation.apply(gate, up, _CODE[activation])  # type: ignore[no-untyped-call]
     else:
         y = _forward(gate, up, _CODE[activation])
     return y
@@ -44,7 +44,7 @@ class _GatedActivation(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_gate, grad_up = _backward(grad, *ctx.saved_tensors, ctx.code)
         need_gate, need_up, _ = ctx.needs_input_grad

@@ -35,7 +35,7 @@ def rms_norm(
     True
     """
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
-        y: torch.Tensor = _RmsNorm.apply(x, weight, eps, offset, _CAST_AFTER[cast])
+        y: torch.Tensor = _RmsNorm.apply(x, weight, eps, offset, _CAST_AFTER[cast])  # type: ignore[no-untyped-call]
     else:
         y = _forward(x, weight, eps, offset, _CAST_AFTER[cast])
     return y
@@ -52,7 +52,7 @@ class _RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight = ctx.needs_input_grad[:2]

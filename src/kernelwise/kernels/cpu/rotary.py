@@ -30,7 +30,7 @@ def rotary(
             c, s = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
             return q * c + _rotate_half(q) * s, k * c + _rotate_half(k) * s
         if q.requires_grad or k.requires_grad:
-            recorded: tuple[torch.Tensor, torch.Tensor] = _Rotary.apply(q, k, cos, sin, unsqueeze_dim)
+            recorded: tuple[torch.Tensor, torch.Tensor] = _Rotary.apply(q, k, cos, sin, unsqueeze_dim)  # type: ignore[no-untyped-call]
             return recorded
     rotated: tuple[torch.Tensor, torch.Tensor] = _forward(q, k, cos, sin, unsqueeze_dim)
     return rotated
@@ -52,7 +52,7 @@ class _Rotary(torch.autograd.Function):
         return rotated
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once_differentiable
     def backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         dq, dk = _backward(grad_q, grad_k, *ctx.saved_tensors, ctx.unsqueeze_dim, ctx.dtype)
         need_q, need_k = ctx.needs_input_grad[:2]

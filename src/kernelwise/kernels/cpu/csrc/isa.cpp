@@ -3,6 +3,9 @@
 #include <cstring>
 
 #include "kernels.h"
+#if defined(KERNELWISE_X86)
+#include <cpuid.h>
+#endif
 
 namespace kernelwise {
 namespace {
@@ -39,6 +42,25 @@ const Kernels* choose() {
 const Kernels& kernels() {
   static const Kernels* const chosen = choose();
   return *chosen;
+}
+
+std::string half_products() {
+  std::string names;
+#if defined(KERNELWISE_X86)
+  const auto add = [&](bool has, const char* name) {
+    if (has) names += (names.empty() ? "" : " ") + std::string(name);
+  };
+  unsigned eax, ebx, ecx, edx;
+  if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
+    const unsigned leaves = eax, features = edx;
+    const bool more = leaves >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx);
+    add(more && (eax >> 5 & 1), "avx512_bf16");
+    add(features >> 23 & 1, "avx512_fp16");
+    add(features >> 22 & 1, "amx_bf16");
+    add(more && (eax >> 21 & 1), "amx_fp16");
+  }
+#endif
+  return names;
 }
 
 }  // namespace kernelwise

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <cstdint>
+#include <string>
 
 namespace kernelwise {
 
@@ -91,5 +92,9 @@ KERNELWISE_DECLARE(avx512)
 
 // The best set this processor runs, or what ATEN_CPU_CAPABILITY (default, avx2, avx512) allows at most; chosen once.
 const Kernels& kernels();
+
+// The instructions for products of half-precision numbers that this processor has, of avx512_bf16, avx512_fp16, amx_bf16,
+// amx_fp16, with spaces between. It is what torch's own products go by, which do not follow ATEN_CPU_CAPABILITY.
+std::string half_products();
 
 }  // namespace kernelwise

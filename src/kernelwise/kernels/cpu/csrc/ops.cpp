@@ -493,6 +493,7 @@ Tensor linear_grad_weight(const Tensor& grad, const Tensor& x) {
 }
 
 std::string isa() { return kernels().isa; }
+std::string products() { return half_products(); }
 
 }  // namespace
 
@@ -511,6 +512,7 @@ STABLE_TORCH_LIBRARY(kernelwise, m) {
   m.def("linear_grad_x(Tensor grad, Tensor weight) -> Tensor");
   m.def("linear_grad_weight(Tensor grad, Tensor x) -> Tensor");
   m.def("cpu_isa() -> str");
+  m.def("cpu_half_products() -> str");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kernelwise, CPU, m) {
@@ -525,6 +527,9 @@ STABLE_TORCH_LIBRARY_IMPL(kernelwise, CPU, m) {
   m.impl("linear_grad_weight", TORCH_BOX(&linear_grad_weight));
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kernelwise, CompositeExplicitAutograd, m) { m.impl("cpu_isa", TORCH_BOX(&isa)); }
+STABLE_TORCH_LIBRARY_IMPL(kernelwise, CompositeExplicitAutograd, m) {
+  m.impl("cpu_isa", TORCH_BOX(&isa));
+  m.impl("cpu_half_products", TORCH_BOX(&products));
+}
 
 }  // namespace kernelwise

@@ -1,0 +1,130 @@
+"""The linear layer with bfloat16 or float16 weights, for CPUs on which torch's own product of them is slow.
+
+Few rows: a product in C++ that widens the weights to float32 in the cache. Many rows: the weights become float32 block
+by block (4 MiB at a time, nothing is kept) and torch's float32 product does the rest; so do both gradients. Which of
+these is faster than torch's own product depends on the processor and the number of rows: `_CHOICES` says from where on.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.autograd.function import once_differentiable
+
+from ._library import isa, load
+
+_ops = load()
+_forward = _ops.linear.default
+_grad_x = _ops.linear_grad_x.default
+_grad_weight = _ops.linear_grad_weight.default
+_own = torch.nn.functional.linear
+
+_NEVER = 1 << 62
+
+
+@dataclass(frozen=True, slots=True)
+class _Choice:
+    """Numbers of rows: up to `few` the product that widens in the cache, from `many` block by block, else torch's own."""
+
+    few: int
+    many: int
+    grad_x: int  # gradient of x block by block from so many rows
+    grad_weight: int
+
+
+# Measured over torch 2.13's own product on one thread (SmolLM2's shapes, benchmarks/cpu_ops.py). "units" are
+# instructions for products of this dtype that torch's products use.
+_CHOICES = {
+    # torch falls back to loops: few rows 1.2-4.3 x, many 4-50 x, gradients 1-350 x
+    ("avx2", torch.bfloat16, "none"): _Choice(few=48, many=49, grad_x=1, grad_weight=1),
+    ("avx2", torch.float16, "none"): _Choice(few=48, many=49, grad_x=1, grad_weight=1),
+    # oneDNN converts by itself: few rows 1.3-2.9 x, many 2.2-20 x; below 4 rows its gradient of x is faster
+    ("avx512", torch.bfloat16, "none"): _Choice(few=32, many=33, grad_x=4, grad_weight=1),
+    ("avx512", torch.float16, "none"): _Choice(few=24, many=25, grad_x=1, grad_weight=1),
+    # avx512_bf16 has no more multipliers than float32: few rows 1.04-2.4 x, from 48 rows 1.0-1.7 x, gradients 1.2-1.7 x
+    ("avx512", torch.bfloat16, "vector"): _Choice(few=16, many=48, grad_x=24, grad_weight=24),
+    # avx512_fp16 has twice as many: only the product for few rows gains, 1.2-2.5 x
+    ("avx512", torch.float16, "vector"): _Choice(few=6, many=_NEVER, grad_x=_NEVER, grad_weight=_NEVER),
+}
+_UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}
+
+
+def _units(dtype: torch.dtype) -> str:
+    names = _ops.cpu_half_products.default().split()
+    matrix, vector = _UNITS[dtype]
+    return "matrix" if matrix in names else "vector" if vector in names and isa() == "avx512" else "none"
+
+
+_chosen = {dtype: _CHOICES.get((isa(), dtype, _units(dtype))) for dtype in _UNITS}
+
+
+def why_not_worthwhile(dtype: torch.dtype) -> str | None:
+    """Return why torch's own product of this dtype is left alone on this processor; None where the kernel is faster."""
+    if dtype not in _UNITS:
+        return f"it is made for bfloat16 and float16 weights, not {dtype}"
+    if _chosen[dtype] is not None:
+        return None
+    if _units(dtype) == "matrix":
+        return f"this processor multiplies {str(dtype).removeprefix('torch.')} matrices natively ({_UNITS[dtype][0]})"
+    return f"it was not measured on processors without AVX2 (instruction set in use: {isa()})"
+
+
+def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
+    """x weight^T + bias, computed in float32 and rounded once, as `torch.nn.functional.linear` gives it.
+
+    `x` is [..., in], `weight` [out, in], `bias` [out] or None, all bfloat16 or all float16. Other dtypes, and numbers of
+    rows for which torch's own product is faster here, go to torch. No float32 copy outlives the call.
+    """
+    if torch.is_grad_enabled() and (
+        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
+    ):
+        choice = _chosen.get(weight.dtype)
+        if choice is None or x.dtype != weight.dtype:
+            return _own(x, weight, bias)
+        y: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        return y
+    return _product(x, weight, bias)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    choice = _chosen.get(weight.dtype)
+    if choice is not None and x.dtype == weight.dtype:
+        rows = _num_rows(x)
+        if rows <= choice.few or rows >= choice.many:
+            y: torch.Tensor = _forward(x, weight, bias, choice.few)
+            return y
+    return _own(x, weight, bias)
+
+
+def _num_rows(x: torch.Tensor) -> int:
+    rows = 1
+    for size in x.shape[:-1]:
+        rows *= size
+    return rows
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+        need_x, need_weight = ctx.needs_input_grad[:2]
+        ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        need_x, need_weight, need_bias = ctx.needs_input_grad
+        choice, rows = _chosen[grad.dtype], _num_rows(grad)
+        dx = dw = db = None
+        if need_x:
+            dx = _grad_x(grad, weight) if rows >= choice.grad_x else grad @ weight
+        if need_weight and rows >= choice.grad_weight:
+            dw = _grad_weight(grad, x)
+        elif need_weight:
+            dw = grad.reshape(rows, -1).t() @ x.reshape(rows, -1)
+        if need_bias:
+            db = grad.reshape(rows, -1).sum(0)
+        return dx, dw, db
