@@ -431,8 +431,7 @@ def test_a_build_that_fits_states_its_oldest_architecture(hub: FakeHub, monkeypa
 
 
 def test_threads_that_load_one_reference_share_one_kernel(hub: FakeHub) -> None:
-    hub.add("good/norm", {"v1": kernel_files(layers=NORM)})
-    hub.delay("/resolve/", 0.05)
+    hub.add("good/norm", {"v1": kernel_files(layers=NORM, init="import time; time.sleep(0.3)\n")})
     found: list[object] = []
 
     def work() -> None:

@@ -92,7 +92,10 @@ def test_a_wrong_layer_and_wrong_metadata(tmp_path: Path, refused: Refuse) -> No
     assert "unheard-of" in refused(at(tmp_path / "wants")).reason
 
 
-def test_a_kernel_edited_on_disk_is_read_again_and_the_old_one_keeps_working(tmp_path: Path) -> None:
+def test_a_kernel_edited_on_disk_is_read_again_and_the_old_one_keeps_working(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
     folder = write_files(tmp_path / "norm", kernel_files(layers=NORM, metadata={"id": "_norm_fixed"}))
     file = folder / "build/torch-universal/layers.py"
     first = load(at(folder), device="cpu")
