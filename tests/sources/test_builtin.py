@@ -110,6 +110,22 @@ def test_without_the_library(refused: Refuse, monkeypatch: pytest.MonkeyPatch, t
     assert (error.fix or "").startswith("pip install --no-build-isolation")
 
 
+def test_linear_is_loaded_for_the_dtypes_that_this_processor_is_slow_in(
+    refused: Refuse, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from kernelwise.kernels.cpu import linear
+
+    monkeypatch.setattr(linear, "why_not_worthwhile", lambda dtype: "it is fast" if dtype == torch.float16 else None)
+    assert load(of("Linear"), device="cpu").limits.dtypes == ("bfloat16",)
+    native = "this processor multiplies matrices natively"
+    monkeypatch.setattr(linear, "why_not_worthwhile", lambda dtype: native)
+    assert native in refused(of("Linear")).reason
+    monkeypatch.setattr(linear, "why_not_worthwhile", lambda dtype: None)
+    kernel = load(of("Linear"), device="cpu")
+    assert kernel.limits.dtypes == ("bfloat16", "float16")
+    assert [p.name for p in kernel.signature] == ["x", "weight", "bias"]
+
+
 def test_the_hash_follows_the_files_of_the_backend(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     before = load(of("RMSNorm"), device="cpu").content_hash
     assert load(of("SwiGLUMLP"), device="cpu").content_hash == before

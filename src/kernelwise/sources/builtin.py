@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
 
 from kernelwise._data import Kernel, KernelRef, Limits, Scalar
 from kernelwise.sources._explain import failure, no_such_layer, one_line
 from kernelwise.sources._layer_class import signature
 from kernelwise.sources._repository import content_hash
+
+if TYPE_CHECKING:
+    import torch
 
 
 @dataclass(frozen=True, slots=True)
@@ -62,7 +66,8 @@ def load(ref: KernelRef, *, device: str) -> Kernel:
     """Import a builtin kernel.
 
     Raises:
-        KernelLoadError: no such kernel, none for the device, or what it runs on (Triton, the C++ library) is missing.
+        KernelLoadError: no such kernel, none for the device, what it runs on (Triton, the C++ library) is missing, or
+            PyTorch's own code is as good on this processor.
     """
     entry = _find(ref.layer, device)
     if entry is None:
@@ -78,7 +83,22 @@ def load(ref: KernelRef, *, device: str) -> Kernel:
     except (ImportError, OSError, RuntimeError) as error:
         reason = one_line(error).removesuffix(f": {mend}")
         raise failure(ref, f"it cannot be imported: {reason}", fix=mend) from error
-    return _kernel(ref, entry, getattr(module, entry.op))
+    return _kernel(ref, _worthwhile(ref, entry, module), getattr(module, entry.op))
+
+
+def _worthwhile(ref: KernelRef, entry: _Entry, module: ModuleType) -> _Entry:
+    """Leave out the dtypes for which a kernel's module says that PyTorch's own code is as good on this processor."""
+    why_not: Callable[[torch.dtype], str | None] | None = getattr(module, "why_not_worthwhile", None)
+    if why_not is None:
+        return entry
+    import torch
+
+    reasons = {dtype: why_not(getattr(torch, dtype)) for dtype in entry.dtypes}
+    dtypes = tuple(dtype for dtype, reason in reasons.items() if reason is None)
+    if not dtypes:
+        why = "; ".join(dict.fromkeys(reason for reason in reasons.values() if reason))
+        raise failure(ref, f"it would gain nothing: {why}", fix="leave the layer its own code")
+    return replace(entry, dtypes=dtypes)
 
 
 def _find(layer: str, device: str) -> _Entry | None:
