@@ -89,7 +89,7 @@ mappings = st.dictionaries(
 configs = st.builds(KernelConfig, mappings, st.just(False), st.booleans(), on_miss=st.sampled_from(["raise", "keep"]))
 
 quick = settings(
-    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
 )
 
 

@@ -160,7 +160,12 @@ BAD = [
     ({"inference": {"training": "org/repo:Layer"}}, "a mode inside a mode", "one mode"),
     ({"cuda": {"inference": {"cpu": None}}}, "a device type inside a device type", "one device type"),
     ({"cuda": "org/repo:Layer", "inference": None}, "mixes device types and modes", '{"cuda": {"inference"'),
-    ({"inference": "org/repo:Layer", Mode.INFERENCE: None}, "claims the same as rule 1", "keep one"),
+    ({"inference": "org/repo:Layer", Mode.INFERENCE: None}, "names the mode inference a second time", "keep one"),
+    (
+        {"inference": {"cpu": None}, Mode.INFERENCE: {"cuda": None}},
+        "names the mode inference a second time",
+        "keep one",
+    ),
 ]
 
 

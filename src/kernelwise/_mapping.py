@@ -154,6 +154,7 @@ def _read_value(
         fix = "name a device type or a mode in it, or leave it out"
         yield place.problem(("is an empty dict, which says nothing", fix))
     kinds: set[str] = set()
+    modes: set[str] = set()
     for key, item in value.items():
         as_mode = mode_name(key)
         step = place.inside(as_mode or (key if isinstance(key, str) else show(key)))
@@ -162,8 +163,11 @@ def _read_value(
             yield step.problem(fault)
             if len(step.steps) <= 3:  # no deeper than a mapping can go, as a dict may hold itself
                 yield from (entry for entry in _read_value(item, step, None, None, local) if isinstance(entry, Problem))
+        elif as_mode is not None and as_mode in modes:  # a mode has two spellings, so that a dict can hold it twice
+            yield step.problem((f"names the mode {as_mode} a second time", "keep one of the two"))
         elif as_mode is not None:
             kinds.add("mode")
+            modes.add(as_mode)
             yield from _read_value(item, step, device, as_mode, local)
         else:
             kinds.add("device")
