@@ -454,6 +454,11 @@ class MarkedAnything(nn.Module):
         return first - sum(args) * 2 - sum(kwargs.values()) * 3 + MARK
 
 
+class MarkedAnyArguments(nn.Module):
+    def forward(self, *args: Tensor, **kwargs: Tensor) -> Tensor:
+        return sum(args) + sum(kwargs.values()) + 1 + MARK
+
+
 class MarkedPlusOne(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return x + 1 + MARK

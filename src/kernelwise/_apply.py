@@ -202,7 +202,7 @@ def _bind(
     own = own_forward(module)
     key = (id(own), id(kernel), id(layer.signature), id(layer.computes(mode)), hash(layer.function))
     if key not in bound and layer.function is None:
-        bound[key] = layer_call(layer, kernel, mode), None
+        bound[key] = layer_call(layer, kernel, mode, own), None
     elif key not in bound and layer.function is not None:
         fallbacks: Counter[str] = Counter()
         call = function_call(layer, kernel, mode, globals_called(own)[layer.function], fallbacks)

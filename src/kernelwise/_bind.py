@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from types import CellType, FunctionType
 from typing import Any
@@ -25,6 +25,7 @@ Call = Callable[..., Any]
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 INPUT = "the input has a dtype, device or tensor class that the kernel does not take"
+MORE = "it was called with a keyword that only its decorator takes"
 NO_BACKWARD = "a gradient was needed and the kernel has no backward"
 LOST_GRADIENT = "the kernel gave an output without gradient"
 
@@ -44,21 +45,28 @@ def needs_grad(module: torch.nn.Module | None, *arguments: Any) -> bool:
 
 
 def carries_grad(output: Any) -> bool:
-    """Return whether some floating tensor of an output is part of the graph (True where there is no such tensor)."""
-    tensors = (
-        [output] if isinstance(output, torch.Tensor) else list(output) if isinstance(output, (tuple, list)) else []
-    )
-    floating = [t for t in tensors if isinstance(t, torch.Tensor) and t.is_floating_point()]
-    return not floating or any(tensor.requires_grad for tensor in floating)
+    """Return whether every floating tensor of an output is part of the graph."""
+    if isinstance(output, torch.Tensor):
+        return output.requires_grad or not (output.is_floating_point() or output.is_complex())
+    if isinstance(output, dict):
+        return all(map(carries_grad, output.values()))
+    return not isinstance(output, (tuple, list)) or all(map(carries_grad, output))
 
 
 def run_own(self: torch.nn.Module, why: str | None, *args: Any, **kwargs: Any) -> Any:
     """Run the layer's own code in place of its kernel and count why; never counts while compiling."""
-    return getattr(self, STATE).run_own(self, why, args, kwargs)
+    try:
+        state = getattr(self, STATE)
+    except AttributeError:  # undone while the call was under way
+        return type(self).forward(self, *args, **kwargs)
+    return state.run_own(self, why, args, kwargs)
 
 
-def layer_call(layer: Layer, kernel: Kernel, mode: str) -> Call:
+def layer_call(layer: Layer, kernel: Kernel, mode: str, own: Call) -> Call:
     """Return the function `(self, ...)`, in the layer's own signature, that runs the kernel for this layer.
+
+    `own` is the forward of the layer's class. Where its decorators take keywords that its signature does not tell of, a
+    call with such a keyword goes to the own code.
 
     Raises:
         ApplyError: the plan was made by hand and the kernel cannot be bound.
@@ -74,6 +82,8 @@ def layer_call(layer: Layer, kernel: Kernel, mode: str) -> Call:
         kernel.has_backward,
         kernel.can_torch_compile,
         True,
+        reads=kernel.reads,
+        takes_more=_takes_any_keyword(own) and all(p.kind != "var_keyword" for p in layer.signature),
     )(run_own)
 
 
@@ -101,7 +111,8 @@ def function_call(layer: Layer, kernel: Kernel, mode: str, original: Call, fallb
         False,
     )(run_original)
     plain = type(original).forward if isinstance(original, torch.nn.Module) else original
-    _copy_defaults(call, plain, skip=0)
+    parameters = list(inspect.signature(plain).parameters.values())
+    _set_defaults(call, parameters[1:] if isinstance(original, torch.nn.Module) else parameters)
     return call
 
 
@@ -115,62 +126,76 @@ def _compile(
     has_backward: bool,
     can_torch_compile: bool,
     has_self: bool,
+    reads: tuple[str, ...] = (),
+    takes_more: bool = False,
 ) -> Callable[[Call], Call]:
-    """Write and compile one adapter. Returns a function that takes what to run for the layer's own code."""
+    """Write and compile one adapter. Returns a function that takes what to run for the layer's own code.
+
+    Everything that is not the layer's own stands under a name with the prefix `_kw_`, which no forward gives a parameter.
+    """
     declared, passed = source(layer)
     names = ", ".join(p.name for p in layer)
-    self_ = "self, " if has_self else ""
-    module = "self" if has_self else "None"
-    own = f"return own({self_}{{why}}, {passed})"
-    lines = [f"def call({self_}{declared}):"]
+    self_, module = ("self", "self") if has_self else ("", "None")
+
+    def run_own(why: str, more: str = "") -> str:
+        return f"        return _kw_own({', '.join(filter(None, (self_, why, passed, more)))})"
+
+    more = "**_kw_more" if takes_more else ""
+    lines = [f"def _kw_call({', '.join(filter(None, (self_, declared, more)))}):"]
+    if takes_more:
+        lines += ["    if _kw_more:", run_own("_kw_MORE", more)]
     if not can_torch_compile:
-        lines += ["    if is_compiling():", "        " + own.format(why="None")]
+        lines += ["    if _kw_is_compiling():", run_own("None")]
     if recognition is not None:
         arguments = ", ".join(_role_arguments(recognition, kernel))
         weight = _weight(recognition)
         if weight:
             # The dict first: a parameter found through nn.Module.__getattr__ costs several times as much.
             lines += [
-                "    parameters = self._parameters",
-                f'    weight = parameters["{weight}"] if "{weight}" in parameters else self.{weight}',
+                "    _kw_parameters = self._parameters",
+                f'    _kw_weight = _kw_parameters["{weight}"] if "{weight}" in _kw_parameters else self.{weight}',
             ]
         guard = _guard(recognition, limits)
-        if guard:
-            lines += [f"    if not ({guard}):", "        " + own.format(why="INPUT")]
     else:
         arguments, reasons = bind(layer, kernel)
         if reasons:
             raise ApplyError(f"{function.__qualname__} cannot be bound: {'; '.join(reasons)}")
         if has_self:
             arguments = f"self, {arguments}" if arguments else "self"
+        guard = _plain_guard(layer, reads if has_self else ())
+    if guard:
+        lines += [f"    if not ({guard}):", run_own("_kw_INPUT")]
     if not has_backward:
         lines += [
-            f"    if is_grad_enabled() and needs_grad({module}, {names}):",
-            "        " + own.format(why="NO_BACKWARD"),
+            f"    if _kw_is_grad_enabled() and _kw_needs_grad({module}, {names}):",
+            run_own("_kw_NO_BACKWARD"),
         ]
     if has_backward and recognition is None:
         lines += [
-            f"    output = kernel({arguments})",
-            f"    if is_grad_enabled() and not carries_grad(output) and needs_grad({module}, {names}):",
-            "        " + own.format(why="LOST_GRADIENT"),
-            "    return output",
+            f"    _kw_output = _kw_kernel({arguments})",
+            f"    if _kw_is_grad_enabled() and not _kw_carries_grad(_kw_output) and _kw_needs_grad({module}, {names}):",
+            run_own("_kw_LOST_GRADIENT"),
+            "    return _kw_output",
         ]
     else:
-        lines += [f"    return kernel({arguments})"]
+        lines += [f"    return _kw_kernel({arguments})"]
     body = "\n".join("    " + line for line in lines)
     namespace: dict[str, Any] = {
-        "kernel": function,
-        "plain": _PLAIN,
-        "dtypes": frozenset(getattr(torch, name) for name in limits.dtypes),
-        "is_compiling": torch.compiler.is_compiling,
-        "is_grad_enabled": torch.is_grad_enabled,
-        "needs_grad": needs_grad,
-        "carries_grad": carries_grad,
-        "INPUT": INPUT,
-        "NO_BACKWARD": NO_BACKWARD,
-        "LOST_GRADIENT": LOST_GRADIENT,
+        "_kw_kernel": function,
+        "_kw_plain": _PLAIN,
+        "_kw_plain_or_none": _PLAIN | {type(None)},
+        "_kw_Tensor": torch.Tensor,
+        "_kw_dtypes": frozenset(getattr(torch, name) for name in limits.dtypes),
+        "_kw_is_compiling": torch.compiler.is_compiling,
+        "_kw_is_grad_enabled": torch.is_grad_enabled,
+        "_kw_needs_grad": needs_grad,
+        "_kw_carries_grad": carries_grad,
+        "_kw_INPUT": INPUT,
+        "_kw_MORE": MORE,
+        "_kw_NO_BACKWARD": NO_BACKWARD,
+        "_kw_LOST_GRADIENT": LOST_GRADIENT,
     }
-    exec(f"def make(own):\n{body}\n    return call", namespace)
+    exec(f"def make(_kw_own):\n{body}\n    return _kw_call", namespace)
     make: Callable[[Call], Call] = namespace["make"]
     return lru_cache(maxsize=1)(make) if has_self else make
 
@@ -179,7 +204,7 @@ def _role_arguments(recognition: Recognition, kernel: tuple[Parameter, ...]) -> 
     taken = {p.name for p in kernel}
     weight = _weight(recognition)
     arguments = [
-        f"{role}={'weight' if role == 'weight' and weight else _expression(binding)}"
+        f"{role}={'_kw_weight' if role == 'weight' and weight else _expression(binding)}"
         for role, binding in recognition.roles
         if not taken or role in taken
     ]
@@ -194,20 +219,32 @@ def _expression(binding: Binding) -> str:
 
 def _guard(recognition: Recognition, limits: Limits) -> str:
     """The condition under which an operation's kernel may see its input: plain tensors of its dtypes, on its device."""
-    first = next((str(b.value) for _, b in recognition.roles if b.kind == "argument"), None)
-    if first is None:
+    given = [str(b.value) for _, b in recognition.roles if b.kind == "argument"]
+    if not given:
         return ""
-    tests = [f"type({first}) in plain"]
+    first, *others = given
+    tests = [f"type({first}) in _kw_plain"]
     if limits.dtypes:
-        tests.append(f"{first}.dtype in dtypes")
+        tests.append(f"{first}.dtype in _kw_dtypes")
     if limits.devices:
         flags = {"cpu": "is_cpu", "cuda": "is_cuda", "rocm": "is_cuda", "xpu": "is_xpu", "mps": "is_mps"}
         known = sorted({flags[device] for device in limits.devices if device in flags})
         if known:
             tests.append("(" + " or ".join(f"{first}.{flag}" for flag in known) + ")")
     if _weight(recognition):
-        tests.append("type(weight) in plain")
-    return " and ".join(tests)
+        tests.append("type(_kw_weight) in _kw_plain")
+    return " and ".join([*tests, *map(_is_plain, others)])
+
+
+def _plain_guard(layer: tuple[Parameter, ...], reads: tuple[str, ...]) -> str:
+    """The condition under which a layer class may see its input: no tensor of a subclass, given or read from the module."""
+    given = [_is_plain(p.name) for p in layer if not p.kind.startswith("var_")]
+    read = [f'type(self._parameters.get("{name}")) in _kw_plain_or_none' for name in reads]
+    return " and ".join([*given, *read])
+
+
+def _is_plain(name: str) -> str:
+    return f"(type({name}) in _kw_plain or not isinstance({name}, _kw_Tensor))"
 
 
 def _weight(recognition: Recognition) -> str | None:
@@ -218,20 +255,24 @@ def _weight(recognition: Recognition) -> str | None:
 
 @lru_cache(maxsize=4096)
 def dispatcher(own: Call) -> Call:
-    """Return the forward that is put on an instance: it runs what the module's state holds for its mode."""
-    parameters = tuple(
-        Parameter(p.name, p.kind.name.lower(), p.default is not p.empty)
-        for p in inspect.signature(own).parameters.values()
-    )[1:]
-    declared, passed = source(parameters)
-    namespace: dict[str, Any] = {}
+    """Return the forward that is put on an instance: it runs what the module's state holds for its mode.
+
+    It takes what `own` takes with its decorators. Whoever keeps it longer than the state lasts gets the own code.
+    """
+    parameters = _accepted(own)
+    declared, passed = source([Parameter(p.name, p.kind.name.lower(), p.default is not p.empty) for p in parameters])
+    namespace: dict[str, Any] = {"_kw_own": own}
     exec(
         f"def forward(self, {declared}):\n"
-        f"    return (self.{STATE}.training if self.training else self.{STATE}.inference)(self, {passed})",
+        "    try:\n"
+        f"        _kw_state = self.{STATE}\n"
+        "    except AttributeError:\n"
+        f"        return _kw_own(self, {passed})\n"
+        f"    return (_kw_state.training if self.training else _kw_state.inference)(self, {passed})",
         namespace,
     )
     forward: Call = namespace["forward"]
-    _copy_defaults(forward, own, skip=1)
+    _set_defaults(forward, parameters)
     mark_dispatcher(forward)
     forward.__doc__ = own.__doc__
     forward.__qualname__ = getattr(own, "__qualname__", "forward")
@@ -240,11 +281,29 @@ def dispatcher(own: Call) -> Call:
     return forward
 
 
-def _copy_defaults(function: Call, own: Call, *, skip: int) -> None:
-    """Give a generated function the default values of the forward whose signature it repeats."""
-    parameters = list(inspect.signature(own).parameters.values())
-    if isinstance(own, FunctionType) and not skip and parameters and parameters[0].name == "self":
-        parameters = parameters[1:]
+@lru_cache(maxsize=4096)
+def _accepted(own: Call) -> tuple[inspect.Parameter, ...]:
+    """Return the parameters that a forward really takes after `self`: those of its outermost decorator."""
+    try:
+        if "__signature__" in getattr(own, "__dict__", {}):
+            raise ValueError("a signature that was set by hand is a claim")
+        parameters = tuple(inspect.signature(own, follow_wrapped=False).parameters.values())
+    except (TypeError, ValueError):
+        return (
+            inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
+            inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
+        )
+    return (
+        parameters[1:] if parameters[:1] and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL else parameters
+    )
+
+
+def _takes_any_keyword(own: Call) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in _accepted(own))
+
+
+def _set_defaults(function: Call, parameters: Sequence[inspect.Parameter]) -> None:
+    """Give a generated function the default values of the parameters that it repeats."""
     positional = [p.default for p in parameters if p.default is not p.empty and p.kind is not p.KEYWORD_ONLY]
     keyword = {p.name: p.default for p in parameters if p.default is not p.empty and p.kind is p.KEYWORD_ONLY}
     function.__defaults__ = tuple(positional) or None

@@ -202,12 +202,13 @@ def own_forward(module: nn.Module) -> Callable[..., Any]:
 
 def mark_dispatcher(function: Callable[..., Any]) -> None:
     """Mark a function as one that Kernelwise puts on instances."""
-    function.__kernelwise__ = True  # type: ignore[attr-defined]
+    # Itself, because `functools.wraps` copies attributes to wrappers that are not ours.
+    function.__kernelwise__ = function  # type: ignore[attr-defined]
 
 
 def is_dispatcher(value: Any) -> bool:
     """Return whether a forward found on an instance is one that Kernelwise put there."""
-    return isinstance(value, MethodType) and getattr(value.__func__, "__kernelwise__", False)
+    return isinstance(value, MethodType) and getattr(value.__func__, "__kernelwise__", None) is value.__func__
 
 
 def _replaced_forward(module: nn.Module) -> str | None:
@@ -227,7 +228,8 @@ def _replaced_forward(module: nn.Module) -> str | None:
 @lru_cache(maxsize=4096)
 def signature(forward: Callable[..., Any]) -> tuple[Parameter, ...]:
     """Return the parameters of a forward without `self`; empty where Python cannot tell."""
-    return _parameters(forward)[1:]
+    parameters = _parameters(forward)
+    return parameters if parameters[:1] and parameters[0].kind == "var_positional" else parameters[1:]
 
 
 def _function_signature(value: Any) -> tuple[Parameter, ...]:
