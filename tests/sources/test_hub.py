@@ -12,8 +12,8 @@ from pathlib import Path
 import kernels
 import pytest
 import torch
-from conftest import NORM
 from fakehub import FakeHub, forget_kernels, kernel_files
+from loading import NORM, process_state
 from torch import nn
 
 from kernelwise._data import KernelRef
@@ -367,8 +367,6 @@ def test_code_that_cannot_be_imported(hub: FakeHub, refused: Refuse, layers: str
 
 
 def test_an_interrupt_passes_through_and_leaves_nothing(hub: FakeHub, tmp_path: Path) -> None:
-    from conftest import process_state
-
     hub.add("good/norm", {"v1": kernel_files(layers="raise KeyboardInterrupt\n" + NORM)})
     before = process_state(tmp_path)
     with pytest.raises(KeyboardInterrupt):

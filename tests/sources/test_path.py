@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import NORM
 from fakehub import kernel_files, write_files
+from loading import NORM
 from torch import nn
 
 from kernelwise._data import KernelRef

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import kernels
 import pytest
-from conftest import NORM
 from fakehub import FakeHub, kernel_files, write_files
+from loading import NORM
 
 from kernelwise._data import KernelRef
 from kernelwise._errors import KernelLoadError
