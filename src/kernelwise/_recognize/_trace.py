@@ -258,7 +258,7 @@ def has_hooks(module: nn.Module) -> bool:
         or d["_backward_hooks"]
         or d["_backward_pre_hooks"]
         or d.get("_compiled_call_impl") is not None
-        or "forward" in d
+        or ("forward" in d and not is_ours(d["forward"]))
         or type(module).__call__ is not nn.Module.__call__
     )
 
@@ -577,9 +577,16 @@ def innermost_forward(module: nn.Module) -> Callable[..., Any]:
         return type(module).forward
     if "_hf_hook" in module.__dict__:  # accelerate keeps the forward that its hook is around here
         forward = module.__dict__.get("_old_forward", forward)
+    if is_ours(forward):
+        return type(module).forward
     if isinstance(forward, types.MethodType) and forward.__self__ is module:
         return forward.__func__
     raise Untraceable("its forward was replaced on this instance")
+
+
+def is_ours(forward: object) -> bool:
+    """Whether a forward on an instance is the one that runs a kernel there: what the module computes is its class's."""
+    return isinstance(forward, types.MethodType) and getattr(forward.__func__, "__kernelwise__", False)
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
