@@ -17,7 +17,7 @@ from kernelwise import _apply, _discover, _plan, sources
 from kernelwise._config import KernelConfig
 from kernelwise._data import DEVICE_TYPES, MODES, Decision, Kernel, KernelRef, Layer, Plan, Target
 from kernelwise._errors import KernelLoadError, PlanError
-from kernelwise._mapping import Rule
+from kernelwise._mapping import Rule, mode_name
 from kernelwise._report import Report, make_row
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -32,26 +32,6 @@ def current_target(device: str) -> Target:
     elif device == "rocm" and torch.cuda.is_available():
         arch = str(torch.cuda.get_device_properties(0).gcnArchName)
     return Target(device, arch, (("torch", torch.__version__),))
-
-
-def mode_name(mode: object) -> str:
-    """Return the name of a `kernels.Mode`, or check a mode given by name (`"inference"`, `"training+compile"` …).
-
-    Raises:
-        PlanError: it is neither training nor inference.
-    """
-    if isinstance(mode, str) and mode in MODES:
-        return mode
-    flags = {flag for flag in ("INFERENCE", "TRAINING", "TORCH_COMPILE") if _has_flag(mode, flag)}
-    base = "training" if "TRAINING" in flags else "inference" if "INFERENCE" in flags else None
-    if base is None:
-        raise PlanError(f"mode is one of {', '.join(MODES)} or a kernels.Mode with INFERENCE or TRAINING, got {mode!r}")
-    return f"{base}+compile" if "TORCH_COMPILE" in flags else base
-
-
-def _has_flag(mode: object, name: str) -> bool:
-    flag = getattr(type(mode), name, None)
-    return flag is not None and flag in mode  # type: ignore[operator]
 
 
 def plan(
@@ -86,7 +66,7 @@ def plan(
     wanted = target.device if target else _device(model, device)
     if wanted is not None and (target is not None or device is not None):
         layers = tuple(replace(layer, device=wanted) for layer in layers)
-    modes = (mode_name(mode),) if mode is not None else ("inference", "training")
+    modes = ("inference", "training") if mode is None else (_one_mode(mode),)
     devices = {layer.device for layer in layers}
     defaults: dict[tuple[str, str], Sequence[KernelRef]] = {}
     if config.inherit_mapping:
@@ -98,6 +78,13 @@ def plan(
     return _plan.make_plan(
         layers, rules, kernels, target=target or current_target(wanted), modes=modes, defaults=defaults, on_miss=on_miss
     )
+
+
+def _one_mode(mode: object) -> str:
+    name = mode_name(mode)
+    if name is None:
+        raise PlanError(f"mode is one of {', '.join(MODES)} or a kernels.Mode with INFERENCE or TRAINING, got {mode!r}")
+    return name
 
 
 def _device(model: nn.Module, device: str | torch.device | None) -> str:

@@ -88,12 +88,18 @@ def _role_reasons(layer: Layer, kernel: Kernel, mode: str) -> list[str]:
         return [f"takes the roles of {kernel.op}; what {_short(layer)} computes was not recognised"]
     if found.op != kernel.op:
         return [f"computes {kernel.op}; {_short(layer)} computes {found.op}"]
-    options = dict(found.options)
-    return [
-        f"supports {name} {', '.join(map(str, allowed))}; {_short(layer)} has {options[name]}"
-        for name, allowed in kernel.limits.options
-        if name in options and options[name] not in allowed
-    ]
+    reasons = []
+    taken = {parameter.name for parameter in kernel.signature}
+    limits = dict(kernel.limits.options)
+    for name, value in found.options:
+        if name in limits and value not in limits[name]:
+            reasons.append(f"supports {name} {', '.join(map(str, limits[name]))}; {_short(layer)} has {value}")
+        elif taken and name not in taken and name not in limits:
+            reasons.append(f"does not know the option {name}, which {_short(layer)} has as {value}")
+    for role, binding in found.roles:
+        if taken and role not in taken and (binding.kind, binding.value) != ("constant", None):
+            reasons.append(f"has no place for the {role} of {_short(layer)}")
+    return reasons
 
 
 def make_plan(
