@@ -17,7 +17,7 @@ from typing import Any
 import torch
 
 from kernelwise._data import Binding, Kernel, Layer, Limits, Parameter, Recognition
-from kernelwise._discover import STATE, mark_dispatcher, unwrap
+from kernelwise._discover import STATE, mark_dispatcher, wrapping
 from kernelwise._errors import ApplyError
 from kernelwise._signature import bind, source
 
@@ -316,36 +316,18 @@ def rebuild(forward: Call, replacements: dict[str, Call]) -> Call | None:
     The copy has globals of its own, so no other model is changed. Decorators made with `functools.wraps` are copied around
     it: each must hold the function it wraps in exactly one closure cell.
     """
-    inner = unwrap(forward)
-    if inner is None or "__name__" in inner.__code__.co_names:
+    found = wrapping(forward)
+    if isinstance(found, str):
         return None
     # Without a module name, torch.compile takes the values from these globals and not from the module they came from.
-    scope = {name: value for name, value in inner.__globals__.items() if name != "__name__"} | replacements
-    rebuilt = _copy_function(inner, scope, inner.__closure__)
-    chain: list[FunctionType] = []
-    outer: Any = forward
-    while outer is not inner:
-        if not isinstance(outer, FunctionType):
-            return None
-        chain.append(outer)
-        outer = outer.__wrapped__  # type: ignore[attr-defined]
-    wrapped: FunctionType = inner
-    for outer in reversed(chain):
-        cells = outer.__closure__ or ()
-        holds = [index for index, cell in enumerate(cells) if _contents(cell) is wrapped]
-        if len(holds) != 1:
-            return None
-        closure = tuple(CellType(rebuilt) if index == holds[0] else cell for index, cell in enumerate(cells))
-        wrapped, rebuilt = outer, _copy_function(outer, outer.__globals__, closure)
-        rebuilt.__wrapped__ = closure[holds[0]].cell_contents  # type: ignore[attr-defined]
+    scope = {name: value for name, value in found.inner.__globals__.items() if name != "__name__"} | replacements
+    rebuilt = _copy_function(found.inner, scope, found.inner.__closure__)
+    for outer, holds in found.decorators:
+        cell = CellType(rebuilt)
+        closure = tuple(cell if index == holds else other for index, other in enumerate(outer.__closure__ or ()))
+        rebuilt = _copy_function(outer, outer.__globals__, closure)
+        rebuilt.__wrapped__ = cell.cell_contents  # type: ignore[attr-defined]
     return rebuilt
-
-
-def _contents(cell: CellType) -> Any:
-    try:
-        return cell.cell_contents
-    except ValueError:  # an empty cell
-        return None
 
 
 def _copy_function(function: FunctionType, scope: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:

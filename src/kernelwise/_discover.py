@@ -8,11 +8,13 @@ speaks of what the parent's forward computes.
 
 from __future__ import annotations
 
+import dis
 import inspect
 import weakref
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import lru_cache
-from types import FunctionType, MethodType
+from types import CellType, CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
@@ -127,6 +129,8 @@ def _functions_of(
     if not wrappers and not recognised:
         return
     called = globals_called(own_forward(module))
+    copyable = wrapping(own_forward(module))
+    uncopyable = copyable if isinstance(copyable, str) else None
     entries: dict[str, tuple[str, Recognition | None, str | None, Any]] = {}
     for wrapper in wrappers.values():
         wrapper_class: Any = type(wrapper)
@@ -138,10 +142,11 @@ def _functions_of(
                 f"the forward of {type(module).__name__} does not call it by a global name, so it cannot be changed for "
                 "this model alone"
             )
+        blocked = blocked or uncopyable
         key = name_in_forward if name_in_forward is not None else f"?{name}"
         entries[key] = (name, recognised.pop(name_in_forward or "", None), blocked, wrapper)
     for key, found in recognised.items():
-        entries[key] = (ops.layer_name(found), found, None, called.get(key))
+        entries[key] = (ops.layer_name(found), found, uncopyable, called.get(key))
     device, dtypes = _device_and_dtypes(module)
     for key, (name, recognition, blocked, value) in entries.items():
         yield Layer(
@@ -246,22 +251,67 @@ def _parameters(function: Callable[..., Any]) -> tuple[Parameter, ...]:
     return tuple(Parameter(p.name, p.kind.name.lower(), p.default is not p.empty) for p in parameters)
 
 
-def unwrap(function: Callable[..., Any]) -> FunctionType | None:
-    """Return the plain Python function under `functools.wraps` decorators, or None where there is none."""
-    inner = inspect.unwrap(function)
-    return inner if isinstance(inner, FunctionType) else None
+@dataclass(frozen=True, slots=True)
+class Wrapping:
+    """A plain Python function and the decorators around it: each with the closure cell that holds what it wraps."""
+
+    inner: FunctionType
+    decorators: tuple[tuple[FunctionType, int], ...]  # innermost first
 
 
 @lru_cache(maxsize=4096)
-def _global_names(forward: Callable[..., Any]) -> tuple[FunctionType | None, tuple[str, ...]]:
-    inner = unwrap(forward)
-    return inner, (inner.__code__.co_names if inner is not None else ())
+def wrapping(forward: Callable[..., Any]) -> Wrapping | str:
+    """Return what is needed to copy a forward around other globals, or why that is not possible."""
+    chain: list[FunctionType] = []
+    while hasattr(forward, "__wrapped__"):
+        if not isinstance(forward, FunctionType):
+            return f"its forward is wrapped by {type(forward).__qualname__}, which is no plain function"
+        chain.append(forward)
+        forward = forward.__wrapped__  # type: ignore[attr-defined]
+    if not isinstance(forward, FunctionType):
+        return "its forward is no plain Python function"
+    decorators: list[tuple[FunctionType, int]] = []
+    wrapped = forward
+    for outer in reversed(chain):
+        holds = [index for index, cell in enumerate(outer.__closure__ or ()) if _contents(cell) is wrapped]
+        if len(holds) != 1:
+            return "a decorator around its forward does not hold it in one closure cell"
+        decorators.append((outer, holds[0]))
+        wrapped = outer
+    written = sorted(name for name, is_written in _globals_in(forward.__code__) if is_written)
+    if written:
+        return f"its forward writes the global {written[0]}, which a copy with globals of its own would hide"
+    if ("__name__", False) in _globals_in(forward.__code__):
+        return "its forward reads __name__, which a copy does not have"
+    return Wrapping(forward, tuple(decorators))
+
+
+def _contents(cell: CellType) -> Any:
+    try:
+        return cell.cell_contents
+    except ValueError:  # an empty cell
+        return None
+
+
+@lru_cache(maxsize=4096)
+def _globals_in(code: CodeType) -> frozenset[tuple[str, bool]]:
+    """Return the globals that a function's code and the code nested in it use, and whether they are written."""
+    nested = [_globals_in(constant) for constant in code.co_consts if isinstance(constant, CodeType)]
+    own = {
+        (str(step.argval), step.opname != "LOAD_GLOBAL")
+        for step in dis.get_instructions(code)
+        if step.opname in ("LOAD_GLOBAL", "STORE_GLOBAL", "DELETE_GLOBAL")
+    }
+    return frozenset(own).union(*nested)
 
 
 def globals_called(forward: Callable[..., Any]) -> dict[str, Any]:
     """Return the global names that a forward's own code mentions, with the values they have now."""
-    inner, names = _global_names(forward)
-    return {} if inner is None else {name: inner.__globals__[name] for name in names if name in inner.__globals__}
+    inner = inspect.unwrap(forward)
+    if not isinstance(inner, FunctionType):
+        return {}
+    space = inner.__globals__
+    return {name: space[name] for name, _ in _globals_in(inner.__code__) if name in space}
 
 
 @lru_cache(maxsize=4096)
