@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kernelwise._data import Recognition
 from kernelwise.ops import OPERATIONS
 
-SIZES = {"B": 2, "S": 5, "D": 16, "Hq": 4, "Hk": 2}
+SIZES = {"B": 2, "S": 5, "D": 16, "R": 8, "Hq": 4, "Hk": 2}
 
 
 def reference_arguments(recognition: Recognition, module: nn.Module | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -81,16 +81,16 @@ def to(value: Any, dtype: torch.dtype) -> Any:
 
 
 def inputs_of(module: nn.Module, recognition: Recognition, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random inputs for a recognised module with one tensor argument."""
-    (name,) = [binding.value for _, binding in recognition.roles if binding.kind == "argument"]
-    return {str(name): torch.randn(2, 5, width_of(module), generator=generator)}
+    """Random inputs for a recognised module."""
+    names = [str(binding.value) for _, binding in recognition.roles if binding.kind == "argument"]
+    return {name: torch.randn(2, 5, width_of(module), generator=generator) for name in names}
 
 
 def function_inputs(function: Any, recognition: Recognition, generator: torch.Generator) -> dict[str, Any]:
     """Random inputs for a recognised function, by the names of its own parameters."""
     op = OPERATIONS[recognition.op]
     bindings = dict(recognition.roles)
-    sizes = dict(SIZES)
+    sizes: dict[str, Any] = {**SIZES, **dict(recognition.options)}
     choice = bindings.get("unsqueeze_dim")
     given: dict[str, Any] = {}
     if choice is not None:
@@ -99,6 +99,7 @@ def function_inputs(function: Any, recognition: Recognition, generator: torch.Ge
             given[str(choice.value)] = 2
     for role in op.roles:
         if role.kind == "argument":
-            given[str(bindings[role.name].value)] = torch.randn(role.shape(sizes), generator=generator)
+            dtype = torch.complex64 if role.follows == "complex" else torch.float32
+            given[str(bindings[role.name].value)] = torch.randn(role.shape(sizes), generator=generator, dtype=dtype)
     assert set(given) <= set(inspect.signature(function).parameters)
     return given

@@ -49,6 +49,7 @@ def test_model_and_surroundings_are_untouched():
     registered = nn.modules.module.register_module_forward_hook(lambda *args: calls.append(args))
     try:
         before, random, default = snapshot(model), torch.get_rng_state(), torch.get_default_dtype()
+        gc.collect()
         subclasses = len(type(model.model.norm).__subclasses__())
         for module in model.modules():
             recognize(module)

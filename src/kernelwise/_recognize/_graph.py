@@ -17,6 +17,8 @@ import torch
 
 Shape = tuple[int, ...]
 
+_MOVEMENT = frozenset({"neg", "slice", "view", "permute", "expand", "cat"})
+
 # What a detach or a call under `no_grad` does to the gradient is part of what a layer computes.
 _WITHOUT_GRADIENT = "without_gradient"
 # Arguments of ATen operations that say where a result lives, not what it is.
@@ -114,6 +116,10 @@ class Graph:
         if x.op == "to" and x.args[0].dtype == dtype and _holds(x.dtype, dtype):
             inner: Node = x.args[0]
             return inner
+        if x.op in _MOVEMENT and x.dtype.is_floating_point and dtype.is_floating_point:
+            first = x.args[0]  # moving numbers and rounding them is the same in either order
+            moved = tuple(self.cast(part, dtype) for part in first) if x.op == "cat" else self.cast(first, dtype)
+            return self.node(x.op, (moved, *x.args[1:]), x.shape, dtype)
         return self.node("to", (x,), x.shape, dtype)
 
     def neg(self, x: Node) -> Node:
@@ -343,7 +349,9 @@ def _select(graph: Graph, a: dict[str, Any], shape: Shape, dtype: torch.dtype) -
 
 def _cat(graph: Graph, a: dict[str, Any], shape: Shape, dtype: torch.dtype) -> Node | None:
     dim = a["dim"] % len(shape)
-    parts = tuple(graph.cast(part, dtype) for part in a["tensors"])
+    parts = tuple(graph.cast(part, dtype) for part in a["tensors"] if part.shape[dim : dim + 1] != (0,))
+    if not parts:
+        return None
     return parts[0] if len(parts) == 1 else graph.node("cat", (parts, dim), shape, dtype)
 
 

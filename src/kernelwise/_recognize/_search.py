@@ -11,7 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -33,17 +33,18 @@ from kernelwise._recognize._trace import (
     parameters_of,
     trace,
 )
-from kernelwise.ops import OPERATIONS, Operation, Variant
+from kernelwise.ops import OPERATIONS, Operation, Role, Variant
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One way to trace: the leading dimensions of the inputs and the dtypes."""
+    """One way to trace: the leading dimensions of the inputs, the dtypes, and the arguments that are None."""
 
     lead: tuple[int, ...]
     widths: Widths
+    absent: frozenset[str] = frozenset()
 
     @property
     def batch(self) -> int:
@@ -68,7 +69,7 @@ ROUNDS = (
     Round((11, 13), Widths(F16, F16)),
 )
 FUNCTION_ROUNDS = tuple(r for r in ROUNDS if len(r.lead) == 2)
-_DEFAULT_SIZES = {"B": 11, "S": 13, "H": 34, "I": 58, "D": 46, "Hq": 3, "Hk": 5}
+_DEFAULT_SIZES = {"B": 11, "S": 13, "H": 34, "I": 58, "D": 46, "R": 28, "Hq": 3, "Hk": 5}
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,19 +114,20 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
     reads = Reads()
     try:
         forward = innermost_forward(module)
-        name = _tensor_argument(forward)
-        candidate, graph = _first_trace(module, forward, name, reads, training)
+        needed, optional = _tensor_arguments(forward)
+        candidate, graph = _first_trace(module, forward, (*needed, *optional), reads, training)
     except Untraceable as reason:
         return Finding(None, str(reason), None, reads)
     near = None
     for op in OPERATIONS.values():
-        if op.function or not _may_be(op, graph):
+        if op.function or len(_arguments(op)) != len(needed) + len(optional) or not _may_be(op, graph):
             continue
         for variant in op.variants:
             found = _compare(op, variant, {}, graph, FIRST, None)
             if found is None:
                 continue
             problem = _prove(op, variant, {}, candidate, found.roles, ROUNDS)
+            problem = problem or _prove_without(op, variant, candidate, found.roles, optional)
             if problem is None:
                 roles = _bindings(op, variant, candidate, found.roles)
                 if roles is not None:
@@ -135,20 +137,26 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
     return Finding(None, near or "no known operation has this graph", str(graph), reads)
 
 
-def _tensor_argument(forward: Callable[..., Any]) -> str:
-    """The one argument that a forward needs besides `self`. Raises `Untraceable` where there is not exactly one."""
+def _arguments(op: Operation) -> list[Role]:
+    return [role for role in op.roles if role.kind == "argument"]
+
+
+def _tensor_arguments(forward: Callable[..., Any]) -> tuple[tuple[str, ...], tuple[str, ...]]:
+    """The arguments that a forward needs besides `self`, and those that it reads if they are not None."""
     named = list(parameters_of(forward).values())[1:]
-    needed = [p for p in named if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-    if len(needed) != 1 or needed[0].kind is inspect.Parameter.KEYWORD_ONLY:
-        raise Untraceable(f"its forward takes {len(needed)} arguments that have no default")
-    others = [p.name for p in named if p is not needed[0]]
+    starred = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    needed = tuple(p.name for p in named if p.default is p.empty and p.kind not in starred)
+    optional = tuple(p.name for p in named if p.default is None)
+    others = [p.name for p in named if p.name not in (*needed, *optional)]
     if others:
         raise Untraceable(f"its forward also takes {', '.join(others)}")
-    return needed[0].name
+    if not 1 <= len(needed) <= len(needed) + len(optional) <= 2:
+        raise Untraceable(f"its forward takes {len(needed)} arguments, and {len(optional)} that may be None")
+    return needed, optional
 
 
 def _first_trace(
-    module: nn.Module, forward: Callable[..., Any], argument: str, reads: Reads, training: bool | None
+    module: nn.Module, forward: Callable[..., Any], arguments: tuple[str, ...], reads: Reads, training: bool | None
 ) -> tuple[Candidate, Graph]:
     """Trace with the first width that the module takes, and return how to trace it again."""
     reason: Untraceable | None = None
@@ -156,8 +164,14 @@ def _first_trace(
 
         def run(stage: Stage, at: Round, width: int = width) -> Graph:
             stand_in = make_stand_in(module, stage)
-            x = stage.recorder.input(stage.fake((*at.lead, width), at.widths.activations), Source("argument", argument))
-            return trace(stage, functools.partial(forward, stand_in), (x,), {})
+            shape, dtype = (*at.lead, width), at.widths.activations
+            given = {
+                name: None
+                if name in at.absent
+                else stage.recorder.input(stage.fake(shape, dtype), Source("argument", name))
+                for name in arguments
+            }
+            return trace(stage, functools.partial(forward, stand_in), (), given)
 
         candidate = Candidate(run, reads, training)
         try:
@@ -175,13 +189,12 @@ def _widths_of(module: nn.Module) -> list[int]:
         wide_in = getattr(child, "in_features", None)
         if isinstance(wide_in, int):
             widths.append(wide_in)
-    for parameter in (*module._parameters.values(), *module._buffers.values()):
-        if parameter is not None:
-            widths.extend(reversed(parameter.shape))
-    for child in module.children():
-        for parameter in child.parameters(recurse=False):
-            widths.extend(reversed(parameter.shape))
-    return [width for width in dict.fromkeys(widths) if width > 0][:6] or [62]
+    tensors = [*module._parameters.values(), *module._buffers.values()]
+    tensors += [tensor for child in module.children() for tensor in child.parameters()]
+    widths += [size for tensor in tensors if tensor is not None for size in reversed(tensor.shape)]
+    for value in module.__dict__.values():
+        widths += [size for size in (value if isinstance(value, (tuple, list)) else (value,)) if type(size) is int]
+    return [width for width in dict.fromkeys(widths) if width > 1][:6] or [62]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -193,73 +206,97 @@ def find_function(function: Callable[..., Any]) -> Finding:
     """Return what a plain function of tensors computes."""
     reads = Reads()
     parameters = list(parameters_of(function).values())
-    named = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
-    needed = [p.name for p in named if p.default is p.empty]
-    others = [p for p in named if p.default is not p.empty]
-    if len(named) != len(parameters):
+    needed = [p.name for p in parameters if p.default is p.empty]
+    others = [p for p in parameters if p.default is not p.empty]
+    if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
         return Finding(None, "it takes any number of arguments", None, reads)
-    near, shown = None, None
+    if len(others) > 1 or (others and type(others[0].default) is not int):
+        return Finding(None, f"it also takes {', '.join(p.name for p in others)}", None, reads)
+    traced = _TracedFunction(function, needed, others[0].name if others else None)
+    near: str | None = None
     for op in OPERATIONS.values():
-        arguments = [role for role in op.roles if role.kind == "argument"]
-        if not op.function or len(needed) != len(arguments):
-            continue
         choice = next(iter(op.choices), None)
-        if len(others) > 1 or (others and (choice is None or type(others[0].default) is not int)):
-            near = f"it also takes {', '.join(p.name for p in others)}"
+        if not op.function or len(needed) != len(_arguments(op)) or (traced.choice is not None and choice is None):
             continue
-        values = op.choices[choice] if choice is not None else (None,)
-        argument = others[0].name if others else None
         for variant in op.variants:
-            problems = [_function_is(op, variant, choice, value, function, needed, argument) for value in values]
-            bound = [found for found in problems if isinstance(found, dict)]
-            shown = shown or next((str(found) for found in problems if isinstance(found, Graph)), None)
-            near = near or next((found for found in problems if isinstance(found, str)), None)
-            if not bound or (argument is not None and len(bound) != len(values)):
+            answers = {
+                value: traced.compare(op, variant, choice, value) for value in op.choices.get(choice or "", (None,))
+            }
+            fitting = {value: answer for value, answer in answers.items() if not isinstance(answer, str)}
+            near = near or next((a for a in answers.values() if isinstance(a, str) and a), None)
+            if not fitting or (traced.choice is not None and len(fitting) != len(answers)):
+                continue  # an argument must mean for every value what it means in the reference
+            first = next(iter(fitting.values()))
+            if any(answer != first for answer in fitting.values()):
                 continue
-            if any(item != bound[0] for item in bound):
-                continue
-            roles = [(role.name, Binding("argument", bound[0][role.name].name)) for role in arguments]
-            if choice is not None:
-                fixed = next(v for v, found in zip(values, problems, strict=True) if isinstance(found, dict))
-                roles.append((choice, Binding("argument", argument) if argument else Binding("constant", fixed)))
+            roles = [(role.name, Binding("argument", _name(first[role.name]))) for role in _arguments(op)]
+            if choice is not None and traced.choice is not None:
+                roles.append((choice, Binding("argument", traced.choice)))
+            elif choice is not None:
+                roles.append((choice, Binding("constant", next(iter(fitting)))))
             return Finding(Recognition(op.name, tuple(roles), variant.options), None, None, reads)
-    return Finding(None, near or "no known operation has this graph", shown, reads)
+    return Finding(None, near or "no known operation has this graph", traced.shown, reads)
 
 
-def _function_is(
-    op: Operation,
-    variant: Variant,
-    choice: str | None,
-    value: int | None,
-    function: Callable[..., Any],
-    needed: list[str],
-    argument: str | None,
-) -> dict[str, Any] | Graph | str:
-    """The filling of the roles if the function is this variant, else its graph or the reason for none."""
-    fixed = {} if choice is None or value is None else {choice: value}
-    shapes = [role.shape for role in op.roles if role.kind == "argument"]
+def _name(bound: Bound) -> str:
+    assert isinstance(bound, Source)
+    return bound.name
 
-    def run(stage: Stage, at: Round) -> Graph:
-        sizes = {**_DEFAULT_SIZES, "B": at.batch, "S": at.length, **fixed}
-        given = [
-            stage.recorder.input(stage.fake(shape(sizes), at.widths.activations), Source("argument", name))
-            for shape, name in zip(shapes, needed, strict=True)
-        ]
-        extra = {argument: value} if argument is not None else {}
-        return trace(stage, function, tuple(given), extra)
 
-    candidate = Candidate(run, Reads())
-    try:
-        graph = candidate.graph(FIRST)
-    except Untraceable as reason:
-        return str(reason)
-    if not _may_be(op, graph):
-        return graph
-    found = _compare(op, variant, fixed, graph, FIRST, None)
-    if found is None:
-        return graph
-    problem = _prove(op, variant, fixed, candidate, found.roles, FUNCTION_ROUNDS)
-    return dict(found.roles) if problem is None else problem
+class _TracedFunction:
+    """A function and the graphs it has given so far, by the shapes it was given."""
+
+    def __init__(self, function: Callable[..., Any], needed: list[str], choice: str | None) -> None:
+        self._function, self._needed, self.choice = function, needed, choice
+        self._first: dict[Any, Graph | str] = {}
+
+    @property
+    def shown(self) -> str | None:
+        """The first graph there is."""
+        return next((str(graph) for graph in self._first.values() if isinstance(graph, Graph)), None)
+
+    def _candidate(self, arguments: list[Role], variant: Variant, fixed: dict[str, int]) -> Candidate:
+        def run(stage: Stage, at: Round) -> Graph:
+            sizes = _sizes(at, variant, fixed)
+            given = []
+            for role, name in zip(arguments, self._needed, strict=True):
+                tensor = stage.fake(role.shape(sizes), _dtype(role, at))
+                given.append(stage.recorder.input(tensor, Source("argument", name)))
+            extra = {} if self.choice is None else {self.choice: next(iter(fixed.values()))}
+            return trace(stage, self._function, tuple(given), extra)
+
+        return Candidate(run, Reads())
+
+    def compare(self, op: Operation, variant: Variant, choice: str | None, value: int | None) -> dict[str, Bound] | str:
+        """The filling of the roles if the function is this variant; else why not, or nothing worth telling."""
+        fixed = {} if choice is None or value is None else {choice: value}
+        arguments = _arguments(op)
+        candidate = self._candidate(arguments, variant, fixed)
+        sizes = _sizes(FIRST, variant, fixed)
+        key = (value, tuple((role.shape(sizes), role.follows) for role in arguments))
+        if key not in self._first:
+            try:
+                self._first[key] = candidate.graph(FIRST)
+            except Untraceable as reason:
+                self._first[key] = str(reason)
+        graph = self._first[key]
+        if isinstance(graph, str) or not _may_be(op, graph):
+            return ""
+        found = _compare(op, variant, fixed, graph, FIRST, None)
+        if found is None:
+            return ""
+        problem = _prove(op, variant, fixed, candidate, found.roles, FUNCTION_ROUNDS)
+        if problem is None and ("part", "all") in variant.options and self._takes_a_part(arguments, variant, fixed):
+            problem = f"is {op.name} {dict(variant.options)}, but also turns a part of the elements"
+        return dict(found.roles) if problem is None else problem
+
+    def _takes_a_part(self, arguments: list[Role], variant: Variant, fixed: dict[str, int]) -> bool:
+        partial = replace(variant, options=(*variant.options, ("part", "first")))
+        try:
+            self._candidate(arguments, partial, fixed).graph(FIRST)
+        except Untraceable:
+            return False
+        return True
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -333,12 +370,14 @@ def _reference_graph(
     stage = Stage(Recorder(), FakeTensorMode(), at.widths)
     known = dict(shapes) if shapes is not None else None
     constants = dict(variant.constants)
-    sizes = {**_DEFAULT_SIZES, "B": at.batch, "S": at.length, **dict(fixed)}
+    sizes = _sizes(at, variant, dict(fixed))
     numbers = markers(tuple(role.name for role in op.roles if role.kind == "number"))
     given: dict[str, Any] = {}
     for role in op.roles:
         if role.name in constants:
             given[role.name] = constants[role.name]
+        elif role.name in at.absent:
+            given[role.name] = None
         elif role.kind == "number":
             given[role.name] = numbers[role.name]
         else:
@@ -349,12 +388,22 @@ def _reference_graph(
             if role.kind == "child":
                 given[role.name] = functools.partial(_call_role, stage, source, shape)
             else:
-                dtype = at.widths.parameters if role.kind == "attribute" else at.widths.activations
-                given[role.name] = stage.recorder.input(stage.fake(shape, dtype), source)
+                given[role.name] = stage.recorder.input(stage.fake(shape, _dtype(role, at)), source)
     try:
         return trace(stage, form, (), {**given, **dict(fixed), **dict(variant.options)})
     except Untraceable as reason:
         return str(reason)
+
+
+def _sizes(at: Round, variant: Variant, fixed: dict[str, int]) -> dict[str, Any]:
+    return {**_DEFAULT_SIZES, "B": at.batch, "S": at.length, **dict(variant.options), **fixed}
+
+
+def _dtype(role: Role, at: Round) -> torch.dtype:
+    if role.follows == "complex":
+        return torch.complex64
+    wide = role.kind == "attribute" or role.follows == "parameters"
+    return at.widths.parameters if wide else at.widths.activations
 
 
 def _call_role(stage: Stage, source: Source, shape: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:
@@ -370,7 +419,7 @@ def _prove(
     rounds: tuple[Round, ...],
 ) -> str | None:
     """Return why a layer that matched in the first round is not this variant after all, or None."""
-    has_parameters = any(isinstance(b, Source) and b.kind == "attribute" for b in roles.values())
+    has_parameters = any(role.kind == "attribute" or role.follows == "parameters" for role in op.roles)
     for at in rounds:
         if not has_parameters and at.widths.activations != at.widths.parameters:
             continue
@@ -382,6 +431,23 @@ def _prove(
             a, p = (str(d).removeprefix("torch.") for d in (at.widths.activations, at.widths.parameters))
             where = f"on inputs of {len(at.lead) + 1} dimensions {at.lead} in {a}, parameters in {p}"
             return f"is {op.name} {dict(variant.options)} in bfloat16, but not {where}"
+    return None
+
+
+def _prove_without(
+    op: Operation, variant: Variant, candidate: Candidate, roles: dict[str, Bound], optional: tuple[str, ...]
+) -> str | None:
+    """Return why a layer is not this variant where arguments that may be None are None, or None."""
+    for role, bound in roles.items():
+        if not isinstance(bound, Source) or bound.name not in optional or bound.kind != "argument":
+            continue
+        try:
+            graph = candidate.graph(replace(FIRST, absent=frozenset({bound.name})))
+        except Untraceable:
+            continue
+        rest = {name: filled for name, filled in roles.items() if name != role}
+        if _compare(op, variant, {}, graph, replace(FIRST, absent=frozenset({role})), rest) is None:
+            return f"is {op.name} {dict(variant.options)}, but not without {bound.name}"
     return None
 
 

@@ -586,7 +586,8 @@ def innermost_forward(module: nn.Module) -> Callable[..., Any]:
 
 def is_ours(forward: object) -> bool:
     """Whether a forward on an instance is the one that runs a kernel there: what the module computes is its class's."""
-    return isinstance(forward, types.MethodType) and getattr(forward.__func__, "__kernelwise__", False)
+    # The mark is the function itself: decorators that copy attributes to wrappers copy a mark that is not theirs.
+    return isinstance(forward, types.MethodType) and getattr(forward.__func__, "__kernelwise__", 0) is forward.__func__
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:

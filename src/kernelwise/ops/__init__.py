@@ -3,13 +3,22 @@
 from __future__ import annotations
 
 from kernelwise._data import Recognition
-from kernelwise.ops._gated_mlp import GATED_MLP
+from kernelwise.ops._activations import ACTIVATION
+from kernelwise.ops._gated_mlp import GATED_MLP, GATED_MLP_PACKED, MLP
+from kernelwise.ops._layer_norm import LAYER_NORM
 from kernelwise.ops._linear import LINEAR
 from kernelwise.ops._operation import Operation, Role, Variant
 from kernelwise.ops._rms_norm import RMS_NORM
-from kernelwise.ops._rotary import ROTARY
+from kernelwise.ops._rms_norm_gated import RMS_NORM_GATED
+from kernelwise.ops._rotary import ROTARY, ROTARY_COMPLEX, ROTARY_ONE, ROTARY_VISION
 
-OPERATIONS: dict[str, Operation] = {op.name: op for op in (RMS_NORM, GATED_MLP, LINEAR, ROTARY)}
+OPERATIONS: dict[str, Operation] = {
+    op.name: op
+    for op in (
+        RMS_NORM, RMS_NORM_GATED, LAYER_NORM, GATED_MLP, GATED_MLP_PACKED, MLP, ACTIVATION, LINEAR,
+        ROTARY, ROTARY_VISION, ROTARY_ONE, ROTARY_COMPLEX,
+    )
+}  # fmt: skip
 
 LAYER_NAMES: tuple[str, ...] = tuple(
     dict.fromkeys(name for op in OPERATIONS.values() for name in op.layer_names.values())

@@ -8,7 +8,7 @@ from typing import Any, Literal
 
 from kernelwise._data import Scalar
 
-Sizes = Mapping[str, int]  # B, S, H, ... to numbers no two of which are the same
+Sizes = Mapping[str, Any]  # B, S, H, ... to numbers no two of which are the same; and the options of the variant
 Shape = tuple[int, ...]
 
 
@@ -18,12 +18,13 @@ class Role:
 
     argument: a tensor that the forward is given; attribute: a parameter or buffer; child: a submodule, called with one
     tensor; number: a float that the formula contains. `shape` gives the shape of the tensor, or of what the child
-    gives, at some sizes.
+    gives, at some sizes. An argument has the dtype of the activations, or the one that it `follows`.
     """
 
     name: str
     kind: Literal["argument", "attribute", "child", "number"]
     shape: Callable[[Sizes], Shape] = lambda sizes: ()
+    follows: Literal["activations", "parameters", "complex"] = "activations"
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,51 +1,189 @@
-"""Rotary position embedding, applied to queries and keys."""
+"""Rotary position embedding, in every layout in which models apply it."""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from kernelwise.ops._operation import Operation, Role, Variant
+from kernelwise._data import Scalar
+from kernelwise.ops._operation import Operation, Role, Shape, Variant
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str) -> Tensor:
+def _turned(x: Tensor, layout: str) -> Tensor:
+    """The other member of each pair in the place of each element, the first members negated."""
     if layout == "half":
         half = x.shape[-1] // 2
-        turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
-    else:
-        turned = torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
-    return x * cos + turned * sin
+        return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
-def rotary(
-    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, unsqueeze_dim: int = 1, layout: str = "half"
-) -> tuple[Tensor, Tensor]:
-    """Return q and k with their pairs of elements turned by the angles that cos and sin belong to.
+def _rotate(x: Tensor, cos: Tensor, sin: Tensor, layout: str, angles: str) -> Tensor:
+    if angles in ("half", "first_half"):  # one angle for each pair
+        if angles == "first_half":
+            cos, sin = cos[..., : cos.shape[-1] // 2], sin[..., : sin.shape[-1] // 2]
+        first, second = x.chunk(2, dim=-1) if layout == "half" else (x[..., ::2], x[..., 1::2])
+        turned = (first * cos - second * sin, second * cos + first * sin)
+        if layout == "interleaved":
+            return torch.stack(turned, dim=-1).flatten(-2)
+        return torch.cat(turned, dim=-1)
+    if angles == "doubled":
+        cos = cos[..., : cos.shape[-1] // 2].repeat_interleave(2, dim=-1)
+        sin = sin[..., : sin.shape[-1] // 2].repeat_interleave(2, dim=-1)
+    return x * cos + _turned(x, layout) * sin
 
-    unsqueeze_dim 1: q [B, Hq, S, D], k [B, Hk, S, D]; 2: [B, S, Hq, D], [B, S, Hk, D]. cos, sin: [B, S, D]. Pairs are
-    elements i and i + D/2 (layout "half") or 2i and 2i + 1 ("interleaved").
+
+def rotary_one(
+    x: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    *,
+    unsqueeze_dim: int = 1,
+    layout: str = "half",
+    angles: str = "full",
+    dtype: str = "promoted",
+    part: str = "all",
+) -> Tensor:
+    """Return x with its pairs of elements turned by the angles that cos and sin belong to.
+
+    unsqueeze_dim 1: x [B, H, S, D]; 2: [B, S, H, D]. cos, sin: [B, S, R].
+    layout: pairs are elements i and i + D/2 ("half"), or 2i and 2i + 1 ("interleaved"), or those and the result in the
+    half layout ("interleaved_to_half"). angles: cos and sin hold one value for each element ("full"); one for each pair
+    ("half"); their first half does ("first_half"); their first half does, repeated for its pair ("doubled").
+    dtype: computed as PyTorch promotes ("promoted"), that rounded to the dtype of x ("result"), or all of it in float32
+    and rounded to the dtype of x ("float32"). part: every element of x is turned ("all"), or only the first R ("first").
     """
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-    return _rotate(q, cos, sin, layout), _rotate(k, cos, sin, layout)
+    own = x.dtype
+    if dtype == "float32":
+        x = x.float()
+    if part == "first":
+        width = cos.shape[-1]
+        y = torch.cat((_rotate(x[..., :width], cos, sin, layout, angles), x[..., width:]), dim=-1)
+    else:
+        y = _rotate(x, cos, sin, layout, angles)
+    return y if dtype == "promoted" else y.to(own)
 
+
+def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Return q and k turned as `rotary_one` turns one tensor; the options are those of `rotary_one`."""
+    return rotary_one(q, cos, sin, **options), rotary_one(k, cos, sin, **options)
+
+
+def rotary_vision(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """Return q and k [S, H, D] turned by cos and sin [S, D]; the options are those of `rotary_one`."""
+    return rotary(q, k, cos, sin, unsqueeze_dim=-2, **options)
+
+
+def rotary_complex(q: Tensor, k: Tensor, turns: Tensor, *, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    """Return q and k with their neighbouring elements, taken as complex numbers, multiplied by `turns` [B, S, D/2].
+
+    Computed in complex64 and rounded to the dtype of q and k, which are [B, H, S, D], or [B, S, H, D] for 2.
+    """
+    turns = turns.unsqueeze(unsqueeze_dim)
+
+    def turn(x: Tensor) -> Tensor:
+        pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
+        return torch.view_as_real(pairs * turns).flatten(3).type_as(x)
+
+    return turn(q), turn(k)
+
+
+def _heads(name: str) -> Any:
+    def shape(n: Mapping[str, Any]) -> Shape:
+        heads_first = n.get("unsqueeze_dim", 1) == 1
+        return (n["B"], n[name], n["S"], n["D"]) if heads_first else (n["B"], n["S"], n[name], n["D"])
+
+    return shape
+
+
+def _angles(n: Mapping[str, Any]) -> Shape:
+    width = n["R"] if n.get("part") == "first" else n["D"]
+    return (n["B"], n["S"], width // 2 if n.get("angles") == "half" else width)
+
+
+def _variants(*rows: tuple[str, str, str, str]) -> tuple[Variant, ...]:
+    return tuple(Variant(tuple(zip(("layout", "angles", "dtype", "part"), row, strict=True))) for row in rows)
+
+
+_VARIANTS = _variants(
+    ("half", "full", "promoted", "first"),
+    ("half", "full", "promoted", "all"),
+    ("half", "full", "result", "all"),
+    ("half", "full", "float32", "first"),
+    ("half", "full", "float32", "all"),
+    ("half", "half", "promoted", "all"),
+    ("interleaved_to_half", "first_half", "promoted", "all"),
+    ("interleaved", "full", "promoted", "all"),
+    ("interleaved", "full", "float32", "all"),
+    ("interleaved", "doubled", "promoted", "first"),
+    ("interleaved", "doubled", "promoted", "all"),
+    ("interleaved", "doubled", "float32", "all"),
+    ("interleaved", "half", "promoted", "all"),
+)
+_NAMES: dict[tuple[tuple[str, Scalar], ...], str] = {
+    (): "rotary_pos_emb_variant",
+    (("part", "first"),): "rotary_pos_emb_partial",
+    (("layout", "interleaved"),): "rotary_pos_emb_interleaved",
+    (("layout", "half"), ("angles", "full"), ("part", "all")): "rotary_pos_emb",
+}
+_COS_SIN = (
+    Role("cos", "argument", _angles, follows="parameters"),
+    Role("sin", "argument", _angles, follows="parameters"),
+)
 
 ROTARY = Operation(
     name="rotary",
     reference=rotary,
-    roles=(
-        Role("q", "argument", lambda n: _heads(n, "Hq")),
-        Role("k", "argument", lambda n: _heads(n, "Hk")),
-        Role("cos", "argument", lambda n: (n["B"], n["S"], n["D"])),
-        Role("sin", "argument", lambda n: (n["B"], n["S"], n["D"])),
-    ),
+    roles=(Role("q", "argument", _heads("Hq")), Role("k", "argument", _heads("Hk")), *_COS_SIN),
     choices={"unsqueeze_dim": (1, 2)},
-    variants=(Variant((("layout", "half"),)), Variant((("layout", "interleaved"),))),
+    variants=_VARIANTS,
     operators=(("mul",), ("cat",)),
-    layer_names={(): "rotary_pos_emb_interleaved", (("layout", "half"),): "rotary_pos_emb"},
+    layer_names=_NAMES,
     function=True,
 )
 
+ROTARY_ONE = Operation(
+    name="rotary_one",
+    reference=rotary_one,
+    roles=(Role("x", "argument", _heads("Hq")), *_COS_SIN),
+    choices={"unsqueeze_dim": (1, 2)},
+    variants=_VARIANTS,
+    operators=(("mul",), ("cat",)),
+    layer_names={key: f"{name}_one" for key, name in _NAMES.items()},
+    function=True,
+)
 
-def _heads(sizes: object, name: str) -> tuple[int, ...]:
-    n: dict[str, int] = sizes  # type: ignore[assignment]
-    return (n["B"], n[name], n["S"], n["D"]) if n.get("unsqueeze_dim", 1) == 1 else (n["B"], n["S"], n[name], n["D"])
+ROTARY_VISION = Operation(
+    name="rotary_vision",
+    reference=rotary_vision,
+    roles=(
+        Role("q", "argument", lambda n: (n["S"], n["Hq"], n["D"])),
+        Role("k", "argument", lambda n: (n["S"], n["Hk"], n["D"])),
+        Role("cos", "argument", lambda n: (n["S"], n["D"]), follows="parameters"),
+        Role("sin", "argument", lambda n: (n["S"], n["D"]), follows="parameters"),
+    ),
+    variants=_variants(
+        ("half", "full", "float32", "all"), ("half", "full", "promoted", "all"), ("half", "full", "result", "all")
+    ),
+    operators=(("mul",), ("cat",)),
+    layer_names={(): "rotary_pos_emb_vision"},
+    function=True,
+)
+
+ROTARY_COMPLEX = Operation(
+    name="rotary_complex",
+    reference=rotary_complex,
+    roles=(
+        Role("q", "argument", _heads("Hq")),
+        Role("k", "argument", _heads("Hk")),
+        Role("turns", "argument", lambda n: (n["B"], n["S"], n["D"] // 2), follows="complex"),
+    ),
+    choices={"unsqueeze_dim": (1, 2)},
+    variants=(Variant(),),
+    operators=(("mul", "mul.Tensor"), ("view_as_complex.default",)),
+    layer_names={(): "rotary_pos_emb_complex"},
+    function=True,
+)
