@@ -174,6 +174,18 @@ def test_a_kernel_that_compiles_still_does_after_an_edit(tmp_path: Path) -> None
     assert float(compiled(module, torch.ones(2, 4))[0, 0]) == 2.0
 
 
+def test_operators_that_are_registered_already_ask_for_a_new_python(tmp_path: Path, refused: Refuse) -> None:
+    registering = "library = torch.library.Library('kernelwise_test_operators', 'DEF')\n"
+    layers = NORM.replace("class RMSNorm", f"{registering}class RMSNorm")
+    folder = write_files(tmp_path / "norm", kernel_files(layers=layers, metadata={"id": "_norm_fixed"}))
+    kernel = load(at(folder), device="cpu")
+    (folder / "build/torch-universal/layers.py").write_text(layers + "\n")
+    error = refused(at(folder))
+    assert "registered by another build" in error.reason
+    assert "start Python again" in (error.fix or "")
+    assert run(kernel) == 1.0
+
+
 def test_loading_from_a_worker_thread(tmp_path: Path) -> None:
     write_files(tmp_path / "norm", kernel_files(layers=NORM))
     results: list[float] = []

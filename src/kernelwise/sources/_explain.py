@@ -63,10 +63,8 @@ def _of_hub(ref: KernelRef, error: BaseException) -> tuple[str, str] | None:
         response = getattr(error, "response", None)
         status = getattr(response, "status_code", "an error")
         return f"the Hub answered {status}: {one_line(error)}", again
-    if isinstance(error, (ConnectionError, TimeoutError)) or type(error).__module__.split(".")[0] in (
-        "httpx",
-        "httpx2",
-    ):
+    from_client = type(error).__module__.split(".")[0] in ("httpx", "httpx2")
+    if from_client or (ref.scheme == "hub" and isinstance(error, (ConnectionError, TimeoutError))):
         return f"the connection to the Hub failed ({type(error).__name__}): {one_line(error)}", again
     return None
 
@@ -78,6 +76,11 @@ def _of_kernel(error: BaseException) -> tuple[str, str | None]:
     if isinstance(error, FileNotFoundError) and text.startswith("Cannot find a build variant"):
         builds = "; ".join(re.sub(r"\s+", " ", line) for line in lines[1:]) or "it has no builds at all"
         return f"it has no build for this machine: {builds}", "name a version with a build for this machine"
+    if "TORCH_LIBRARY" in text:
+        return (
+            f"its operators are registered by another build already: {named}",
+            "start Python again to load this build",
+        )
     if isinstance(error, SystemExit):
         return f"its code asked Python to exit ({error.code}) while it was imported", None
     if command := re.search(r"pip install (?:--upgrade )?[\w.-]+", text):
