@@ -236,8 +236,9 @@ def test_overlapping_blocks() -> None:
 def test_a_block_undoes_after_an_exception() -> None:
     model = tiny()
     before = Snapshot(model)
-    with pytest.raises(ZeroDivisionError), kw.kernelized(model, NORM) as same:
+    with kw.kernelized(model, NORM) as same:
         assert same is model
+    with pytest.raises(ZeroDivisionError), kw.kernelized(model, NORM):
         raise ZeroDivisionError
     assert before.differences(model) == []
 
@@ -504,18 +505,13 @@ def test_a_deep_copy_is_kernelized_reportable_and_undoable_apart() -> None:
 
 
 def test_a_deep_copy_counts_its_own_fallbacks() -> None:
-    for model, config in (
-        (models.Stack(models.Norm()), only({"RMSNorm": kernel(models.ForwardOnlyNorm)})),
-        (models.TwoFunctions(), only({"double": kernel(models.ForwardOnlyDouble)})),
-    ):
-        kw.kernelize(model, config, device="cpu")
-        x = X.clone().requires_grad_()
-        model(x)
-        twin = copy.deepcopy(model)
-        twin(x)
-        twin(x)
-        assert {sum(n for _, n in row.fallbacks) for row in kw.report(model).rows if row.kernel} == {1}
-        assert {sum(n for _, n in row.fallbacks) for row in kw.report(twin).rows if row.kernel} == {2}
+    model = kw.kernelize(models.Stack(models.Norm()), only({"RMSNorm": kernel(models.ForwardOnlyNorm)}))
+    model(X)
+    twin = copy.deepcopy(model)
+    twin(X)
+    twin(X)
+    assert [sum(n for _, n in row.fallbacks) for row in kw.report(model).rows] == [1, 1]
+    assert [sum(n for _, n in row.fallbacks) for row in kw.report(twin).rows] == [2, 2]
 
 
 def test_a_deep_copy_of_a_part_is_kernelized() -> None:
@@ -631,7 +627,7 @@ def test_different_models_kernelized_by_several_threads() -> None:
                 )
                 assert ran(model.norm, X)
                 kw.unkernelize(model)
-        except BaseException as error:  # noqa: BLE001  a thread's failure is the test's
+        except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=work, args=(model,)) for model in originals]
@@ -654,7 +650,7 @@ def test_calls_go_on_while_another_thread_kernelizes_and_undoes() -> None:
             while not stop.is_set():
                 with torch.no_grad():
                     torch.testing.assert_close(model(X), own.detach())
-        except BaseException as error:  # noqa: BLE001  a thread's failure is the test's
+        except BaseException as error:
             errors.append(error)
 
     threads = [threading.Thread(target=call) for _ in range(2)]

@@ -15,7 +15,7 @@ from torch import nn
 
 from kernelwise import _apply, _discover, _plan, sources
 from kernelwise._config import KernelConfig
-from kernelwise._data import DEVICE_TYPES, MODES, Decision, Kernel, KernelRef, Layer, Plan, Target
+from kernelwise._data import DEVICE_TYPES, MODES, Kernel, KernelRef, Layer, Plan, Target
 from kernelwise._errors import KernelLoadError, PlanError
 from kernelwise._mapping import Rule, mode_name
 from kernelwise._report import Report, make_row
@@ -182,9 +182,9 @@ def unkernelize(model: Model, *, paths: Sequence[str] | None = None) -> Model:
         PlanError: one of `paths` has no kernel at or below it.
     """
     if paths is not None:
-        known = [place for _, entry in _apply.entries_of(model) for place in entry.layer.paths]
+        known = _apply.kernelized_paths(model)
         for path in [paths] if isinstance(paths, str) else paths:
-            if not any(place == path or place.startswith(path + ".") for place in known):
+            if not _apply.is_below(known, [path]):
                 raise PlanError(
                     f"no kernel is at or below {path!r}\n  go on      print(kernelwise.report(model)) lists them"
                 )
@@ -207,22 +207,16 @@ def report(model: nn.Module) -> Report:
 
     A model that was never kernelized gives a report that says so.
     """
-    plans = _apply.plans_of(model)
-    decided = {(d.layer.path, d.mode): d for applied in plans for d in applied.decisions}
-    running: dict[tuple[str, str], tuple[Decision, Mapping[str, int]]] = {}
-    for module, entry in _apply.entries_of(model):
-        counts = entry.fallbacks or {} if entry.layer.function else module.__dict__[_discover.STATE].fallbacks
-        running.update({(d.layer.path, d.mode): (d, counts) for d in entry.decisions})
-    rows = []
-    for key, decision in decided.items():
-        if key in running:
-            rows.append(make_row(*running[key]))
-        elif decision.kernel is not None:
-            rows.append(make_row(replace(decision, kernel=None, reason="its kernel was taken out again"), {}))
-        else:
-            rows.append(make_row(decision, {}))
-    notes = tuple(dict.fromkeys(note for applied in plans for note in applied.notes))
-    return Report(tuple(rows), notes if plans else ("no kernels: the model runs its own code",))
+    decided, notes = _apply.decided(model)
+    rows = [
+        make_row(decision, counts)
+        if runs or decision.kernel is None
+        else make_row(replace(decision, kernel=None, reason="its kernel was taken out again"), {})
+        for decision, counts, runs in decided
+    ]
+    return Report(
+        tuple(rows), tuple(dict.fromkeys(notes or () if rows else ("no kernels: the model runs its own code",)))
+    )
 
 
 @contextmanager

@@ -12,8 +12,9 @@ import copy
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -22,7 +23,15 @@ from torch import nn
 
 from kernelwise._bind import Call, dispatcher, function_call, layer_call, rebuild
 from kernelwise._data import Decision, Kernel, Layer, Plan
-from kernelwise._discover import STATE, globals_called, innermost_slot, is_dispatcher, own_forward
+from kernelwise._discover import (
+    STATE,
+    class_name,
+    globals_called,
+    innermost_slot,
+    is_dispatcher,
+    model_device,
+    own_forward,
+)
 from kernelwise._errors import ApplyError
 
 _SLOTS = ("forward", "_old_forward")
@@ -38,13 +47,17 @@ class Token:
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """What one kernelization put on one module for one layer: a call per mode (None: the own code there)."""
+    """What one kernelization put on one module for one layer: a call per mode (None: the own code there).
+
+    `asked` has the modes in which a rule of the user decided; there this entry beats what mere defaults put in.
+    """
 
     token: Token
     layer: Layer
     decisions: tuple[Decision, ...]
     inference: Call | None
     training: Call | None
+    asked: frozenset[str] = frozenset()
     fallbacks: Counter[str] | None = None  # calls of a function that fell back; a module's own stand in its state
 
 
@@ -75,16 +88,19 @@ class ModuleState:
         inference, training = self._effective(module, "inference"), self._effective(module, "training")
         self.inference, self.training = inference, training
 
+    def chosen(self, function: str | None, mode: str) -> Entry | None:
+        """Return the entry that decides a mode: the newest that a rule made, else the newest that defaults made."""
+        entries = [entry for entry in reversed(self.entries) if entry.layer.function == function]
+        asked = next((entry for entry in entries if mode in entry.asked), None)
+        return asked or next((entry for entry in entries if getattr(entry, mode) is not None), None)
+
     def _effective(self, module: nn.Module, mode: str) -> Call:
-        newest_first = list(reversed(self.entries))
-        whole = next((getattr(entry, mode) for entry in newest_first if entry.layer.function is None), None)
-        if whole is not None:
-            return whole  # type: ignore[no-any-return]
-        functions: dict[str, Call | None] = {}
-        for entry in newest_first:
-            if entry.layer.function is not None:
-                functions.setdefault(entry.layer.function, getattr(entry, mode))
-        replaced = {name: call for name, call in functions.items() if call is not None}
+        functions = dict.fromkeys(entry.layer.function for entry in self.entries)
+        chosen = {function: self.chosen(function, mode) for function in functions}
+        calls = {function: getattr(entry, mode) for function, entry in chosen.items() if entry is not None}
+        if calls.get(None) is not None:
+            return calls[None]  # type: ignore[no-any-return]
+        replaced = {name: call for name, call in calls.items() if name is not None and call is not None}
         if replaced:
             return _rebuilt(type(module).__name__, own_forward(module), replaced)
         return _run_class_forward if self.found is None else _run_found_forward
@@ -178,7 +194,14 @@ def _prepare(model: nn.Module, plan: Plan, token: Token) -> list[tuple[nn.Module
             if decision.kernel is not None:
                 calls[decision.mode], fallbacks = _bind(module, layer, decision.kernel, decision.mode, bound)
         inference, training = _in_both_modes(layer, calls)
-        prepared.append((module, Entry(token, layer, tuple(decisions), inference, training, fallbacks)))
+        asked = frozenset(
+            mode
+            for decision in decisions
+            if decision.asked_by != "default"
+            for mode in ("inference", "training")
+            if len(decisions) == 1 or decision.mode.startswith(mode)
+        )
+        prepared.append((module, Entry(token, layer, tuple(decisions), inference, training, asked, fallbacks)))
     return prepared
 
 
@@ -225,7 +248,12 @@ def _find(model: nn.Module, layer: Layer) -> nn.Module:
         raise ApplyError(
             f"the plan has a layer at {layer.path}, which this model does not have\n  go on      plan again for this model"
         ) from error
-    if layer.device == "meta":
+    if class_name(module) != layer.class_name:
+        raise ApplyError(
+            f"the plan has a {layer.class_name} at {layer.path}, where this model has a {class_name(module)}\n"
+            "  go on      plan again for this model"
+        )
+    if model_device(module) == "meta":
         raise ApplyError(
             f"{layer.path} is on the meta device: it can be planned, but kernels are put into a model that has its weights\n"
             "  go on      load the weights first (from_pretrained, or to_empty and load_state_dict), then kernelize"
@@ -306,12 +334,16 @@ def remove(model: nn.Module, *, token: Token | None = None, paths: Sequence[str]
         paths: undo only the layers at these paths, or below them.
     """
 
-    def gone(entry: Entry) -> bool:
-        return (token is None or entry.token is token) and (paths is None or _below(entry.layer, paths))
-
     with _lock:
+        places = places_of(model) if paths is not None else {}
+
+        def gone(module: nn.Module, entry: Entry) -> bool:
+            if token is not None and entry.token is not token:
+                return False
+            return paths is None or is_below(layer_paths(places[module], entry.layer), paths)
+
         modules = list(model.modules())
-        count = sum(_take_out(module, gone) for module in modules)
+        count = sum(_take_out(module, partial(gone, module)) for module in modules)
         for module in modules:
             state: ModuleState | None = module.__dict__.get(STATE)
             if state is not None and state.plans:
@@ -322,10 +354,24 @@ def remove(model: nn.Module, *, token: Token | None = None, paths: Sequence[str]
     return count
 
 
-def _below(layer: Layer, paths: Sequence[str]) -> bool:
-    return any(
-        place == path or place.startswith(path + ".") for place in layer.paths or (layer.path,) for path in paths
-    )
+def is_below(places: Sequence[str], paths: Sequence[str]) -> bool:
+    """Return whether one of a layer's places is one of these paths, or below it. The empty path is the model itself."""
+    return any(path in ("", place) or place.startswith(path + ".") for place in places for path in paths)
+
+
+def places_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
+    """Return every path of every module of a model."""
+    places: dict[nn.Module, tuple[str, ...]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        places[module] = (*places.get(module, ()), path)
+    return places
+
+
+def layer_paths(places: Sequence[str], layer: Layer) -> tuple[str, ...]:
+    """Return the paths of a layer whose module has these places: its own may be those in a part of the model."""
+    if layer.function is None:
+        return tuple(places)
+    return tuple(f"{place}.{layer.name}" if place else layer.name for place in places)
 
 
 def _reduce_clean(self: nn.Module, protocol: int) -> Any:
@@ -368,8 +414,40 @@ def entries_of(model: nn.Module) -> list[tuple[nn.Module, Entry]]:
     ]
 
 
-def plans_of(model: nn.Module) -> list[Plan]:
-    """Return the plans that were applied to this model or its parts and are not undone, oldest first."""
-    return [
-        plan for module in model.modules() if STATE in module.__dict__ for plan in module.__dict__[STATE].plans.values()
-    ]
+def kernelized_paths(model: nn.Module) -> list[str]:
+    """Return the paths in this model of every layer that a kernelization speaks of."""
+    places = places_of(model)
+    return [path for module, entry in entries_of(model) for path in layer_paths(places[module], entry.layer)]
+
+
+def decided(model: nn.Module) -> tuple[list[tuple[Decision, Mapping[str, int], bool]], list[str]]:
+    """Return what was decided about a model, and the notes of its plans, oldest first.
+
+    Each decision comes with its counts of calls that fell back, and whether it is what runs. Of several about one layer
+    and mode the one that runs is given, else the newest. Paths are those in this model, also where a part was kernelized.
+    """
+    places = places_of(model)
+    found: dict[tuple[str, str | None, str], tuple[Decision, Mapping[str, int], bool]] = {}
+    notes: list[str] = []
+    for module, paths in places.items():
+        state: ModuleState | None = module.__dict__.get(STATE)
+        for plan in state.plans.values() if state is not None else ():
+            notes += plan.notes
+            for decision in plan.decisions:
+                layer = decision.layer
+                path = ".".join(filter(None, (paths[0], layer.path)))
+                moved = replace(decision, layer=replace(layer, path=path)) if paths[0] else decision
+                key = path, layer.function, decision.mode
+                if key not in found or decision.asked_by != "default":
+                    found[key] = moved, {}, False
+    for module, entry in entries_of(model):
+        state = module.__dict__[STATE]
+        paths = layer_paths(places[module], entry.layer)
+        layer = replace(entry.layer, path=paths[0], paths=paths)
+        for mode in ("inference", "training"):
+            if state.chosen(layer.function, mode) is entry:
+                counts = state.fallbacks if entry.fallbacks is None else entry.fallbacks
+                for decision in entry.decisions:
+                    if len(entry.decisions) == 1 or decision.mode.startswith(mode):
+                        found[paths[0], layer.function, decision.mode] = replace(decision, layer=layer), counts, True
+    return list(found.values()), notes

@@ -96,7 +96,7 @@ def _layers_of(module: nn.Module, paths: tuple[str, ...], fallback_device: str) 
         yield Layer(
             path=paths[0],
             name=name,
-            class_name=_class_name(_class_of(module)),
+            class_name=class_name(module),
             how="registered" if registered else "named" if named else "recognised",
             device=device or fallback_device,
             dtypes=dtypes,
@@ -152,7 +152,7 @@ def _functions_of(
         yield Layer(
             path=f"{paths[0]}.{name}" if paths[0] else name,
             name=name,
-            class_name=_class_name(_class_of(module)),
+            class_name=class_name(module),
             how="registered" if id(value) in wrappers else "recognised",
             device=device or fallback_device,
             dtypes=dtypes,
@@ -346,6 +346,11 @@ def _device_name(device: torch.device) -> str:
 @lru_cache(maxsize=64)
 def _dtype_name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
+
+
+def class_name(module: nn.Module) -> str:
+    """Return the full name of a module's class, as `Layer.class_name` has it."""
+    return _class_name(_class_of(module))
 
 
 def _class_of(module: nn.Module) -> Any:  # mypy takes a class of modules for unhashable
