@@ -214,9 +214,9 @@ def report(model: nn.Module) -> Report:
         else make_row(replace(decision, kernel=None, reason="its kernel was taken out again"), {})
         for decision, counts, runs in decided
     ]
-    return Report(
-        tuple(rows), tuple(dict.fromkeys(notes or () if rows else ("no kernels: the model runs its own code",)))
-    )
+    if not rows:
+        notes.append("no kernels: the model runs its own code")
+    return Report(tuple(rows), tuple(dict.fromkeys(notes)))
 
 
 @contextmanager
