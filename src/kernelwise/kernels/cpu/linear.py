@@ -80,8 +80,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        choice = _chosen.get(weight.dtype)
-        if choice is None or x.dtype != weight.dtype:
+        if _chosen.get(weight.dtype) is None or x.dtype != weight.dtype:
             return _own(x, weight, bias)
         y: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
         return y
@@ -110,6 +109,7 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
+        ctx.choice = _chosen[weight.dtype]
         return _product(x, weight, bias)
 
     @staticmethod
@@ -117,14 +117,14 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias = ctx.needs_input_grad
-        choice, rows = _chosen[grad.dtype], _num_rows(grad)
+        choice, rows, width = ctx.choice, _num_rows(grad), grad.shape[-1]
         dx = dw = db = None
         if need_x:
             dx = _grad_x(grad, weight) if rows >= choice.grad_x else grad @ weight
         if need_weight and rows >= choice.grad_weight:
             dw = _grad_weight(grad, x)
         elif need_weight:
-            dw = grad.reshape(rows, -1).t() @ x.reshape(rows, -1)
+            dw = grad.reshape(rows, width).t() @ x.reshape(rows, x.shape[-1])
         if need_bias:
-            db = grad.reshape(rows, -1).sum(0)
+            db = grad.reshape(rows, width).sum(0)
         return dx, dw, db

@@ -56,6 +56,8 @@ using GatedBackwardBlock =
 using RotaryPositions = void (*)(const RotaryArgs&, int64_t begin, int64_t end);
 using Widen = void (*)(const void* from, float* to, int64_t num);
 using Narrow = void (*)(const float* from, const float* bias, void* to, int64_t num);
+// The most rows that FewRows takes.
+constexpr int64_t kMostFewRows = 64;
 // y[rows, begin:end] = x[rows, width] weight[begin:end, width]^T + bias; y's rows are y_stride apart.
 using FewRows = void (*)(const float* x, const void* weight, const float* bias, void* y, int64_t rows, int64_t width,
                          int64_t y_stride, int64_t begin, int64_t end);

@@ -69,12 +69,10 @@ static inline void two_by_four(const float* x, int64_t x_stride, const float* w,
   sums[7] += b3;
 }
 
-constexpr int64_t kMaxRows = 64;
-
 template <class T>
 static void few(const float* x, const void* weight, const float* bias, void* y, int64_t rows, int64_t width,
                 int64_t y_stride, int64_t begin, int64_t end) {
-  float tile[kTile * kDepth], sums[kMaxRows * kTile];
+  float tile[kTile * kDepth], sums[kMostFewRows * kTile];
   const T* w = static_cast<const T*>(weight);
   T* out = static_cast<T*>(y);
   for (int64_t n = begin; n < end; n += kTile) {

@@ -7,6 +7,11 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 
+#if defined(__linux__)
+#include <pthread.h>
+#include <sys/stat.h>
+#endif
+
 #include <algorithm>
 #include <optional>
 #include <string>
@@ -105,9 +110,25 @@ Rows rows_of(Tensor t) {
   return {t, data, width == 0 ? 0 : t.numel() / width, width, *stride};
 }
 
+// GNU's OpenMP waits for ever in the child of a process that had threads, as torch's own operators then do. There the
+// kernels work on the calling thread; a child of a process without further threads may start its own.
+bool serial = false;
+#if defined(__linux__)
+bool threads_at_fork = false;
+
+void before_fork() {
+  struct stat task;
+  threads_at_fork = stat("/proc/self/task", &task) != 0 || task.st_nlink > 3;  // two links and one for each thread
+}
+
+void in_child() { serial = serial || threads_at_fork; }
+
+const int watching_fork = pthread_atfork(before_fork, nullptr, in_child);
+#endif
+
 template <class F>
 void each_row(int64_t rows, int64_t width, const F& f) {
-  if (rows * width <= kSerial) {
+  if (serial || rows * width <= kSerial) {
     if (rows > 0) f(int64_t(0), rows);
     return;
   }
@@ -267,9 +288,9 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& q_, const Tensor& k_, const Tens
     const Tensor& x = inputs[i];
     const int64_t heads = x.size(head_dim);
     std::vector<int64_t> sizes = sizes_of(x), strides(4);
-    strides[0] = num_positions * heads * width;
-    strides[position_dim] = heads * width;
-    strides[head_dim] = width;
+    strides[0] = std::max<int64_t>(num_positions, 1) * std::max<int64_t>(heads, 1) * std::max<int64_t>(width, 1);
+    strides[position_dim] = std::max<int64_t>(heads, 1) * std::max<int64_t>(width, 1);
+    strides[head_dim] = std::max<int64_t>(width, 1);
     strides[3] = 1;
     outputs[i] = empty(sizes, strides, out_type);
     a.x[i] = x.data_ptr();
@@ -314,7 +335,7 @@ std::tuple<Tensor, Tensor> rotary_backward(const Tensor& grad_q, const Tensor& g
 
 // ---- linear ----
 
-constexpr int64_t kRowTile = 1024;       // rows of x that are float32 at a time
+constexpr int64_t kRowTile = 1024;         // rows of x that are float32 at a time
 constexpr int64_t kWideWeights = 1 << 20;  // numbers of the weight that are float32 at a time (4 MiB)
 
 struct Matrix {  // float32, over memory that somebody else owns
@@ -413,7 +434,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, in
   Tensor y = empty(sizes, x.scalar_type());
   if (y.numel() == 0) return y;
   const Half in = s.x_half(), w = s.weight_half(), out{static_cast<char*>(y.data_ptr()), s.out, s.dtype};
-  if (s.rows <= few_rows) {
+  if (s.rows <= std::min(few_rows, kMostFewRows)) {
     const Scratch wide_x(s.rows * s.in);
     in.widen(wide_x.data, 0, 0, s.rows, s.in);
     const FewRows kernel = kernels().few_rows(s.dtype);

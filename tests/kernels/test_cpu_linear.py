@@ -1,0 +1,156 @@
+"""The linear layer for half-precision weights, every way that it takes, against plain PyTorch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from exact import assert_as_exact
+
+cpu = pytest.importorskip("kernelwise.kernels.cpu.linear", exc_type=ImportError)
+
+HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+NEVER = 1 << 62
+WAYS = {
+    "few rows": cpu._Choice(few=64, many=NEVER, grad_x=1, grad_weight=1),
+    "block by block": cpu._Choice(few=0, many=1, grad_x=1, grad_weight=1),
+    "torch": cpu._Choice(few=0, many=NEVER, grad_x=NEVER, grad_weight=NEVER),
+}
+
+
+@pytest.fixture
+def way(request, monkeypatch):
+    monkeypatch.setattr(cpu, "_chosen", dict.fromkeys((torch.bfloat16, torch.float16), WAYS[request.param]))
+    return request.param
+
+
+EVERY_WAY = pytest.mark.parametrize("way", WAYS, indirect=True)
+
+
+def given(dtype, *, rows=(3,), width=40, out=24, bias=True):
+    torch.manual_seed(0)
+    inputs = {"x": torch.randn(*rows, width, dtype=dtype), "weight": torch.randn(out, width, dtype=dtype) / 8}
+    return inputs | ({"bias": torch.randn(out, dtype=dtype)} if bias else {})
+
+
+def check(inputs, *, scales=(1.0,)):
+    assert_as_exact(torch.nn.functional.linear, cpu.linear, inputs, scales=scales)
+
+
+@HALVES
+@EVERY_WAY
+@pytest.mark.parametrize("bias", [True, False])
+def test_exact_at_every_scale(dtype, way, bias):
+    check(given(dtype, bias=bias), scales=(1e-2, 1.0, 1e2))
+
+
+@HALVES
+@EVERY_WAY
+@pytest.mark.parametrize(
+    "shape",
+    [
+        {"width": 1},
+        {"width": 7, "out": 1},
+        {"width": 33, "out": 100},
+        {"width": 577, "out": 7},
+        {"width": 2304, "out": 5},
+        {"width": 5120, "out": 3},
+        {"rows": (1,)},
+        {"rows": ()},
+        {"rows": (64,)},
+        {"rows": (2, 3, 4)},
+        {"rows": (0,)},
+    ],
+    ids=str,
+)
+def test_exact_for_every_shape(dtype, way, shape):
+    check(given(dtype, **shape))
+
+
+@HALVES
+@pytest.mark.parametrize("way", ["block by block"], indirect=True)
+def test_exact_over_several_blocks_of_weights_and_of_rows(dtype, way):
+    """More than 2^20 numbers of the weight and more than 1024 rows: sums go on from block to block."""
+    check(given(dtype, rows=(1100,), width=72, out=40))
+    check(given(dtype, rows=(3,), width=4096, out=600))
+
+
+@HALVES
+@EVERY_WAY
+def test_exact_for_every_layout(dtype, way):
+    inputs = given(dtype, rows=(4, 6))
+    check(inputs | {"x": torch.randn(6, 4, 40, dtype=dtype).transpose(0, 1)})
+    check(inputs | {"x": torch.randn(4, 6, 80, dtype=dtype)[:, :, 20:60]})
+    check(inputs | {"weight": torch.randn(40, 24, dtype=dtype).t(), "bias": torch.randn(48, dtype=dtype)[::2]})
+
+
+@HALVES
+@EVERY_WAY
+def test_nan_and_infinity_pass_through(dtype, way):
+    inputs = given(dtype, rows=(4,))
+    inputs["x"][1, 2], inputs["weight"][3, 5] = float("nan"), float("inf")
+    assert_as_exact(torch.nn.functional.linear, cpu.linear, inputs, scales=(1.0,), grad=False)
+
+
+@EVERY_WAY
+@pytest.mark.parametrize("needed", ["x", "weight", "bias"])
+def test_only_gradients_that_are_needed(way, needed):
+    inputs = given(torch.bfloat16)
+    inputs[needed].requires_grad_()
+    cpu.linear(**inputs).sum().backward()
+    assert [name for name, t in inputs.items() if t.grad is not None] == [needed]
+
+
+@EVERY_WAY
+def test_a_frozen_weight_keeps_no_input_for_the_backward_pass(way):
+    inputs = given(torch.bfloat16)
+    inputs["x"].requires_grad_()
+    y = cpu.linear(**inputs)
+    assert y.grad_fn.saved_tensors[0] is None
+
+
+def test_other_dtypes_are_torchs():
+    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    assert torch.equal(cpu.linear(x, weight), torch.nn.functional.linear(x, weight))
+    weight.requires_grad_()
+    assert type(cpu.linear(x, weight).grad_fn).__name__ != "_LinearBackward"
+    with pytest.raises(RuntimeError):
+        cpu.linear(x, weight.bfloat16())
+
+
+def test_under_autocast_torch_casts_first():
+    x, weight = torch.randn(3, 8), torch.randn(5, 8, dtype=torch.bfloat16, requires_grad=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(cpu.linear(x, weight), torch.nn.functional.linear(x, weight))
+
+
+def test_the_operators_refuse_what_does_not_fit():
+    operators = torch.ops.kernelwise
+    x, weight = torch.randn(3, 8).bfloat16(), torch.randn(5, 8).bfloat16()
+    for call, complaint in (
+        (lambda: operators.linear(x.float(), weight.float(), None, 64), "weight must be bfloat16 or float16"),
+        (lambda: operators.linear(x[:, :7], weight, None, 64), "does not fit"),
+        (lambda: operators.linear(x, weight, torch.randn(4).bfloat16(), 64), "bias must be"),
+        (lambda: operators.linear(x, weight.half(), None, 64), "one dtype"),
+        (lambda: operators.linear_grad_x(x, weight), "does not fit"),
+        (lambda: operators.linear_grad_weight(x, weight), "does not fit"),
+    ):
+        with pytest.raises(RuntimeError, match=complaint):
+            call()
+
+
+def test_more_rows_than_the_product_for_few_rows_takes():
+    inputs = given(torch.bfloat16, rows=(80,), bias=False)
+    y = torch.ops.kernelwise.linear(inputs["x"], inputs["weight"], None, NEVER)
+    assert torch.allclose(y.float(), inputs["x"].float() @ inputs["weight"].float().t(), atol=0.05)
+
+
+def test_a_reason_where_it_is_not_worthwhile(monkeypatch):
+    assert "float32" in cpu.why_not_worthwhile(torch.float32)
+    assert (cpu.why_not_worthwhile(torch.bfloat16) is None) == (cpu._chosen[torch.bfloat16] is not None)
+    monkeypatch.setattr(cpu, "_chosen", {torch.bfloat16: None, torch.float16: None})
+    monkeypatch.setattr(cpu, "_units", lambda dtype: "matrix")
+    assert "multiplies bfloat16 matrices natively (amx_bf16)" in cpu.why_not_worthwhile(torch.bfloat16)
+    monkeypatch.setattr(cpu, "_units", lambda dtype: "none")
+    assert "not measured" in cpu.why_not_worthwhile(torch.float16)
+    inputs = given(torch.bfloat16)
+    assert torch.equal(cpu.linear(**inputs), torch.nn.functional.linear(**inputs))
