@@ -24,6 +24,7 @@ from torch import nn
 from kernelwise._bind import Call, dispatcher, function_call, layer_call, rebuild
 from kernelwise._data import Decision, Kernel, Layer, Plan
 from kernelwise._discover import (
+    OURS,
     STATE,
     class_name,
     globals_called,
@@ -313,7 +314,7 @@ def _restore(module: nn.Module, state: ModuleState) -> None:
     elif state.installed and "forward" not in module.__dict__:
         state.installed = False  # somebody took our dispatcher away
     if not state.installed and not state.plans:
-        for name in (STATE, "__reduce_ex__", "__deepcopy__"):
+        for name in OURS:
             module.__dict__.pop(name, None)
         module.__dict__.update(state.attributes)
 
@@ -379,8 +380,7 @@ def _reduce_clean(self: nn.Module, protocol: int) -> Any:
     reduced: Any = type(self).__reduce_ex__(self, protocol)
     if not (isinstance(reduced, tuple) and len(reduced) > 2 and isinstance(reduced[2], dict)):
         return reduced
-    ours = (STATE, "__reduce_ex__", "__deepcopy__")
-    kept = {key: value for key, value in reduced[2].items() if key not in ours} | getattr(self, STATE).attributes
+    kept = {key: value for key, value in reduced[2].items() if key not in OURS} | getattr(self, STATE).attributes
     found = getattr(self, STATE).found
     for slot in _SLOTS:
         if is_dispatcher(kept.get(slot)):

@@ -27,6 +27,9 @@ from kernelwise._recognize import recognize, recognize_functions
 STATE = "_kernelwise"
 """The one attribute in which Kernelwise keeps what it knows about a module it changed."""
 
+OURS = (STATE, "__reduce_ex__", "__deepcopy__")
+"""All that stands in the `__dict__` of a module it changed, besides the forward."""
+
 _named: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
 
 
@@ -135,7 +138,8 @@ def _functions_of(
     for wrapper in wrappers.values():
         wrapper_class: Any = type(wrapper)
         name = str(wrapper_class.kernel_layer_name)
-        name_in_forward = next((key for key, value in called.items() if value is wrapper), None)
+        # By class, of which each function has its own: a deep copy of a model holds copies of the wrappers.
+        name_in_forward = next((key for key, value in called.items() if type(value) is wrapper_class), None)
         blocked = replaced
         if name_in_forward is None:
             blocked = blocked or (
@@ -153,7 +157,7 @@ def _functions_of(
             path=f"{paths[0]}.{name}" if paths[0] else name,
             name=name,
             class_name=class_name(module),
-            how="registered" if id(value) in wrappers else "recognised",
+            how="registered" if isinstance(value, nn.Module) else "recognised",
             device=device or fallback_device,
             dtypes=dtypes,
             paths=tuple(f"{path}.{name}" if path else name for path in paths),
@@ -326,6 +330,8 @@ def _instance_attributes(cls: Any, names: tuple[str, ...]) -> frozenset[str]:
 
 def _attributes(module: nn.Module) -> frozenset[str]:
     names = (*module.__dict__, *module._parameters, *module._buffers, *module._modules)
+    if STATE in module.__dict__:
+        names = tuple(name for name in names if name not in OURS)
     return _instance_attributes(_class_of(module), names)
 
 
