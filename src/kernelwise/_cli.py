@@ -1,0 +1,240 @@
+"""Command line: reads arguments, calls the stages, prints. `kernelwise layers | plan | demo | doctor`.
+
+Exit codes: 0, 1 for an error of Kernelwise (its message, no traceback) or something that does not fit, 2 for usage.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from fnmatch import fnmatchcase
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from kernelwise._data import DEVICE_TYPES, MODES, Decision, Layer, Plan, Target, to_json
+from kernelwise._errors import KernelwiseError
+from kernelwise._models import DTYPES, NamedModel, load_model
+from kernelwise._reference import nearest
+from kernelwise._table import render
+
+app = typer.Typer(
+    add_completion=False,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="The right kernel for every layer of a PyTorch model.",
+)
+
+
+def _one_of(names: Sequence[str]) -> Callable[[str | None], str | None]:
+    def check(value: str | None) -> str | None:
+        if value is not None and value not in names:
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(names)}{nearest(value, names)}")
+        return value
+
+    return check
+
+
+_MODEL_HELP = (
+    "A local directory, a Hub id, module:factory, or a transformers model type (llama, qwen3 ...), built small."
+)
+ModelArgument = Annotated[str, typer.Argument(metavar="MODEL", help=_MODEL_HELP)]
+DtypeOption = Annotated[
+    str | None,
+    typer.Option("--dtype", metavar="DTYPE", callback=_one_of(DTYPES), help=f"Build it in {', '.join(DTYPES)}."),
+]
+JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+
+
+@app.command("layers")
+def layers_command(model: ModelArgument, dtype: DtypeOption = None, as_json: JsonOption = False) -> None:
+    """List the layers of MODEL where a kernel can go: how each was found, and what it computes."""
+    from kernelwise._discover import discover
+
+    named = load_model(model, dtype=dtype)
+    found = discover(named.model)
+    if as_json:
+        _print_json({"layers": to_json(found), "notes": named.notes})
+    else:
+        print(_layers_table(found, named))
+
+
+@app.command("plan")
+def plan_command(
+    model: ModelArgument,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="A kernel mapping in TOML or JSON.")
+    ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            callback=_one_of(DEVICE_TYPES),
+            help=f"Plan for {', '.join(DEVICE_TYPES)}, on this machine or not. Default: cpu, or where the factory put it.",
+        ),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(
+            "--mode",
+            metavar="MODE",
+            callback=_one_of(MODES),
+            help=f"{', '.join(MODES)}. Default: inference and training.",
+        ),
+    ] = None,
+    dtype: DtypeOption = None,
+    on_miss: Annotated[
+        str | None,
+        typer.Option(
+            "--on-miss",
+            metavar="raise|keep",
+            callback=_one_of(("raise", "keep")),
+            help="Where a kernel that the config asks for cannot be had: fail, or keep the layer's own code.",
+        ),
+    ] = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            "--explain",
+            metavar="PATH",
+            help="Say of the layers at PATH, below it, or that match it as a pattern, which candidates were rejected and why.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Show which kernel goes into which layer of MODEL, and why not another. Nothing is changed."""
+    from kernelwise._api import plan
+    from kernelwise._config import KernelConfig
+
+    named = load_model(model, dtype=dtype)
+    wanted = device or ("cpu" if _is_meta(named) else None)
+    here = wanted is None or wanted in _devices_here()
+    decided = plan(
+        named.model,
+        None if config is None else KernelConfig.load(config),
+        mode=mode,
+        device=wanted if here else None,
+        target=None if here or wanted is None else Target(wanted),
+        on_miss=on_miss,
+    )
+    notes = named.notes if here else (*named.notes, f"no {wanted} on this machine: kernels are described, not loaded")
+    if explain is not None:
+        decided = Plan(decided.target, _decisions_at(decided, explain), decided.notes)
+    if as_json:
+        _print_json({**decided.to_json(), "model_notes": notes})
+    elif explain is not None:
+        print(_explanation(decided))
+    else:
+        print(decided)
+        print(*(f"note: {note}" for note in notes), sep="\n")
+
+
+@app.command("demo")
+def demo_command() -> None:
+    """Show everything on a small language model with real weights, on the CPU, in under three minutes."""
+    from kernelwise._demo import main as run_demo
+
+    raise typer.Exit(run_demo())
+
+
+@app.command("doctor")
+def doctor_command(as_json: JsonOption = False) -> None:
+    """Say what is installed, what does not fit together, and the command that mends it."""
+    from kernelwise._doctor import examine, gather, show
+
+    facts = gather()
+    findings = examine(facts)
+    if as_json:
+        _print_json({"facts": to_json(facts), "findings": to_json(findings)})
+    else:
+        print(show(facts, findings))
+    raise typer.Exit(1 if findings else 0)
+
+
+@app.callback(invoke_without_command=True)
+def _root(
+    version: Annotated[bool, typer.Option("--version", help="Print the version.")] = False,
+) -> None:
+    if version:
+        from kernelwise import __version__
+
+        print(__version__)
+        raise typer.Exit()
+
+
+def main(args: Sequence[str] | None = None) -> None:
+    """Run the command line and leave the process with its exit code."""
+    try:
+        app(None if args is None else list(args), prog_name="kernelwise")
+    except KernelwiseError as error:
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(1) from None
+
+
+def _print_json(data: dict[str, Any]) -> None:
+    print(json.dumps(to_json(data), indent=2))
+
+
+def _is_meta(named: NamedModel) -> bool:
+    return any(parameter.is_meta for parameter in named.model.parameters())
+
+
+def _devices_here() -> set[str]:
+    import torch
+
+    from kernelwise._discover import device_type
+
+    found = torch.accelerator.current_accelerator(check_available=True)
+    return {"cpu"} if found is None else {"cpu", device_type(found)}
+
+
+def _layers_table(found: Sequence[Layer], named: NamedModel) -> str:
+    rows = []
+    for layer in found:
+        known = layer.recognition
+        options = ", ".join(f"{name}={value}" for name, value in known.options) if known else ""
+        why_not = layer.blocked or layer.excluded or ""
+        rows.append((layer.path, layer.name, layer.how, known.op if known else "", options, why_not))
+    return render(("layer", "name", "how", "operation", "options", "no kernel can go here"), rows, notes=named.notes)
+
+
+def _decisions_at(decided: Plan, path: str) -> tuple[Decision, ...]:
+    """Return the decisions of the layers at a path, below it, or that match it as a pattern."""
+    found = tuple(
+        decision
+        for decision in decided.decisions
+        for place in [decision.layer.paths or (decision.layer.path,)]
+        if any(name == path or name.startswith(f"{path}.") or fnmatchcase(name, path) for name in place)
+    )
+    if not found:
+        known = list(dict.fromkeys(decision.layer.path for decision in decided.decisions))
+        raise KernelwiseError(
+            f"the model has no layer with a name at {path!r}{nearest(path, known)}\n"
+            "  go on      kernelwise layers MODEL lists them; what stands elsewhere was neither registered nor recognised"
+        )
+    return found
+
+
+def _explanation(decided: Plan) -> str:
+    lines: list[str] = []
+    shown: Layer | None = None
+    for decision in decided.decisions:
+        layer = decision.layer
+        if layer is not shown:
+            shown = layer
+            known = f"computes {layer.recognition.op}" if layer.recognition else "what it computes was not recognised"
+            lines.append(
+                f"{layer.path or '(the model itself)'}  {layer.name}, {layer.how}, {known} ({layer.class_name})"
+            )
+        kernel = str(decision.kernel.ref) if decision.kernel else "own code"
+        lines.append(f"  {decision.mode}: {kernel}, asked by {decision.asked_by}")
+        for ref, reasons in decision.rejected:
+            lines.append(f"    rejected {ref}")
+            lines += [f"      {reason}" for reason in reasons]
+        if decision.reason and not decision.rejected:
+            lines.append(f"    {decision.reason}")
+    return "\n".join([*lines, *(f"note: {note}" for note in decided.notes)])

@@ -1,0 +1,371 @@
+"""Demo: every stage on a real language model, on the CPU, with what a newcomer wants to know about it.
+
+Plan, the same text with and without kernels, the same perplexity, the speed of both side by side, the report, and the way
+back. A wrong result makes the demo fail; a speed below what is expected is said clearly, but may be a busy machine.
+"""
+
+from __future__ import annotations
+
+import platform
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from rich import box
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+from torch import nn
+
+from kernelwise._api import apply, plan, report, unkernelize
+from kernelwise._data import Plan
+from kernelwise._demo_text import TEXT
+from kernelwise._models import load_smollm2
+from kernelwise.kernels.cpu import is_available, isa
+
+PROMPT = "The capital of France is"
+CONTINUES = " Paris."
+PREFILL_TOKENS = 512
+DECODE_TOKENS = 24
+MAX_PERPLEXITY_DIFFERENCE = 1e-3
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """One phase in one dtype, from interleaved pairs of runs. Times are in seconds, ratios are own time / kernel time."""
+
+    dtype: str
+    phase: str
+    num_tokens: int
+    own_s: tuple[float, ...]
+    kernel_s: tuple[float, ...]
+    expected: float | None = None
+
+    @property
+    def ratios(self) -> tuple[float, ...]:
+        """Return how many times as fast the kernels were, pair by pair, sorted."""
+        return tuple(sorted(own / kernel for own, kernel in zip(self.own_s, self.kernel_s, strict=True)))
+
+    @property
+    def ratio(self) -> float:
+        """Return the median of the ratios."""
+        return statistics.median(self.ratios)
+
+    @property
+    def missed(self) -> str | None:
+        """Say that the ratio is below what is expected, or None."""
+        if self.expected is None or self.ratio >= self.expected:
+            return None
+        return (
+            f"{self.dtype} {self.phase} is {self.ratio:.2f}x as fast, expected at least {self.expected:.2f}x (single pairs: "
+            f"{self.ratios[0]:.2f} to {self.ratios[-1]:.2f}). A busy machine can do this: run it again when it is quiet"
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a demo found. `failures` are wrong results; speeds below what is expected are no failures."""
+
+    failures: tuple[str, ...]
+    speeds: tuple[Speed, ...]
+
+
+class _Screen:
+    """A progress bar at the bottom, results above it."""
+
+    def __init__(self, console: Console, num_steps: int) -> None:
+        self.console = console
+        self._progress = Progress(
+            TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn(), console=console, transient=True
+        )
+        self._task = self._progress.add_task("starting", total=num_steps)
+        self._steps = 0
+
+    def step(self, title: str) -> None:
+        """Begin a step: the ones before it are done."""
+        self._progress.update(self._task, description=title, completed=self._steps)
+        self._steps += 1
+
+    def part(self, fraction: float) -> None:
+        """Show how much of the current step is done."""
+        self._progress.update(self._task, completed=self._steps - 1 + min(1.0, fraction))
+
+    @contextmanager
+    def running(self) -> Iterator[None]:
+        with self._progress:
+            yield
+
+    def head(self, text: str) -> None:
+        self.console.print(f"\n[bold]{text}[/bold]", highlight=False)
+
+    def say(self, text: str, style: str = "") -> None:
+        self.console.print(text, style=style, markup=False, highlight=False, soft_wrap=True)
+
+
+def main(console: Console | None = None) -> int:
+    """Run the demo on SmolLM2-135M-Instruct and return the exit code: 1 where a result is wrong.
+
+    Raises:
+        MissingDependencyError: what holds the model, or what reads it, is not installed.
+    """
+    console = console or Console()
+    console.print(
+        "[bold]Kernelwise demo[/bold]: SmolLM2-135M-Instruct with its real weights, on the CPU", highlight=False
+    )
+    console.print("loading it (the first time it is converted into the cache, which takes a minute)")
+    model, tokenizer = load_smollm2()
+    outcome = run(model, tokenizer, console=console, continues=CONTINUES)
+    return 1 if outcome.failures else 0
+
+
+@torch.no_grad()
+def run(
+    model: nn.Module, tokenizer: Any, *, console: Console, continues: str = "", seconds_per_figure: float = 12.0
+) -> Outcome:
+    """Show all stages on a causal language model in float32 on the CPU; afterwards it is in bfloat16, without kernels.
+
+    Args:
+        tokenizer: `encode` gives token ids for a text, `decode` the text of token ids.
+        continues: what the greedy continuation of the prompt must start with.
+        seconds_per_figure: how long to measure each of the four speeds, at least three pairs.
+    """
+    started = time.perf_counter()
+    screen = _Screen(console, num_steps=8)
+    ids = torch.tensor([tokenizer.encode(TEXT)])
+    failures: list[str] = []
+    with screen.running():
+        screen.step("planning")
+        screen.say(_machine(model))
+        decided = plan(model)
+        screen.head("1  Plan: which kernel goes where, float32")
+        screen.say(str(decided))
+
+        found, before = _state(model), model(ids).logits
+        screen.step("generating text")
+        failures += _same_text(screen, model, tokenizer, decided, continues)
+        screen.step("perplexity")
+        failures += _same_perplexity(screen, model, decided, ids, before)
+        expected = {"prefill": 1.0, "decode": 1.05}
+        speeds = _speeds(screen, model, decided, ids, "float32", seconds_per_figure, expected)
+        failures += _not_undone(model, ids, "float32", found, before)
+
+        screen.step("planning in bfloat16")
+        model.to(torch.bfloat16)
+        found, before = _state(model), model(ids).logits
+        decided = plan(model)
+        has_units = _has_bf16_instructions()
+        expected = {} if has_units else {"prefill": 3.0}
+        speeds += _speeds(screen, model, decided, ids, "bfloat16", seconds_per_figure, expected)
+        screen.head("4  Speed: own code and kernels in turns, medians")
+        console.print(_speed_table(speeds))
+        screen.say(_about_bf16(decided, has_units))
+
+        screen.step("report and undo")
+        apply(model, decided)
+        model(ids)
+        screen.head("5  Report: what runs now, bfloat16")
+        screen.say(str(report(model)))
+        unkernelize(model)
+        failures += _not_undone(model, ids, "bfloat16", found, before)
+
+    if not any("undo" in failure for failure in failures):
+        screen.head("6  Undo: every module is as it was, and the logits are bit-identical to those before")
+    screen.say("")
+    for speed in speeds:
+        if speed.missed:
+            screen.say(f"slower than expected: {speed.missed}", style="bold yellow")
+    for failure in failures:
+        screen.say(f"WRONG: {failure}", style="bold red")
+    verdict = f"{len(failures)} wrong" if failures else "everything agrees"
+    screen.say(f"{verdict}; {time.perf_counter() - started:.0f} s", style="bold red" if failures else "bold green")
+    return Outcome(tuple(failures), tuple(speeds))
+
+
+State = list[tuple[type[nn.Module], dict[str, object]]]
+
+
+def _state(model: nn.Module) -> State:
+    """Return the class and the attributes of every module."""
+    return [(type(module), dict(vars(module))) for module in model.modules()]
+
+
+def _not_undone(model: nn.Module, ids: torch.Tensor, dtype: str, found: State, before: torch.Tensor) -> list[str]:
+    """Return what differs from the untouched model: attributes by identity, logits bit by bit."""
+    now = _state(model)
+    num_changed = sum(
+        new_class is not old_class or new.keys() != old.keys() or any(new[name] is not old[name] for name in old)
+        for (old_class, old), (new_class, new) in zip(found, now, strict=True)
+    )
+    wrong = []
+    if num_changed:
+        wrong.append(f"undo in {dtype} left {num_changed} of {len(now)} modules changed")
+    if not torch.equal(model(ids).logits, before):
+        wrong.append(f"undo in {dtype} did not bring back the logits")
+    return wrong
+
+
+def _same_text(screen: _Screen, model: nn.Module, tokenizer: Any, decided: Plan, continues: str) -> list[str]:
+    prompt = torch.tensor([tokenizer.encode(PROMPT)])
+    own = _greedy(model, prompt)
+    apply(model, decided)
+    kernels = _greedy(model, prompt)
+    unkernelize(model)
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    table.add_column("")
+    table.add_column(f"{PROMPT} ...", overflow="fold")
+    for name, tokens in (("own code", own), ("kernels", kernels)):
+        table.add_row(name, tokenizer.decode(tokens).replace("\n", " ").replace("[", r"\["))
+    screen.head("2  Same text: greedy generation, float32")
+    screen.console.print(table)
+    failures = []
+    if own != kernels:
+        first = next(index for index, pair in enumerate(zip(own, kernels, strict=True)) if pair[0] != pair[1])
+        failures.append(f"the generated tokens differ from token {first} on")
+    if not tokenizer.decode(kernels).startswith(continues):
+        failures.append(f"{PROMPT!r} does not go on with {continues!r}")
+    return failures
+
+
+def _greedy(model: nn.Module, prompt: torch.Tensor, num_tokens: int = 32) -> list[int]:
+    """Return the most likely continuation of a prompt `[1, length]`, token by token."""
+    tokens: list[int] = []
+    out = model(prompt, use_cache=True)
+    for _ in range(num_tokens):
+        tokens.append(int(out.logits[0, -1].argmax()))
+        out = model(torch.tensor([tokens[-1:]]), past_key_values=out.past_key_values, use_cache=True)
+    return tokens
+
+
+def _same_perplexity(
+    screen: _Screen, model: nn.Module, decided: Plan, ids: torch.Tensor, own_logits: torch.Tensor
+) -> list[str]:
+    own = _perplexity(own_logits, ids)
+    apply(model, decided)
+    kernels = _perplexity(model(ids).logits, ids)
+    unkernelize(model)
+    difference = abs(kernels - own) / own
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("own code", "kernels", "relative difference", "allowed"):
+        table.add_column(header, justify="right")
+    table.add_row(f"{own:.5f}", f"{kernels:.5f}", f"{difference:.1e}", f"{MAX_PERPLEXITY_DIFFERENCE:.0e}")
+    screen.head(f"3  Same quality: perplexity on {ids.shape[1]} tokens of prose, float32")
+    screen.console.print(table)
+    if difference < MAX_PERPLEXITY_DIFFERENCE:  # also false where it is not a number
+        return []
+    return [f"the perplexity changes by {difference:.1e}, allowed is {MAX_PERPLEXITY_DIFFERENCE:.0e}"]
+
+
+def _perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
+    """Return exp of the mean loss of each next token; logits `[1, length, vocabulary]`, ids `[1, length]`."""
+    return float(nn.functional.cross_entropy(logits[0, :-1].double(), ids[0, 1:]).exp())
+
+
+def _speeds(
+    screen: _Screen,
+    model: nn.Module,
+    decided: Plan,
+    ids: torch.Tensor,
+    dtype: str,
+    seconds: float,
+    expected: dict[str, float],
+) -> list[Speed]:
+    """Time prefill and decode with and without kernels, in turns."""
+    repeats = -(-PREFILL_TOKENS // ids.shape[1])
+    prompt = ids.repeat(1, repeats)[:, :PREFILL_TOKENS]
+    phases: dict[str, tuple[int, Callable[[], float]]] = {
+        "prefill": (PREFILL_TOKENS, lambda: _prefill_s(model, prompt)),
+        "decode": (DECODE_TOKENS, lambda: _decode_s(model, prompt[:, :64])),
+    }
+    speeds = []
+    for phase, (num_tokens, run_once) in phases.items():
+        screen.step(f"timing {phase} in {dtype}")
+        own_s, kernel_s = _pairs(model, decided, run_once, seconds, screen.part)
+        speeds.append(Speed(dtype, phase, num_tokens, own_s, kernel_s, expected.get(phase)))
+    return speeds
+
+
+def _pairs(
+    model: nn.Module, decided: Plan, run_once: Callable[[], float], seconds: float, part: Callable[[float], None]
+) -> tuple[tuple[float, ...], tuple[float, ...]]:
+    """Return the times of runs without and with kernels, in pairs whose order alternates; the first pair only warms up."""
+    own_s: list[float] = []
+    kernel_s: list[float] = []
+    started = time.perf_counter()
+    while len(own_s) < 4 or time.perf_counter() - started < seconds:
+        for with_kernels in (False, True) if len(own_s) % 2 else (True, False):
+            if with_kernels:
+                apply(model, decided)
+                kernel_s.append(run_once())
+                unkernelize(model)
+            else:
+                own_s.append(run_once())
+        part((time.perf_counter() - started) / seconds)
+    return tuple(own_s[1:]), tuple(kernel_s[1:])
+
+
+def _prefill_s(model: nn.Module, prompt: torch.Tensor) -> float:
+    started = time.perf_counter()
+    model(prompt, use_cache=True, logits_to_keep=1)
+    return time.perf_counter() - started
+
+
+def _decode_s(model: nn.Module, prompt: torch.Tensor) -> float:
+    out = model(prompt, use_cache=True, logits_to_keep=1)
+    started = time.perf_counter()
+    for _ in range(DECODE_TOKENS):
+        token = out.logits[:, -1:].argmax(-1)
+        out = model(token, past_key_values=out.past_key_values, use_cache=True)
+    return time.perf_counter() - started
+
+
+def _speed_table(speeds: list[Speed]) -> Table:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False)
+    for header in ("dtype", "phase"):
+        table.add_column(header)
+    for header in ("own code, tokens/s", "kernels, tokens/s", "times as fast", "single pairs", "expected"):
+        table.add_column(header, justify="right")
+    for speed in speeds:
+        own, kernels = (speed.num_tokens / statistics.median(times) for times in (speed.own_s, speed.kernel_s))
+        table.add_row(
+            speed.dtype,
+            f"{speed.phase} {speed.num_tokens}",
+            f"{own:.1f}",
+            f"{kernels:.1f}",
+            f"{speed.ratio:.2f}",
+            f"{speed.ratios[0]:.2f}-{speed.ratios[-1]:.2f} ({len(speed.ratios)})",
+            "" if speed.expected is None else f">= {speed.expected:.2f}",
+        )
+    return table
+
+
+def _about_bf16(decided: Plan, has_units: bool) -> str:
+    """Say what happens to the linear layers in bfloat16, on which the speed depends there."""
+    linear = [decision for decision in decided.decisions if decision.layer.name == "Linear"]
+    num_replaced = len({decision.layer.path for decision in linear if decision.kernel})
+    units = "this CPU has instructions for bf16" if has_units else "this CPU has no instructions for bf16"
+    if num_replaced:
+        also = f"In bfloat16, as models are published, {num_replaced} linear layers have a kernel too; {units}"
+        return f"{also}, so torch is fast there itself and no speed is expected." if has_units else f"{also}."
+    why = "; ".join(dict.fromkeys(decision.reason for decision in linear if decision.reason))
+    return f"In bfloat16 the linear layers are left to torch ({why or 'none was recognised'}); {units}."
+
+
+def _has_bf16_instructions() -> bool:
+    """Return whether torch's own bfloat16 products use instructions made for them, as far as is known."""
+    if not is_available():
+        return bool(torch.cpu._is_avx512_bf16_supported())
+    names = torch.ops.kernelwise.cpu_half_products.default().split()
+    return "amx_bf16" in names or ("avx512_bf16" in names and isa() == "avx512")
+
+
+def _machine(model: nn.Module) -> str:
+    capability = torch.backends.cpu.get_cpu_capability()
+    size = sum(parameter.numel() for parameter in model.parameters()) / 1e6
+    return (
+        f"{size:.1f} M parameters; {platform.machine()}, {capability}, {torch.get_num_threads()} threads, "
+        f"torch {torch.__version__}"
+    )
