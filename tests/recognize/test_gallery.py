@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F  # noqa: N812
+from torch.nn import functional as F
 
 from kernelwise._data import Binding, Recognition
 from kernelwise._recognize import Unknown, recognize, recognize_functions
@@ -677,3 +677,61 @@ def test_constants_of_gelu_are_compared():
             return 0.5 * x * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.0447 * torch.pow(x, 3.0))))
 
     assert isinstance(recognize(Mlp(NearlyGelu())), Unknown)
+
+
+class WidensForDown(Mlp):
+    """As T5: right in one dtype, another computation where the last weight is kept in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.act(self.a(x)) * self.b(x)
+        return self.c(y.to(self.c.weight.dtype))
+
+
+def test_input_cast_to_the_dtype_of_the_last_weight():
+    answer = recognize(WidensForDown())
+    assert isinstance(answer, Recognition)
+    assert answer.op == "gated_mlp_cast"
+
+
+class Normed(Mlp):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = Norm(40)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.norm(self.act(self.a(x)) * self.b(x)))
+
+
+class Bounded(Mlp):
+    limit = 7.0
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.a(x).clamp(max=self.limit), self.b(x).clamp(min=-self.limit, max=self.limit)
+        return self.c(self.act(gate) * up)
+
+
+class Lopsided(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.a(x).clamp(max=7.0), self.b(x).clamp(min=-6.0, max=7.0)
+        return self.c(self.act(gate) * up)
+
+
+def test_relatives_of_the_gated_block():
+    normed, bounded = recognize(Normed()), recognize(Bounded())
+    assert isinstance(normed, Recognition), normed
+    assert isinstance(bounded, Recognition)
+    assert normed.op == "gated_mlp_normed"
+    assert bounded.op == "gated_mlp_clamped"
+    assert dict(bounded.roles)["limit"] in (Binding("attribute", "limit"), Binding("constant", 7.0))
+    assert isinstance(recognize(Lopsided()), Unknown)
+
+
+class CastsWhatTheGateGives(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c(self.act(self.a(x).to(x.dtype)) * self.b(x))
+
+
+def test_cast_that_matters_where_a_child_gives_another_dtype():
+    answer = recognize(CastsWhatTheGateGives())
+    assert isinstance(answer, Unknown)
+    assert "another dtype" in answer.reason

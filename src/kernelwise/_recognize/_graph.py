@@ -181,8 +181,24 @@ class Graph:
             x, start, end = x.args[0], start + offset, end + offset
         if (start, end, step) == (0, x.shape[dim], 1):
             return x
+        inner = _under_ones(x, dim)
+        if inner is not None:  # a dimension of size one may as well be put in after the cut
+            sliced = self.slice(x.args[0], inner, start, end, step)
+            size = sliced.shape[inner]
+            return self.view(sliced, (*x.shape[:dim], size, *x.shape[dim + 1 :]))
         shape = (*x.shape[:dim], max(0, -(-(end - start) // step)), *x.shape[dim + 1 :])
         return self.node("slice", (x, dim, start, end, step), shape, x.dtype)
+
+
+def _under_ones(x: Node, dim: int) -> int | None:
+    """The dimension that `dim` of x is in what x is a view of, where the view only puts in or drops ones."""
+    if x.op != "view" or x.shape[dim] == 1:
+        return None
+    inside = [size for size in x.args[0].shape if size != 1]
+    if inside != [size for size in x.shape if size != 1]:
+        return None
+    place = sum(size != 1 for size in x.shape[:dim])
+    return [i for i, size in enumerate(x.args[0].shape) if size != 1][place]
 
 
 def _key_of(value: Any) -> Any:

@@ -86,6 +86,8 @@ class Match:
             )
         if isinstance(reference, float) and reference in self._numbers:
             return isinstance(candidate, float) and self.bind(self._numbers[reference], candidate)
+        if isinstance(reference, float) and -reference in self._numbers:
+            return isinstance(candidate, float) and self.bind(self._numbers[-reference], -candidate)
         if isinstance(candidate, (Node, Source, tuple)):
             return False
         if not self._exact and type(reference) is int and type(candidate) is int:

@@ -67,8 +67,9 @@ ROUNDS = (
     Round((11, 13), Widths(BF16, F32)),
     Round((11, 13), Widths(F32, BF16)),
     Round((11, 13), Widths(F16, F16)),
+    Round((11, 13), Widths(BF16, BF16, F32)),
 )
-FUNCTION_ROUNDS = tuple(r for r in ROUNDS if len(r.lead) == 2)
+FUNCTION_ROUNDS = tuple(r for r in ROUNDS if len(r.lead) == 2 and r.widths.leaves is None)
 _DEFAULT_SIZES = {"B": 11, "S": 13, "H": 34, "I": 58, "D": 46, "R": 28, "Hq": 3, "Hk": 5}
 
 
@@ -386,7 +387,7 @@ def _reference_graph(
                 return f"nothing fills {role.name}"
             source = Source("role", role.name)
             if role.kind == "child":
-                given[role.name] = functools.partial(_call_role, stage, source, shape)
+                given[role.name] = _RoleChild(stage, source, shape)
             else:
                 given[role.name] = stage.recorder.input(stage.fake(shape, _dtype(role, at)), source)
     try:
@@ -406,8 +407,15 @@ def _dtype(role: Role, at: Round) -> torch.dtype:
     return at.widths.parameters if wide else at.widths.activations
 
 
-def _call_role(stage: Stage, source: Source, shape: tuple[int, ...], x: torch.Tensor) -> torch.Tensor:
-    return stage.recorder.call(source, (x,), stage.fake(shape, x.dtype))
+class _RoleChild:
+    """A child of a reference: called, it is a leaf; its weight has a dtype and nothing else."""
+
+    def __init__(self, stage: Stage, source: Source, shape: tuple[int, ...]) -> None:
+        self._stage, self._source, self._shape = stage, source, shape
+        self.weight = stage.fake((1, 1), stage.widths.parameters)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        return self._stage.recorder.call(self._source, (x,), self._stage.fake(self._shape, self._stage.widths.leaves or x.dtype))
 
 
 def _prove(
@@ -420,8 +428,16 @@ def _prove(
 ) -> str | None:
     """Return why a layer that matched in the first round is not this variant after all, or None."""
     has_parameters = any(role.kind == "attribute" or role.follows == "parameters" for role in op.roles)
+    has_leaves = any(role.kind == "child" for role in op.roles)
+    # A forward that looks at a child's weight may do something else where its dtype is another one.
+    has_parameters |= any(
+        len(path) > 1 and isinstance(value, tuple) and value[:1] == ("tensor",)
+        for path, value in candidate.reads.tokens.items()
+    )
     for at in rounds:
         if not has_parameters and at.widths.activations != at.widths.parameters:
+            continue
+        if not has_leaves and at.widths.leaves is not None:
             continue
         try:
             graph = candidate.graph(at)
@@ -430,6 +446,7 @@ def _prove(
         if _compare(op, variant, fixed, graph, at, roles) is None:
             a, p = (str(d).removeprefix("torch.") for d in (at.widths.activations, at.widths.parameters))
             where = f"on inputs of {len(at.lead) + 1} dimensions {at.lead} in {a}, parameters in {p}"
+            where += ", children that give another dtype" if at.widths.leaves else ""
             return f"is {op.name} {dict(variant.options)} in bfloat16, but not {where}"
     return None
 

@@ -52,10 +52,11 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """Dtypes of one trace: of activations and of floating parameters."""
+    """Dtypes of one trace: of activations, of floating parameters, and of what leaves give (None: as they are given)."""
 
     activations: torch.dtype
     parameters: torch.dtype
+    leaves: torch.dtype | None = None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -342,7 +343,11 @@ class View:
         if name in _INTERNAL:
             raise Untraceable(f"it looks into {name}")
         if name in d:
-            return self._keep(name, d[name])
+            value = d[name]
+            if isinstance(value, types.MethodType) and value.__self__ is self._module:
+                self._stage.reads.note((*self._path, name), value)
+                return types.MethodType(value.__func__, stand_in)
+            return self._keep(name, value)
         if on_class is not None:
             if not callable(on_class) and not hasattr(type(on_class), "__get__"):
                 return self._keep(name, on_class)
@@ -498,7 +503,7 @@ class Child:
             stage.reads.note((*path, "out_features"), wide_out)
             if x.shape[-1] != wide_in:
                 raise Untraceable(f"its child {'.'.join(path)} takes {wide_in} features, not {x.shape[-1]}")
-            return stage.fake((*x.shape[:-1], wide_out), x.dtype)
+            return stage.fake((*x.shape[:-1], wide_out), stage.widths.leaves or x.dtype)
         inner = Stage(Recorder(), stage.mode, stage.widths, training=False)
         stand_in = make_stand_in(module, inner)
         given = inner.recorder.input(stage.fake(tuple(x.shape), x.dtype), Source("argument", "x"))
@@ -511,7 +516,7 @@ class Child:
                 stage.reads.tokens.setdefault((*path, *key), value)
         if not isinstance(result, torch.Tensor):
             raise Untraceable(f"its child {'.'.join(path)} gives no single tensor")
-        return stage.fake(tuple(result.shape), result.dtype)
+        return stage.fake(tuple(result.shape), stage.widths.leaves or x.dtype)
 
 
 # ---------------------------------------------------------------------------------------------------------------------

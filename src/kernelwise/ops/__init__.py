@@ -4,7 +4,16 @@ from __future__ import annotations
 
 from kernelwise._data import Recognition
 from kernelwise.ops._activations import ACTIVATION
-from kernelwise.ops._gated_mlp import GATED_MLP, GATED_MLP_PACKED, MLP
+from kernelwise.ops._gated_mlp import (
+    GATED_MLP,
+    GATED_MLP_CAST,
+    GATED_MLP_CLAMPED,
+    GATED_MLP_NORMED,
+    GATED_MLP_PACKED,
+    LINEAR_ACTIVATION,
+    MLP,
+    MLP_CAST,
+)
 from kernelwise.ops._layer_norm import LAYER_NORM
 from kernelwise.ops._linear import LINEAR
 from kernelwise.ops._operation import Operation, Role, Variant
@@ -15,7 +24,8 @@ from kernelwise.ops._rotary import ROTARY, ROTARY_COMPLEX, ROTARY_ONE, ROTARY_VI
 OPERATIONS: dict[str, Operation] = {
     op.name: op
     for op in (
-        RMS_NORM, RMS_NORM_GATED, LAYER_NORM, GATED_MLP, GATED_MLP_PACKED, MLP, ACTIVATION, LINEAR,
+        RMS_NORM, RMS_NORM_GATED, LAYER_NORM, GATED_MLP, GATED_MLP_PACKED, GATED_MLP_CLAMPED, GATED_MLP_NORMED,
+        GATED_MLP_CAST, MLP, MLP_CAST, LINEAR_ACTIVATION, ACTIVATION, LINEAR,
         ROTARY, ROTARY_VISION, ROTARY_ONE, ROTARY_COMPLEX,
     )
 }  # fmt: skip

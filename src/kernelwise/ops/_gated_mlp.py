@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from kernelwise.ops._activations import ACTIVATIONS, VARIANTS
 from kernelwise.ops._operation import Operation, Role, Variant
@@ -14,8 +14,16 @@ _X = Role("x", "argument", lambda n: (n["B"], n["S"], n["H"]))
 _DOWN = Role("down", "child", lambda n: (n["B"], n["S"], n["H"]))
 
 
-def gated_mlp(x: Tensor, gate: Module, up: Module, down: Module, *, activation: str = "silu") -> Tensor:
-    """Return `down(activation(gate(x)) * up(x))`. x: [..., H]; `gate`, `up` and `down` are the layer's own children."""
+def gated_mlp(
+    x: Tensor, gate: Module, up: Module, down: Module, *, activation: str = "silu", rounding: str = "each"
+) -> Tensor:
+    """Return `down(activation(gate(x)) * up(x))`. x: [..., H]; `gate`, `up` and `down` are the layer's own children.
+
+    `rounding` "each": after the activation and after the product; "once": after the product alone.
+    """
+    if rounding == "once":
+        g, u = gate(x), up(x)
+        return down((ACTIVATIONS[activation][0](g.float()) * u.float()).to(g.dtype))
     return down(ACTIVATIONS[activation][0](gate(x)) * up(x))
 
 
@@ -33,7 +41,10 @@ GATED_MLP = Operation(
         Role("up", "child", lambda n: (n["B"], n["S"], n["I"])),
         _DOWN,
     ),
-    variants=VARIANTS,
+    variants=(
+        *VARIANTS,
+        *(Variant((("activation", name), ("rounding", "once"))) for name in ("silu", "gelu", "gelu_tanh")),
+    ),
     operators=(("call",), ("mul",)),
     layer_names={
         (): "GatedMLP",
@@ -42,6 +53,62 @@ GATED_MLP = Operation(
         (("activation", "gelu_tanh"),): "GEGLUMLP",
         (("activation", "relu"),): "ReGLUMLP",
     },
+)
+
+
+def gated_mlp_cast(x: Tensor, gate: Module, up: Module, down: nn.Linear, *, activation: str = "silu") -> Tensor:
+    """Return the gated block with the input of `down` in the dtype of its weight, which may be wider (T5)."""
+    return cast_call(down, ACTIVATIONS[activation][0](gate(x)) * up(x))
+
+
+def cast_call(child: nn.Linear, x: Tensor) -> Tensor:
+    """Call a child with x in the dtype of its weight."""
+    y: Tensor = child(x.to(child.weight.dtype))
+    return y
+
+
+GATED_MLP_CAST = Operation(
+    name="gated_mlp_cast",
+    reference=gated_mlp_cast,
+    roles=GATED_MLP.roles,
+    variants=VARIANTS,
+    operators=(("call",), ("mul",)),
+    layer_names={(): "CastGatedMLP"},
+)
+
+
+def gated_mlp_clamped(
+    x: Tensor, gate: Module, up: Module, down: Module, limit: float, *, activation: str = "silu"
+) -> Tensor:
+    """Return the gated block with gate(x) at most `limit` and up(x) within `limit` of zero."""
+    bounded = up(x).clamp(min=-limit, max=limit)
+    return down(ACTIVATIONS[activation][0](gate(x).clamp(max=limit)) * bounded)
+
+
+GATED_MLP_CLAMPED = Operation(
+    name="gated_mlp_clamped",
+    reference=gated_mlp_clamped,
+    roles=(*GATED_MLP.roles, Role("limit", "number")),
+    variants=tuple(Variant((("activation", name),)) for name in ("silu", "gelu", "gelu_tanh")),
+    operators=(("call",), ("mul",), ("clamp.default",)),
+    layer_names={(): "ClampedGatedMLP"},
+)
+
+
+def gated_mlp_normed(
+    x: Tensor, gate: Module, up: Module, norm: Module, down: Module, *, activation: str = "silu"
+) -> Tensor:
+    """Return the gated block with a norm, a child like the others, before the way down."""
+    return down(norm(ACTIVATIONS[activation][0](gate(x)) * up(x)))
+
+
+GATED_MLP_NORMED = Operation(
+    name="gated_mlp_normed",
+    reference=gated_mlp_normed,
+    roles=(*GATED_MLP.roles[:3], Role("norm", "child", lambda n: (n["B"], n["S"], n["I"])), _DOWN),
+    variants=VARIANTS,
+    operators=(("call",), ("mul",)),
+    layer_names={(): "NormedGatedMLP"},
 )
 
 
@@ -88,4 +155,34 @@ MLP = Operation(
     variants=VARIANTS,
     operators=(("call",),),
     layer_names={(): "MLP"},
+)
+
+
+def mlp_cast(x: Tensor, up: Module, down: nn.Linear, *, activation: str) -> Tensor:
+    """Return the plain block with the input of `down` in the dtype of its weight, which may be wider (T5)."""
+    return cast_call(down, ACTIVATIONS[activation][0](up(x)))
+
+
+MLP_CAST = Operation(
+    name="mlp_cast",
+    reference=mlp_cast,
+    roles=MLP.roles,
+    variants=VARIANTS,
+    operators=(("call",),),
+    layer_names={(): "CastMLP"},
+)
+
+
+def linear_activation(x: Tensor, linear: Module, *, activation: str) -> Tensor:
+    """Return `activation(linear(x))`: the first half of a block whose second half is a layer of its own."""
+    return ACTIVATIONS[activation][0](linear(x))
+
+
+LINEAR_ACTIVATION = Operation(
+    name="linear_activation",
+    reference=linear_activation,
+    roles=(_X, Role("linear", "child", lambda n: (n["B"], n["S"], n["I"]))),
+    variants=VARIANTS,
+    operators=(("call",),),
+    layer_names={(): "LinearActivation"},
 )

@@ -43,9 +43,9 @@ RMS_NORM = Operation(
     variants=(
         *(
             Variant((("offset", offset), ("cast", cast)))
-            for offset, cast in itertools.product((0.0, 1.0), ("before", "after", "weight", "to_weight"))
+            for offset, cast in itertools.product((0.0, 1.0), ("before", "after", "weight", "to_weight", "root"))
         ),
-        Variant((("offset", 0.0), ("cast", "before")), (("weight", None),)),
+        *(Variant((("offset", 0.0), ("cast", cast)), (("weight", None),)) for cast in ("before", "root")),
     ),
     operators=(("rsqrt",), ("mean",), ("add",)),
     layer_names={(): "RMSNorm"},

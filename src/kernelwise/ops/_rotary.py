@@ -72,6 +72,24 @@ def rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> tu
     return rotary_one(q, cos, sin, **options), rotary_one(k, cos, sin, **options)
 
 
+def _rotary_one_repeated(x: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> Tensor:
+    if options.pop("angles") != "half":
+        raise NotImplementedError("only one angle for each pair can be repeated")
+    if options["layout"] == "half":
+        cos, sin = torch.cat((cos, cos), dim=-1), torch.cat((sin, sin), dim=-1)
+    else:
+        cos, sin = cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
+    return rotary_one(x, cos, sin, angles="full", **options)
+
+
+def _rotary_one_repeated_late(x: Tensor, cos: Tensor, sin: Tensor, *, unsqueeze_dim: int = 1, **options: Any) -> Tensor:
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    if options["layout"] != "interleaved" or options["angles"] != "half" or options["dtype"] != "promoted":
+        raise NotImplementedError("only one angle for each pair can be repeated")
+    cos, sin = cos.repeat_interleave(2, dim=-1), sin.repeat_interleave(2, dim=-1)
+    return _rotate(x, cos, sin, "interleaved", "full")
+
+
 def rotary_vision(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Return q and k [S, H, D] turned by cos and sin [S, D]; the options are those of `rotary_one`."""
     return rotary(q, k, cos, sin, unsqueeze_dim=-2, **options)
@@ -116,6 +134,7 @@ _VARIANTS = _variants(
     ("half", "full", "float32", "all"),
     ("half", "half", "promoted", "all"),
     ("interleaved_to_half", "first_half", "promoted", "all"),
+    ("interleaved", "full", "promoted", "first"),
     ("interleaved", "full", "promoted", "all"),
     ("interleaved", "full", "float32", "all"),
     ("interleaved", "doubled", "promoted", "first"),
@@ -148,6 +167,7 @@ ROTARY = Operation(
 ROTARY_ONE = Operation(
     name="rotary_one",
     reference=rotary_one,
+    forms=(_rotary_one_repeated, _rotary_one_repeated_late),
     roles=(Role("x", "argument", _heads("Hq")), *_COS_SIN),
     choices={"unsqueeze_dim": (1, 2)},
     variants=_VARIANTS,
