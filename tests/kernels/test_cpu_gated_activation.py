@@ -16,6 +16,24 @@ ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, 
 EVERY = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 
+@pytest.fixture(autouse=True)
+def _kernel_for_few_numbers_too(request, monkeypatch):
+    if "plain" not in request.node.name:
+        monkeypatch.setattr(cpu, "_PLAIN_BELOW", dict.fromkeys(ACTIVATIONS, 0))
+
+
+@EVERY
+def test_few_numbers_with_gradients_are_plain(activation):
+    for num, plain in ((cpu._PLAIN_BELOW[activation] - 1, True), (cpu._PLAIN_BELOW[activation] + 1, False)):
+        if num > 0:
+            gate = torch.randn(num, requires_grad=True)
+            y = gated_activation(gate, torch.randn(num), activation=activation)
+            assert (type(y.grad_fn).__name__ == "MulBackward0") == plain
+            with torch.no_grad():
+                own = ACTIVATIONS[activation](gate)
+                assert torch.allclose(gated_activation(gate, torch.ones(num), activation=activation), own, atol=1e-6)
+
+
 def check(activation, gate, up, *, scales=(1.0,), grad=True):
     assert_as_exact(
         lambda gate, up: ACTIVATIONS[activation](gate) * up,

@@ -15,6 +15,8 @@ _ops = load()
 _forward = _ops.gated_activation.default
 _backward = _ops.gated_activation_backward.default
 _CODE = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # kernels.h: Activation
+# With gradients, fewer numbers than this go to plain PyTorch: autograd in Python costs more than the kernel gains.
+_PLAIN_BELOW = {"silu": 16384, "gelu": 0, "gelu_tanh": 4096}
 
 
 def gated_activation(gate: torch.Tensor, up: torch.Tensor, *, activation: Activation = "silu") -> torch.Tensor:
@@ -29,10 +31,18 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, *, activation: Activa
     True
     """
     if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+        if gate.numel() < _PLAIN_BELOW[activation]:
+            return _plain(gate, activation) * up
         y: torch.Tensor = _GatedActivation.apply(gate, up, _CODE[activation])  # type: ignore[no-untyped-call]
     else:
         y = _forward(gate, up, _CODE[activation])
     return y
+
+
+def _plain(gate: torch.Tensor, activation: Activation) -> torch.Tensor:
+    if activation == "silu":
+        return torch.nn.functional.silu(gate)
+    return torch.nn.functional.gelu(gate, approximate="tanh" if activation == "gelu_tanh" else "none")
 
 
 class _GatedActivation(torch.autograd.Function):

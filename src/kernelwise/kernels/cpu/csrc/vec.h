@@ -139,8 +139,11 @@ static inline void round_as(const float*, float*, int64_t) {}
 template <class T>
 static inline void round_as(const T*, float* values, int64_t num) {
   T rounded[kBlock];
-  narrow(values, rounded, num);
-  widen(rounded, values, num);
+  for (int64_t j = 0; j < num; j += kBlock) {
+    const int64_t n = smaller(kBlock, num - j);
+    narrow(values + j, rounded, n);
+    widen(rounded, values + j, n);
+  }
 }
 
 // Four sums side by side, so that one addition need not wait for the last.

@@ -1,0 +1,262 @@
+"""Each CPU kernel against the code it replaces, side by side in one run: `python benchmarks/cpu_ops.py`.
+
+Contenders take turns, call by call, so that whatever else the machine does meets them alike; a result is the median
+over the rounds of (time of the own code / time of the contender), with the quartiles. Shapes are those of
+SmolLM2-135M. Writes a JSON file that names hardware, versions, date and command, and prints a table.
+
+To see what another processor would gain, limit what torch, oneDNN and MKL may use:
+    ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/cpu_ops.py linear
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import math
+import os
+import platform
+import shlex
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch.nn import functional as F
+
+from kernelwise.kernels import cpu
+from kernelwise.kernels.cpu.gated_activation import gated_activation
+from kernelwise.kernels.cpu.linear import linear
+from kernelwise.kernels.cpu.rms_norm import rms_norm
+from kernelwise.kernels.cpu.rotary import rotary
+
+HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 576, 1536, 9, 3, 64
+LINEAR_SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576))
+VOCABULARY = 49152
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "OMP_NUM_THREADS")
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    op: str
+    variant: str
+    dtype: str
+    rows: int
+    training: bool
+    own: Callable[..., object]
+    kernel: Callable[..., object]
+    tensors: tuple[torch.Tensor, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    op: str
+    variant: str
+    dtype: str
+    rows: int
+    training: bool
+    contender: str
+    own_us: float
+    contender_us: float
+    speedup: float
+    speedup_quartiles: tuple[float, float]
+    rounds: int
+
+
+def own_rms_norm(x, weight):
+    wide = x.to(torch.float32)
+    wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + 1e-6)
+    return weight * wide.to(x.dtype)
+
+
+def own_rotary(q, k, cos, sin):
+    def rotate_half(x):
+        half = x.shape[-1] // 2
+        return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+
+    cos, sin = cos.unsqueeze(1), sin.unsqueeze(1)
+    return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
+
+
+def cases(ops: list[str], rows: list[int], dtypes: list[str]) -> Iterator[Case]:
+    """Every case asked for; a training case runs forward and backward."""
+    torch.manual_seed(0)
+    for name in dtypes:
+        dtype = DTYPES[name]
+        for num in rows:
+            made = list(_made(ops, num, dtype))
+            for training in (False, True):
+                for op, variant, own, kernel, tensors in made:
+                    if not (training and variant.endswith(str(VOCABULARY))):
+                        yield Case(op, variant, name, num, training, own, kernel, tensors)
+
+
+def _made(ops, num, dtype):
+    def randn(*shape):
+        return torch.randn(*shape, dtype=dtype)
+
+    if "rms_norm" in ops:
+        yield (
+            "rms_norm",
+            str(HIDDEN),
+            own_rms_norm,
+            lambda x, w: rms_norm(x, w, 1e-6),
+            (randn(1, num, HIDDEN), randn(HIDDEN)),
+        )
+    if "gated_activation" in ops:
+        gate_up = randn(1, num, INNER), randn(1, num, INNER)
+        for activation, function in (
+            ("silu", F.silu),
+            ("gelu", F.gelu),
+            ("gelu_tanh", lambda x: F.gelu(x, approximate="tanh")),
+        ):
+            yield (
+                "gated_activation",
+                activation,
+                lambda g, u, f=function: f(g) * u,
+                lambda g, u, a=activation: gated_activation(g, u, activation=a),
+                gate_up,
+            )
+    if "rotary" in ops:
+        q, k = (randn(1, num, heads, HEAD_DIM).transpose(1, 2) for heads in (HEADS, KV_HEADS))
+        cos, sin = randn(1, num, HEAD_DIM), randn(1, num, HEAD_DIM)
+        yield (
+            "rotary",
+            f"{HEADS}+{KV_HEADS} heads",
+            lambda q, k: own_rotary(q, k, cos, sin),
+            lambda q, k: rotary(q, k, cos, sin),
+            (q, k),
+        )
+    if "linear" in ops and dtype != torch.float32:
+        for width, out in (*LINEAR_SHAPES, *([(HIDDEN, VOCABULARY)] if num <= 8 else [])):
+            yield (
+                "linear",
+                f"{width}->{out}",
+                F.linear,
+                linear,
+                (randn(num, width), randn(out, width) / math.sqrt(width)),
+            )
+
+
+def race(case: Case, *, compiled: bool, seconds: float) -> Iterator[Result]:
+    """Time the contenders of one case in turns."""
+    contenders = {"own": case.own, "kernel": case.kernel}
+    if compiled:
+        torch._dynamo.reset()
+        contenders["torch.compile"] = torch.compile(case.own, fullgraph=True)
+    calls = {name: _call(function, case) for name, function in contenders.items()}
+    once = max(_time(call, 1) for call in [*calls.values(), *calls.values()])  # the first turn warms up
+    number = max(1, int(2e-4 / once))
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    start = time.perf_counter()
+    while len(times["own"]) < 5 or (time.perf_counter() - start < seconds and len(times["own"]) < 500):
+        for name, call in calls.items():
+            times[name].append(_time(call, number))
+    for name in calls:
+        if name == "own":
+            continue
+        ratios = sorted(a / b for a, b in zip(times["own"], times[name], strict=True))
+        quartiles = statistics.quantiles(ratios, n=4)
+        yield Result(
+            case.op,
+            case.variant,
+            case.dtype,
+            case.rows,
+            case.training,
+            name,
+            own_us=round(statistics.median(times["own"]) * 1e6, 2),
+            contender_us=round(statistics.median(times[name]) * 1e6, 2),
+            speedup=round(statistics.median(ratios), 3),
+            speedup_quartiles=(round(quartiles[0], 3), round(quartiles[2], 3)),
+            rounds=len(ratios),
+        )
+
+
+def _call(function: Callable[..., object], case: Case) -> Callable[[], object]:
+    if not case.training:
+        return torch.no_grad()(lambda: function(*case.tensors))
+    leaves = [t.detach().requires_grad_() for t in case.tensors]
+    with torch.no_grad():
+        outputs = case.own(*case.tensors)
+    outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+    upstream = [torch.randn_like(o) for o in outputs]
+
+    def forward_and_backward() -> object:
+        results = function(*leaves)
+        return torch.autograd.grad(results, leaves, upstream)
+
+    return forward_and_backward
+
+
+def _time(call: Callable[[], object], number: int) -> float:
+    """Seconds of one call, averaged over `number` calls in a row."""
+    start = time.perf_counter()
+    for _ in range(number):
+        call()
+    return (time.perf_counter() - start) / number
+
+
+def machine() -> dict[str, object]:
+    """What the figures were measured on."""
+    model = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        model = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), model)
+    return {
+        "processor": model,
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "isa": cpu.isa(),
+        "half_products": torch.ops.kernelwise.cpu_half_products(),
+        "limits": {name: os.environ[name] for name in LIMITS if name in os.environ},
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "system": platform.platform(),
+        "load_at_start": os.getloadavg()[0],
+    }
+
+
+def main() -> None:
+    every = ["rms_norm", "gated_activation", "rotary", "linear"]
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("ops", nargs="*", default=every, help=f"of {', '.join(every)}")
+    parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 512, 4096])
+    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
+    parser.add_argument("--compile", action="store_true", help="race torch.compile too (compiles every case first)")
+    parser.add_argument("--seconds", type=float, default=0.5, help="at most, for each case")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_ops.json")
+    options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
+
+    about = machine()
+    results = []
+    for case in cases(options.ops, options.rows, options.dtypes):
+        for r in race(case, compiled=options.compile, seconds=options.seconds):
+            results.append(r)
+            print(
+                f"{r.op:17}{r.variant:14}{r.dtype:9}{r.rows:6} {'train' if r.training else 'infer':6}{r.contender:14}"
+                f"{r.own_us:11.1f} us {r.contender_us:11.1f} us {r.speedup:7.2f} x  "
+                f"({r.speedup_quartiles[0]:.2f}-{r.speedup_quartiles[1]:.2f})",
+                flush=True,
+            )
+    for op in dict.fromkeys(r.op for r in results):
+        speedups = [r.speedup for r in results if r.op == op and r.contender == "kernel"]
+        print(f"{op}: geometric mean {statistics.geometric_mean(speedups):.2f} x, least {min(speedups):.2f} x")
+    written = {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "command": shlex.join(["python", "benchmarks/cpu_ops.py", *sys.argv[1:]]),
+        "machine": about,
+        "results": [asdict(r) for r in results],
+    }
+    options.out.parent.mkdir(parents=True, exist_ok=True)
+    options.out.write_text(json.dumps(written, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
