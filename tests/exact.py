@@ -8,57 +8,18 @@ added because the own error can be zero by luck.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten
 
-NARROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
-FACTOR = 2.0  # a kernel may err this many times as much as the layer's own code
-FLOOR_ULPS = 2.0
+from kernelwise._exact import FACTOR, deviation, float64_mode
+
+__all__ = ["FACTOR", "assert_as_exact", "float64_mode"]
 
 Inputs = Mapping[str, Any] | Sequence[Any]
-
-
-def _widen(value: Any) -> Any:
-    if isinstance(value, torch.Tensor) and value.dtype in NARROW_DTYPES:
-        return value.to(torch.float64)
-    if isinstance(value, torch.dtype) and value in NARROW_DTYPES:
-        return torch.float64
-    return value
-
-
-class _Float64Mode(TorchDispatchMode):
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs = kwargs or {}
-        if func is torch.ops.aten.view.dtype:  # looks at the bytes: another dtype would be another operation
-            return func(*args, **kwargs)
-        schema = func._schema.arguments
-        # A tensor that is written to keeps its identity, so it keeps its dtype; what is written is still float64.
-        written = [a.alias_info is not None and a.alias_info.is_write for a in schema]
-        names = {a.name for a, w in zip(schema, written, strict=True) if w}
-        args = tuple(a if w else tree_map(_widen, a) for a, w in zip(args, written, strict=False))
-        kwargs = {k: v if k in names else tree_map(_widen, v) for k, v in kwargs.items()}
-        return func(*args, **kwargs)
-
-
-@contextmanager
-def float64_mode() -> Iterator[None]:
-    """Inside, every operation computes in float64, whatever dtype the code asks for.
-
-    Give it float64 inputs: gradients come back in the dtype of the leaf they belong to.
-    """
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Float64Mode():
-            yield
-    finally:
-        torch.set_default_dtype(default)
 
 
 def assert_as_exact(
@@ -171,30 +132,8 @@ def _compare(
             assert new is None or not new.any(), f"{where}: {name} is none in the own code, not in the kernel"
             continue
         assert new is not None, f"{where}: the kernel gives no {name}"
-        assert new.shape == own.shape, f"{where}: {name} has shape {tuple(new.shape)}, own code {tuple(own.shape)}"
-        assert new.dtype == own.dtype, f"{where}: {name} has dtype {new.dtype}, own code {own.dtype}"
-        if own.is_floating_point():
-            _compare_values(own, new, exact, what=f"{where}: {name}")
-        else:
-            assert torch.equal(own, new), f"{where}: {name} differs"
-
-
-def _compare_values(own: torch.Tensor, new: torch.Tensor, exact: torch.Tensor, *, what: str) -> None:
-    # Where the reference is not finite the kernel must be not finite in the same way, or in that of the own code (oneDNN's
-    # gelu of infinity is NaN, say). Where only the own code overflows, its dtype is too narrow and the kernel, which may
-    # round less often, is free.
-    special = ~exact.isfinite()
-    same = (own == new) | (own.isnan() & new.isnan()) | (exact == new) | (exact.isnan() & new.isnan())
-    assert same[special].all(), f"{what}: NaN or infinity where the own code has something else"
-    judged = exact.isfinite() & own.isfinite()
-    assert new[judged].isfinite().all(), f"{what}: NaN or infinity where the own code is finite"
-    if not judged.any():
-        return
-    error_own = (own[judged].double() - exact[judged]).abs().max().item()
-    error_new = (new[judged].double() - exact[judged]).abs().max().item()
-    largest = exact[judged].abs().max().item()
-    info = torch.finfo(own.dtype)
-    smallest = info.smallest_normal * info.eps  # the distance between subnormal numbers
-    ulp = max(info.eps * 2.0 ** math.floor(math.log2(largest)), smallest) if largest > 0 else smallest
-    bound = FACTOR * error_own + FLOOR_ULPS * ulp
-    assert error_new <= bound, f"{what}: kernel errs {error_new:.3g}, own code {error_own:.3g}; allowed {bound:.3g}"
+        found = deviation(own, new, exact)
+        if found.error is not None:
+            numbers = f"errs {found.error:.3g}, own code {found.own_error:.3g}; allowed {found.allowed:.3g}"
+            assert found.status == "passed", f"{where}: {name}: kernel {numbers} at {found.place}"
+        assert found.status == "passed", f"{where}: {name}: {found.detail}"

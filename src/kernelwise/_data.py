@@ -18,6 +18,37 @@ Scheme = Literal["hub", "path", "package", "builtin"]
 DEVICE_TYPES: tuple[str, ...] = ("cuda", "rocm", "xpu", "npu", "cpu", "mps", "neuron", "tpu")
 MODES: tuple[str, ...] = ("inference", "training", "inference+compile", "training+compile")
 
+Status = Literal[
+    "passed",
+    "skipped",  # the layer's own code, or this machine, cannot do what the case asks for; no evidence either way
+    # what a kernel gives is not what the layer gives
+    "wrong_values",
+    "wrong_gradient",
+    "missing_gradient",
+    "non_finite",
+    "not_written",
+    "wrong_structure",
+    "wrong_shape",
+    "wrong_dtype",
+    "wrong_device",
+    "wrong_layout",
+    "wrong_requires_grad",
+    # what a kernel does besides
+    "input_overwritten",
+    "not_repeatable",
+    "leaks_memory",
+    "does_not_compile",
+    "no_cuda_graph",
+    # a kernel gives nothing
+    "raised",
+    "load_failed",
+    "crashed",
+    "exited",
+    "timed_out",
+    "out_of_memory",
+]
+STATUSES: tuple[str, ...] = typing.get_args(Status)
+
 
 @dataclass(frozen=True, slots=True)
 class KernelRef:
@@ -194,6 +225,116 @@ class Plan:
             for d in self.decisions
         ]
         return render(("layer", "name", "mode", "kernel", "asked by", "why not"), rows, notes=self.notes)
+
+
+@dataclass(frozen=True, slots=True)
+class Check:
+    """Evidence of one case: a kernel against the layer's own code, with both judged against the layer in float64.
+
+    `layer` is the first of the `paths` that the check speaks for: layers of one class, shape and option are checked once.
+    `what` names the tensor with the worst element ("output 0", "gradient of weight") and `place` that element's index.
+    `error` and `own_error` are the largest absolute errors of the kernel and of the layer's own code; `allowed` is how
+    much the kernel may err. `marks` are properties that are no fault (`"result depends on the batch"`).
+
+    Raises:
+        ValueError: the status is none of `STATUSES`, or it is "passed" with an error above what is allowed.
+    """
+
+    layer: str
+    paths: tuple[str, ...]
+    kernel: str
+    modes: tuple[str, ...]
+    case: str
+    status: Status
+    detail: str = ""
+    what: str | None = None
+    place: tuple[int, ...] | None = None
+    got: str | None = None
+    expected: str | None = None
+    error: float | None = None
+    own_error: float | None = None
+    allowed: float | None = None
+    marks: tuple[str, ...] = ()
+    content_hash: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.status not in STATUSES:
+            raise ValueError(f"a status is one of {', '.join(STATUSES)}, got {self.status!r}")
+        if self.status == "passed" and self.error is not None and self.error > (self.allowed or 0.0):
+            raise ValueError(f"a check cannot pass with an error of {self.error} where {self.allowed} is allowed")
+
+    @property
+    def failed(self) -> bool:
+        """Whether this check speaks against the kernel."""
+        return self.status not in ("passed", "skipped")
+
+    @property
+    def ratio(self) -> float | None:
+        """The error as a multiple of what is allowed: at most 1 where the values are right."""
+        if self.error is None or not self.allowed:
+            return None
+        return self.error / self.allowed
+
+    def __str__(self) -> str:
+        ratio = self.ratio
+        value = f"{self.what}{list(self.place) if self.place else ''}" if self.what else ""
+        if self.got is not None:
+            value += f" is {self.got}, exact {self.expected}"
+        if ratio is not None and self.failed:
+            value += f", error {ratio:.3g} times what is allowed"
+        return ": ".join(filter(None, (self.case, self.status, value, self.detail)))
+
+
+@dataclass(frozen=True, slots=True)
+class Checks:
+    """All checks of one plan on one target. Prints as a table, serialises; `ok` where nothing failed."""
+
+    target: Target
+    checks: tuple[Check, ...]
+    notes: tuple[str, ...] = ()
+
+    @property
+    def failures(self) -> tuple[Check, ...]:
+        """The checks that speak against a kernel."""
+        return tuple(check for check in self.checks if check.failed)
+
+    @property
+    def ok(self) -> bool:
+        """Whether every kernel has evidence for it and none against it."""
+        kernels = {(check.layer, check.kernel) for check in self.checks}
+        proven = {(check.layer, check.kernel) for check in self.checks if check.status == "passed"}
+        return not self.failures and kernels == proven
+
+    def to_json(self) -> dict[str, Any]:
+        """Return the checks as plain dicts, lists and scalars."""
+        data: dict[str, Any] = to_json(self)
+        return data | {"ok": self.ok}
+
+    def __str__(self) -> str:
+        from kernelwise._table import render  # only when somebody looks
+
+        grouped: dict[tuple[str, str], list[Check]] = {}
+        for check in self.checks:
+            grouped.setdefault((check.layer, check.kernel), []).append(check)
+        rows = []
+        for (layer, kernel), checks in grouped.items():
+            failed = [check for check in checks if check.failed]
+            passed = [check for check in checks if check.status == "passed"]
+            ratio = max((check.ratio for check in checks if check.ratio is not None), default=None)
+            rows.append(
+                (
+                    f"{layer} (and {len(checks[0].paths) - 1} alike)" if len(checks[0].paths) > 1 else layer,
+                    kernel,
+                    " + ".join(checks[0].modes),
+                    failed[0].status if failed else "passed" if passed else "skipped",
+                    f"{len(passed)} of {len(checks)}",
+                    f"{ratio:.2g}" if ratio is not None else "",
+                    ", ".join(dict.fromkeys(mark for check in checks for mark in check.marks)),
+                    "; ".join(map(str, failed)) or ("" if passed else "; ".join(map(str, checks))),
+                )
+            )
+        headers = ("layer", "kernel", "mode", "status", "passed", "error / allowed", "marks", "what was found")
+        return render(headers, rows, notes=self.notes)
 
 
 Noun = TypeVar("Noun")

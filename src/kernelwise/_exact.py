@@ -1,0 +1,174 @@
+"""The accuracy rule: a kernel and the code it replaces, both judged against that code run in float64.
+
+A layer that says `x.to(torch.float32)` computes in float32 even after `layer.double()`, so the reference runs under a
+dispatch mode that turns every floating dtype into float64. A kernel may err at most twice as much as the layer's own
+code, for every output and every gradient; a floor of two units in the last place is added because the own error can be
+zero by luck. Outputs in half precision have a second bound on their mean error, which shows a result that was rounded
+once more than the layer rounds: its largest error stays within a factor of two.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_map
+
+from kernelwise._data import Status
+
+NARROW_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+FACTOR = 2.0  # a kernel may err this many times as much as the layer's own code
+FLOOR_ULPS = 2.0
+MEAN_FACTOR = 1.25  # one rounding more than a single one gives 1.41 times the mean error
+MEAN_ELEMENTS = 1024  # fewer say too little about a mean
+
+
+def _widen(value: Any) -> Any:
+    if isinstance(value, torch.Tensor) and value.dtype in NARROW_DTYPES:
+        return value.to(torch.float64)
+    if isinstance(value, torch.dtype) and value in NARROW_DTYPES:
+        return torch.float64
+    return value
+
+
+class _Float64Mode(TorchDispatchMode):
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.ops.aten.view.dtype:  # looks at the bytes: another dtype would be another operation
+            return func(*args, **kwargs)
+        schema = func._schema.arguments
+        # A tensor that is written to keeps its identity, so it keeps its dtype; what is written is still float64.
+        written = [a.alias_info is not None and a.alias_info.is_write for a in schema]
+        names = {a.name for a, w in zip(schema, written, strict=True) if w}
+        args = tuple(a if w else tree_map(_widen, a) for a, w in zip(args, written, strict=False))
+        kwargs = {k: v if k in names else tree_map(_widen, v) for k, v in kwargs.items()}
+        return func(*args, **kwargs)
+
+
+@contextmanager
+def float64_mode() -> Iterator[None]:
+    """Inside, every operation computes in float64, whatever dtype the code asks for.
+
+    Give it float64 inputs: gradients come back in the dtype of the leaf they belong to.
+    """
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Float64Mode():
+            yield
+    finally:
+        torch.set_default_dtype(default)
+
+
+@dataclass(frozen=True, slots=True)
+class Deviation:
+    """How far one tensor of a kernel is from what it should be, with the worst element. `status` is "passed" or why not."""
+
+    status: Status
+    detail: str = ""
+    place: tuple[int, ...] | None = None
+    got: str | None = None
+    expected: str | None = None
+    error: float | None = None
+    own_error: float | None = None
+    allowed: float | None = None
+
+    @property
+    def ratio(self) -> float:
+        """The error as a multiple of what is allowed; infinite where there is no number to compare."""
+        if self.error is None or self.allowed is None:
+            return 0.0 if self.status == "passed" else math.inf
+        return self.error / self.allowed if self.allowed else math.inf if self.error else 0.0
+
+
+def deviation(
+    own: torch.Tensor, new: torch.Tensor, exact: torch.Tensor, *, wrong: Status = "wrong_values", mean: bool = False
+) -> Deviation:
+    """Judge a kernel's tensor `new` by the layer's `own` and by `exact`, the layer's in float64.
+
+    Shape and dtype must be those of `own`. `wrong` is the status for numbers that are too far off. `mean` bounds the mean
+    error of half-precision results too.
+    """
+    if new.shape != own.shape:
+        return Deviation("wrong_shape", f"shape {tuple(new.shape)}, the layer's own is {tuple(own.shape)}")
+    if new.dtype != own.dtype:
+        return Deviation("wrong_dtype", f"dtype {_name(new.dtype)}, the layer's own is {_name(own.dtype)}")
+    if not own.is_floating_point():
+        differs = own != new
+        return _at(differs, new, own, wrong, "") if bool(differs.any()) else Deviation("passed")
+    # Where the reference is not finite the kernel must be not finite in the same way, or in that of the own code (oneDNN's
+    # gelu of infinity is NaN, say). Where only the own code overflows, its dtype is too narrow and the kernel, which may
+    # round less often, is free.
+    finite = exact.isfinite()
+    same = (own == new) | (own.isnan() & new.isnan()) | (exact == new) | (exact.isnan() & new.isnan())
+    if bool((lost := ~finite & ~same).any()):
+        return _at(lost, new, exact, "non_finite", "NaN or infinity of the layer is lost")
+    judged = finite & own.isfinite()
+    if bool((made := judged & ~new.isfinite()).any()):
+        return _at(made, new, exact, "non_finite", "NaN or infinity where the layer's own code is finite")
+    if not bool(judged.any()):
+        return Deviation("passed")
+    errors = (new.double() - exact).abs().masked_fill_(~judged, -1.0)
+    worst = int(errors.argmax())
+    error = float(errors.flatten()[worst])
+    own_error = float((own[judged].double() - exact[judged]).abs().max())
+    allowed = FACTOR * own_error + FLOOR_ULPS * _ulp(float(exact[judged].abs().max()), own.dtype)
+    detail = ""
+    if error <= allowed and mean and own.dtype in (torch.float16, torch.bfloat16) and own.numel() >= MEAN_ELEMENTS:
+        detail = _rounded_more_often(own[judged], new[judged], exact[judged])
+    return Deviation(
+        "passed" if error <= allowed and not detail else wrong,
+        detail,
+        _index(worst, own.shape),
+        _number(new.flatten()[worst]),
+        _number(exact.flatten()[worst]),
+        error,
+        own_error,
+        allowed,
+    )
+
+
+def _rounded_more_often(own: torch.Tensor, new: torch.Tensor, exact: torch.Tensor) -> str:
+    """Say so where the mean error is more than the own code's, or than that of a single rounding if this is more."""
+    info = torch.finfo(own.dtype)
+    units = torch.exp2(exact.abs().clamp(min=info.smallest_normal).log2().floor()) * info.eps
+    once = float(units.square().mean() / 12) ** 0.5
+    mean_own = float((own.double() - exact).square().mean()) ** 0.5
+    mean_new = float((new.double() - exact).square().mean()) ** 0.5
+    allowed = MEAN_FACTOR * max(once, mean_own)
+    if mean_new <= allowed:
+        return ""
+    return f"the root mean square of its errors is {mean_new:.3g}, allowed {allowed:.3g}: it rounds more often"
+
+
+def _ulp(value: float, dtype: torch.dtype) -> float:
+    info = torch.finfo(dtype)
+    smallest = info.smallest_normal * info.eps  # the distance between subnormal numbers
+    return max(info.eps * 2.0 ** math.floor(math.log2(value)), smallest) if value > 0 else smallest
+
+
+def _at(where: torch.Tensor, new: torch.Tensor, exact: torch.Tensor, status: Status, detail: str) -> Deviation:
+    place = int(where.flatten().to(torch.uint8).argmax())
+    got, expected = _number(new.flatten()[place]), _number(exact.flatten()[place])
+    return Deviation(status, detail, _index(place, where.shape), got, expected)
+
+
+def _index(flat: int, shape: torch.Size) -> tuple[int, ...]:
+    place: list[int] = []
+    for size in reversed(shape):
+        flat, at = divmod(flat, size)
+        place.append(at)
+    return tuple(reversed(place))
+
+
+def _number(value: torch.Tensor) -> str:
+    return f"{value.item():.6g}"
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
