@@ -17,8 +17,9 @@ from torch import nn
 
 from kernelwise._data import Recognition
 from kernelwise._recognize._memory import Entry, global_names, is_library, plain_function
-from kernelwise._recognize._search import Finding, find_function, find_module
+from kernelwise._recognize._search import Finding, find_function, find_module, forget_references
 from kernelwise._recognize._trace import Reads, Untraceable, innermost_forward
+from kernelwise.ops import OPERATIONS, Operation
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +41,7 @@ def recognize(module: nn.Module, *, training: bool | None = None) -> Recognition
     except Untraceable as reason:
         return Unknown(str(reason))
     with _lock:
+        _forget_if_operations_changed()
         known = _modules.setdefault(forward, weakref.WeakKeyDictionary()).setdefault(type(module), {})
         entries = known.setdefault(training, [])
         for entry in entries:
@@ -83,13 +85,26 @@ _modules: weakref.WeakKeyDictionary[
 _functions: weakref.WeakKeyDictionary[Callable[..., Any], Entry] = weakref.WeakKeyDictionary()
 
 
+_operations: list[tuple[Operation, ...]] = [tuple(OPERATIONS.values())]  # what the answers were found among
+
+
 def _recognize_function(function: types.FunctionType) -> Recognition | Unknown:
     with _lock:
+        _forget_if_operations_changed()
         entry = _functions.get(function)
         if entry is None or not entry.holds(None):
             finding = find_function(function)
             entry = _functions[function] = Entry(_answer(finding), Reads(), (function,))
         return _known(entry)
+
+
+def _forget_if_operations_changed() -> None:
+    now = tuple(OPERATIONS.values())
+    if _operations[0] != now:
+        _modules.clear()
+        _functions.clear()
+        forget_references()
+        _operations[0] = now
 
 
 def _answer(finding: Finding) -> Recognition | Unknown:

@@ -396,6 +396,11 @@ def _reference_graph(
         return str(reason)
 
 
+def forget_references() -> None:
+    """Forget the graphs of references: an operation may have another reference now."""
+    _reference_graph.cache_clear()
+
+
 def _sizes(at: Round, variant: Variant, fixed: dict[str, int]) -> dict[str, Any]:
     return {**_DEFAULT_SIZES, "B": at.batch, "S": at.length, **dict(variant.options), **fixed}
 
@@ -415,7 +420,9 @@ class _RoleChild:
         self.weight = stage.fake((1, 1), stage.widths.parameters)
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return self._stage.recorder.call(self._source, (x,), self._stage.fake(self._shape, self._stage.widths.leaves or x.dtype))
+        return self._stage.recorder.call(
+            self._source, (x,), self._stage.fake(self._shape, self._stage.widths.leaves or x.dtype)
+        )
 
 
 def _prove(

@@ -10,6 +10,7 @@ from kernelwise._data import Scalar
 
 Sizes = Mapping[str, Any]  # B, S, H, ... to numbers no two of which are the same; and the options of the variant
 Shape = tuple[int, ...]
+RoleKind = Literal["argument", "attribute", "child", "number"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,7 +23,7 @@ class Role:
     """
 
     name: str
-    kind: Literal["argument", "attribute", "child", "number"]
+    kind: RoleKind
     shape: Callable[[Sizes], Shape] = lambda sizes: ()
     follows: Literal["activations", "parameters", "complex"] = "activations"
 
