@@ -97,7 +97,7 @@ def deviation(
     if new.shape != own.shape:
         return Deviation("wrong_shape", f"shape {tuple(new.shape)}, the layer's own is {tuple(own.shape)}")
     if new.dtype != own.dtype:
-        return Deviation("wrong_dtype", f"dtype {_name(new.dtype)}, the layer's own is {_name(own.dtype)}")
+        return Deviation("wrong_dtype", f"dtype {new.dtype}, the layer's own is {own.dtype}")
     if not own.is_floating_point():
         differs = own != new
         return _at(differs, new, own, wrong, "") if bool(differs.any()) else Deviation("passed")
@@ -168,7 +168,3 @@ def _index(flat: int, shape: torch.Size) -> tuple[int, ...]:
 
 def _number(value: torch.Tensor) -> str:
     return f"{value.item():.6g}"
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
