@@ -118,9 +118,13 @@ def test_a_failure_while_loading_leaves_nothing_behind(llama: Path, norm: str, m
     assert plain.kernel_config is None
 
 
-def test_the_pipeline_takes_it(llama: Path) -> None:
-    options = {"use_kernels": True, "kernel_config": KernelConfig()}
-    assert AutoModelForCausalLM.from_pretrained(llama, **copy.deepcopy(options)).use_kernels
+def test_a_config_that_is_not_for_transformers_alone_is_taken_too(llama: Path, norm: str) -> None:
+    config = kw.KernelConfig({"RMSNorm": norm + "MarkedNorm"}, inherit_mapping=False)
+    model = AutoModelForCausalLM.from_pretrained(llama, use_kernels=True, kernel_config=config)
+    assert model.kernel_config is config
+    assert len(kernels_in(model)) == 5
+    model.use_kernels = False
+    assert kernels_in(model) == {}
 
 
 # ------------------------------------------------------------------------------- set_use_kernels, train, eval, use_kernels

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import transformers
 from torch import nn
-from transformers import monkey_patching
+from transformers import conversion_mapping, monkey_patching
 from transformers.integrations import hub_kernels
 
 from kernelwise import _config
@@ -67,13 +67,30 @@ def stand_in(config: _config.KernelConfig) -> Iterator[StandIn]:
     shown = StandIn()
     shown.kernel_mapping = {key: _as_transformers_writes(rule.ref) for key, rule in wanted.items() if rule.ref}
     shown.use_local_kernel = any(ref.scheme == "path" for ref in refs)
-    before = monkey_patching.get_patch_mapping()
-    try:
+    if not wanted:
         yield shown
+        return
+    with _registries_restored():
+        yield shown
+
+
+@contextmanager
+def _registries_restored() -> Iterator[None]:
+    """Take back which classes and weights transformers replaces everywhere; a second load would replace them twice."""
+    patches = monkey_patching.get_patch_mapping()
+    conversion_mapping.get_checkpoint_conversion_mapping("")  # fills the cache
+    cache: dict[str, Any] = conversion_mapping._checkpoint_conversion_mapping_cache
+    conversions, user_registered = dict(cache), set(conversion_mapping.USER_REGISTERED_MAPPINGS)
+    try:
+        yield
     finally:
-        added = [key for key in monkey_patching.get_patch_mapping() if key not in before]
+        added = [key for key in monkey_patching.get_patch_mapping() if key not in patches]
         monkey_patching.unregister_patch_mapping(added)
-        monkey_patching.register_patch_mapping(before, overwrite=True)
+        monkey_patching.register_patch_mapping(patches, overwrite=True)
+        for key in [key for key, value in cache.items() if conversions.get(key) is not value]:
+            del cache[key]
+        cache.update(conversions)
+        conversion_mapping.USER_REGISTERED_MAPPINGS.intersection_update(user_registered)
 
 
 def with_fused_layers(model: nn.Module, config: Config) -> Config:

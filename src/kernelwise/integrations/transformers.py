@@ -8,8 +8,8 @@
     model.use_kernels = True     # and the kernels again
 
 No magic: importing this module replaces three attributes of `transformers.PreTrainedModel`: `from_pretrained`,
-`set_use_kernels` and the property `use_kernels`. Each looks whether the config is the one defined here and calls
-transformers' own code with its own arguments where it is not. `unpatch()` takes them out again, `patch()` puts them in.
+`set_use_kernels` and the property `use_kernels`. Each looks whether the config is one of Kernelwise (the class here or
+`kernelwise.KernelConfig`) and calls transformers' own code with its own arguments where it is not. `unpatch()` takes them out again, `patch()` puts them in.
 
 They are needed because transformers' own way cannot be entered with an object: `set_use_kernels` ends in the `kernelize`
 of the kernels library, which writes over the `forward` of every layer (and so destroys accelerate's hooks and our undo),
@@ -128,7 +128,7 @@ def _from_pretrained(original: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(original)
     def from_pretrained(cls: type[nn.Module], *args: Any, **kwargs: Any) -> Any:
         config = kwargs.get("kernel_config")
-        if not isinstance(config, KernelConfig):
+        if not isinstance(config, _config.KernelConfig):
             return original(cls, *args, **kwargs)
         config.rules()  # what is wrong with its form is said before anything is read or downloaded
         if kwargs.get("allow_all_kernels"):
@@ -149,7 +149,7 @@ def _set_use_kernels(original: Callable[..., None]) -> Callable[..., None]:
             return  # from_pretrained is not done yet: accelerate's hooks come last
         attached = _attached(self)
         config = attached if kernel_config is None else kernel_config
-        if isinstance(config, KernelConfig) and use_kernels:
+        if isinstance(config, _config.KernelConfig) and use_kernels:
             # train() and eval() come here too: the kernels of both modes are in the model, and each call looks.
             if kernel_config is not None or mode is not None or not _is_on(self):
                 _put_in(self, config, mode)
@@ -182,9 +182,9 @@ def _use_kernels(original: property) -> property:
     return property(fget, fset, original.fdel, original.__doc__)
 
 
-def _attached(model: nn.Module) -> KernelConfig | None:
+def _attached(model: nn.Module) -> _config.KernelConfig | None:
     config = getattr(model, "kernel_config", None)
-    return config if isinstance(config, KernelConfig) else None
+    return config if isinstance(config, _config.KernelConfig) else None
 
 
 def _is_on(model: nn.Module) -> bool:
@@ -192,11 +192,12 @@ def _is_on(model: nn.Module) -> bool:
     return state is not None and bool(state.plans)
 
 
-def _put_in(model: nn.Module, config: KernelConfig, mode: object) -> None:
+def _put_in(model: nn.Module, config: _config.KernelConfig, mode: object) -> None:
     """Give a model the kernels of a config in place of those it has. An error leaves the model as it was."""
     planned = _fusion.with_fused_layers(model, config)
     plan = _api.plan(model, planned, mode=mode)
-    config.registered_layer_names = planned.registered_layer_names
+    if isinstance(config, KernelConfig) and isinstance(planned, KernelConfig):
+        config.registered_layer_names = planned.registered_layer_names
     state = model.__dict__.get(STATE)
     before = list(state.plans) if state is not None else []
     _apply.apply(model, plan)
@@ -205,7 +206,7 @@ def _put_in(model: nn.Module, config: KernelConfig, mode: object) -> None:
     _apply.set_attribute(model, "kernel_config", config)
 
 
-def _take_out(model: nn.Module, config: KernelConfig) -> None:
+def _take_out(model: nn.Module, config: _config.KernelConfig) -> None:
     """Give a model its own code back. The config stays, so that `use_kernels = True` puts the kernels in again."""
     _fusion.check_can_run_without(model)
     _apply.remove(model)
