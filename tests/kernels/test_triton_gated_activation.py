@@ -88,6 +88,18 @@ def test_nan_and_infinity_pass(gated_activation: Callable[..., torch.Tensor], ac
     assert_as_exact(OWN[activation], kernel, given, scales=(1.0,), grad=False)
 
 
+def test_second_derivatives(gated_activation: Callable[..., torch.Tensor]) -> None:
+    def penalty(act: Callable[..., torch.Tensor]) -> tuple[torch.Tensor, ...]:
+        gate, up = (t.requires_grad_() for t in inputs(2, 8, dtype=torch.float32).values())
+        (dgate,) = torch.autograd.grad(act(gate, up).square().sum(), gate, create_graph=True)
+        return torch.autograd.grad(dgate.square().sum(), (gate, up))
+
+    for activation, function in OWN.items():
+        kernel = lambda gate, up, name=activation: gated_activation(gate, up, activation=name)  # noqa: E731
+        for own, new in zip(penalty(function), penalty(kernel), strict=True):
+            torch.testing.assert_close(new, own)
+
+
 def test_no_elements(gated_activation: Callable[..., torch.Tensor]) -> None:
     gate, up = (t[:0].requires_grad_() for t in inputs(2, 8, dtype=torch.bfloat16).values())
     y = gated_activation(gate, up)
@@ -115,6 +127,9 @@ def test_no_state_between_calls(gated_activation: Callable[..., torch.Tensor]) -
 
 def test_what_is_refused(gated_activation: Callable[..., torch.Tensor]) -> None:
     gate, up = inputs(2, 8, dtype=torch.bfloat16).values()
+    gated_activation(gate, up)  # what was checked for one call says nothing of the next of its kind
+    with pytest.raises(ValueError, match="is on"):
+        gated_activation(gate, up.cpu())
     with pytest.raises(ValueError, match="float64"):
         gated_activation(gate.double(), up.double())
     with pytest.raises(ValueError, match="one dtype"):

@@ -97,6 +97,19 @@ def test_one_gradient_alone(rotary: Any) -> None:
     torch.testing.assert_close(torch.autograd.grad(rotary(q, k, cos, sin)[1].sum(), k)[0], expected)
 
 
+def test_second_derivatives(rotary: Any) -> None:
+    cos, sin = angles(1, 5, 16, torch.float32)
+
+    def penalty(rotate: Any, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        outputs = rotate(q, k, cos, sin)
+        grads = torch.autograd.grad(sum((o**3).sum() for o in outputs), (q, k), create_graph=True)
+        return torch.autograd.grad(sum((g**2).sum() for g in grads), (q, k))
+
+    q, k = (torch.randn(1, n, 5, 16, device="cuda", requires_grad=True) for n in (3, 1))
+    for expected, actual in zip(penalty(own, q, k), penalty(rotary, q, k), strict=True):
+        torch.testing.assert_close(actual, expected)
+
+
 def test_no_tokens(rotary: Any) -> None:
     q, k = (torch.randn(2, n, 0, 16, device="cuda", requires_grad=True) for n in (3, 1))
     q_out, k_out = rotary(q, k, *angles(1, 0, 16, torch.float32))
@@ -107,8 +120,11 @@ def test_no_tokens(rotary: Any) -> None:
 def test_what_is_refused(rotary: Any) -> None:
     q, k = (torch.randn(1, n, 5, 16, device="cuda") for n in (3, 1))
     cos, sin = angles(1, 5, 16, torch.float32)
+    rotary(q, k, cos, sin)  # what was checked for one call says nothing of the next of its kind
     with pytest.raises(ValueError, match="float64"):
         rotary(q.double(), k.double(), cos.double(), sin.double())
+    with pytest.raises(ValueError, match="are on"):
+        rotary(q, k, cos.cpu(), sin)
     with pytest.raises(ValueError, match="number of heads"):
         rotary(q, k[:, :, :4], cos, sin)
     with pytest.raises(ValueError, match="do not fit"):

@@ -11,6 +11,7 @@ and every call that differs in alignment or device, goes the usual way.
 from __future__ import annotations
 
 import functools
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -19,6 +20,7 @@ import triton
 
 _INTERPRETED = triton.knobs.runtime.interpret
 _DIRECT = triton.__version__.startswith("3.6.") and torch.version.cuda is not None and not _INTERPRETED
+_data_ptr = torch.Tensor.data_ptr
 _MAX_LAUNCHERS = 4096  # per operation; a guard against kinds that never repeat, far above what models need
 
 # The names of a kernel repository's package are unique, so an exported copy of this folder does not clash with this one.
@@ -33,14 +35,13 @@ class Launcher:
     rows, tokens or elements that one program handles.
     """
 
-    __slots__ = ("constants", "direct", "kernel", "size", "tail")
+    __slots__ = ("constants", "direct", "kernel", "size")
 
     def __init__(self, kernel: Any, size: int, **constants: Any) -> None:
         self.kernel = kernel
         self.size = size
         self.constants = constants
         self.direct: tuple[Any, ...] | None = None
-        self.tail = (None,) * sum(p.is_constexpr for p in kernel.params) if _DIRECT else ()
 
     def __call__(
         self, grid_x: int, grid_y: int, tensors: Sequence[torch.Tensor], numbers: Sequence[int], traced: Any = None
@@ -53,16 +54,13 @@ class Launcher:
             traced[(grid_x, grid_y)](*tensors, *numbers, **self.constants)
             return
         if self.direct is not None:
-            device, launch, function, metadata = self.direct
-            pointers = [tensor.data_ptr() for tensor in tensors]
-            bits = 0
-            for pointer in pointers:
-                bits |= pointer
-            if not bits & 15 and device == torch._C._cuda_getDevice():
+            device, launch, function, metadata, tail = self.direct
+            pointers = [*map(_data_ptr, tensors)]
+            if not functools.reduce(operator.or_, pointers) & 15 and device == torch._C._cuda_getDevice():
                 stream = torch._C._cuda_getCurrentRawStream(device)
                 launch(
                     grid_x, grid_y, 1, stream, function, 0, 0, None, None, metadata, None, None, None,
-                    *pointers, *numbers, *self.tail,
+                    *pointers, *numbers, *tail,
                 )  # fmt: skip
                 return
         self._usual(grid_x, grid_y, tensors, numbers)
@@ -77,7 +75,8 @@ class Launcher:
         if _DIRECT and self.direct is None and all(t.data_ptr() % 16 == 0 for t in tensors):
             run = compiled.run
             if not run.global_scratch_size and not run.profile_scratch_size:
-                self.direct = (tensor.get_device(), run.launch, compiled.function, compiled.packed_metadata)
+                tail = (None,) * sum(p.is_constexpr for p in self.kernel.params)  # parsed, never read
+                self.direct = (tensor.get_device(), run.launch, compiled.function, compiled.packed_metadata, tail)
 
 
 class Launchers(dict[tuple[Any, ...], Launcher]):
@@ -128,6 +127,15 @@ def unit_of(*counts: int) -> int:
         if count % 16:
             return 1
     return 16
+
+
+def fresh(like: torch.Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> torch.Tensor:
+    """A contiguous tensor on the device of `like`; several times cheaper for the host than `torch.empty`."""
+    strides, stride = [], 1
+    for size in reversed(shape):
+        strides.append(stride)
+        stride = stride * size
+    return like.new_empty_strided(shape, strides[::-1], dtype=dtype)
 
 
 def power_of_2(n: int) -> int:

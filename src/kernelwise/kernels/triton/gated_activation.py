@@ -12,17 +12,15 @@ from typing import Any, Literal
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
-from ._launch import NAMESPACE, Launcher, Launchers, check, needs_grad, power_of_2, rows_of, unit_of, watched
+from ._launch import NAMESPACE, Launcher, Launchers, check, fresh, needs_grad, rows_of, unit_of, watched
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
 
 ACTIVATIONS = ("silu", "gelu", "gelu_tanh")
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
-_BLOCK = 2048
-_WARPS = 4
+_NO_STRIDES = {2: (0, 0), 3: (0, 0, 0)}
 
 
 @triton.jit
@@ -97,7 +95,7 @@ def _forward_kernel(
 ):
     # `size` is the number of elements (flat) or of columns, in units, as the strides of rows are.
     row, offsets = _place(FLAT, BLOCK)
-    size = size.to(tl.int64) * UNIT
+    size = tl.full([], size, tl.int64) * UNIT
     inside = offsets < size
     gate = _load(gate_ptr, row * (gate_stride * UNIT) + offsets, inside, EXACT)
     up = _load(up_ptr, row * (up_stride * UNIT) + offsets, inside, EXACT)
@@ -123,7 +121,7 @@ def _backward_kernel(
     EXACT: tl.constexpr,
 ):
     row, offsets = _place(FLAT, BLOCK)
-    size = size.to(tl.int64) * UNIT
+    size = tl.full([], size, tl.int64) * UNIT
     inside = offsets < size
     dy = _load(dy_ptr, row * (dy_stride * UNIT) + offsets, inside, EXACT)
     gate = _load(gate_ptr, row * (gate_stride * UNIT) + offsets, inside, EXACT)
@@ -137,11 +135,10 @@ _forward_launchers = Launchers()
 _backward_launchers = Launchers()
 
 
-def _check(gate: torch.Tensor, up: torch.Tensor, activation: str) -> None:
-    check(gate.dtype in DTYPES, lambda: f"gated_activation takes float32, bfloat16 or float16, not {gate.dtype}")
+def _check(gate: torch.Tensor, up: torch.Tensor) -> None:
     check(up.dtype == gate.dtype, lambda: f"gate is {gate.dtype} and up is {up.dtype}; they must be of one dtype")
     check(up.shape == gate.shape, lambda: f"gate has shape {tuple(gate.shape)}, up has {tuple(up.shape)}")
-    check(activation in ACTIVATIONS, lambda: f"activation is one of {', '.join(ACTIVATIONS)}, not {activation!r}")
+    check(up.device == gate.device, lambda: f"gate is on {gate.device}, up on {up.device}")
 
 
 def _launch(
@@ -150,48 +147,53 @@ def _launch(
     activation: str,
     inputs: tuple[torch.Tensor, ...],
     outputs: tuple[torch.Tensor, ...],
+    flat: bool,
     traced: Any,
 ) -> None:
-    """Run `kernel` over inputs of one shape, flat if all are contiguous, else by rows; outputs are contiguous."""
+    """Run `kernel` over inputs of one shape, as one run of elements if `flat`, else by rows; outputs are contiguous."""
     first = inputs[0]
-    flat = all(tensor.is_contiguous() for tensor in inputs)
+    total: Any = outputs[0].numel()
+    # A symbolic number of elements (while compiling) is never exact, and large: anything else would be a guard on it.
+    counted = isinstance(total, int)
+    few = counted and total <= 1 << 20
     if flat:
-        size: Any = first.numel()
-        width, strides = 0, (0,) * len(inputs)
-        unit = unit_of(size)
+        size, width = total, 0
+        strides = _NO_STRIDES[len(inputs)]
+        unit = 1 if total % 16 else 16
+        block = 512 if few or not counted or total > 1 << 24 else 1024
+        exact = counted and total % block == 0
     else:
         size = width = int(first.shape[-1])
-        inputs = tuple(rows_of(tensor) for tensor in inputs)
-        strides = tuple(tensor.stride(0) for tensor in inputs)
+        inputs = tuple([rows_of(tensor) for tensor in inputs])
+        strides = tuple([tensor.stride(0) for tensor in inputs])
         unit = unit_of(size, *strides)
-    # A symbolic number of elements (while compiling) is never exact: that would be a guard on it.
-    exact = isinstance(size, int) and size % _BLOCK == 0
-    key = (first.get_device(), first.dtype, unit, width, exact, activation)
+        block = 512 if few else 2048
+        exact = width % block == 0
+    key = (first.get_device(), first.dtype, unit, width, block, exact, activation)
     launcher = launchers.get(key)
     if launcher is None:
-        block = _BLOCK if flat else min(_BLOCK, power_of_2(width))
+        check(first.dtype in DTYPES, lambda: f"gated_activation takes float32, bfloat16 or float16, not {first.dtype}")
+        check(activation in ACTIVATIONS, lambda: f"activation is one of {', '.join(ACTIVATIONS)}, not {activation!r}")
         launcher = launchers[key] = Launcher(
-            kernel,
-            block,
-            ACTIVATION=activation,
-            FLAT=flat,
-            UNIT=unit,
-            BLOCK=block,
-            EXACT=exact or (not flat and width % block == 0),
-            num_warps=max(1, _WARPS * block // _BLOCK),
+            kernel, block, ACTIVATION=activation, FLAT=flat, UNIT=unit, BLOCK=block, EXACT=exact, num_warps=4
         )
-    blocks = (size + launcher.size - 1) // launcher.size
-    grid_x, grid_y = (blocks, 1) if flat else (inputs[0].shape[0], blocks)
-    launcher(grid_x, grid_y, (*inputs, *outputs), (size // unit, *(s // unit for s in strides)), traced)
+    blocks = (size + block - 1) // block
+    if flat:
+        launcher(blocks, 1, inputs + outputs, (size // unit, *strides), traced)
+    else:
+        numbers = (size // unit, *[stride // unit for stride in strides])
+        launcher(inputs[0].shape[0], blocks, inputs + outputs, numbers, traced)
 
 
 def _forward(gate: torch.Tensor, up: torch.Tensor, activation: str, traced: Any = None) -> torch.Tensor:
-    if gate.dtype != up.dtype or gate.shape != up.shape or gate.dtype not in DTYPES or activation not in ACTIVATIONS:
-        _check(gate, up, activation)
-    y = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    if isinstance(y.numel(), int) and y.numel() == 0:
+    if gate.dtype is not up.dtype or gate.shape != up.shape or gate.get_device() != up.get_device():
+        _check(gate, up)
+    flat = gate.is_contiguous() and up.is_contiguous()
+    y = torch.empty_like(gate) if flat else fresh(gate, gate.shape)
+    total = y.numel()
+    if isinstance(total, int) and total == 0:
         return y
-    _launch(_forward_launchers, _forward_kernel, activation, (gate, up), (y,), traced)
+    _launch(_forward_launchers, _forward_kernel, activation, (gate, up), (y,), flat, traced)
     return y
 
 
@@ -199,14 +201,24 @@ def _backward(
     dy: torch.Tensor, gate: torch.Tensor, up: torch.Tensor, activation: str, traced: Any = None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The gradients of gate and up."""
-    dgate = torch.empty(gate.shape, dtype=gate.dtype, device=gate.device)
-    dup = torch.empty_like(dgate)
-    if isinstance(dup.numel(), int) and dup.numel() == 0:
+    flat = gate.is_contiguous() and up.is_contiguous()
+    dgate, dup = (torch.empty_like(gate), torch.empty_like(gate)) if flat else (fresh(gate, gate.shape) for _ in "gu")
+    total = dup.numel()
+    if isinstance(total, int) and total == 0:
         return dgate, dup
-    if not dy.is_contiguous() and gate.is_contiguous() and up.is_contiguous():
+    if flat and not dy.is_contiguous():
         dy = dy.contiguous()
-    _launch(_backward_launchers, _backward_kernel, activation, (dy, gate, up), (dgate, dup), traced)
+    _launch(_backward_launchers, _backward_kernel, activation, (dy, gate, up), (dgate, dup), flat, traced)
     return dgate, dup
+
+
+def _plain(gate: torch.Tensor, up: torch.Tensor, activation: str) -> torch.Tensor:
+    wide = gate.float()
+    if activation == "silu":
+        act = torch.nn.functional.silu(wide)
+    else:
+        act = torch.nn.functional.gelu(wide, approximate="tanh" if activation == "gelu_tanh" else "none")
+    return (act * up.float()).to(gate.dtype)
 
 
 class _Function(torch.autograd.Function):
@@ -217,9 +229,10 @@ class _Function(torch.autograd.Function):
         return _forward(gate, up, activation)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the gradient itself is to be differentiated
+            return *torch.autograd.grad(_plain(gate, up, ctx.activation), (gate, up), dy, create_graph=True), None
         return *_backward(dy, gate, up, ctx.activation), None
 
 

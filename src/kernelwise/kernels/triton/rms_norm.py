@@ -15,7 +15,6 @@ from typing import Any, Literal
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from ._launch import (
     NAMESPACE,
@@ -23,6 +22,7 @@ from ._launch import (
     Launchers,
     check,
     device_name,
+    fresh,
     needs_grad,
     num_processors,
     power_of_2,
@@ -38,9 +38,10 @@ MAX_WIDTH = 32768  # a row lives in the registers of one program
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Backward with programs of two kinds: as long as the rows and their gradients stay in the second-level cache.
-_FEW_ROWS = 1024
+_FEW_ROWS = 4096
 _FEW_BYTES = 32 << 20
-_COLUMNS = 32  # columns of the weight gradient per program: 64-byte segments of half-precision rows
+_MANY_ROWS = 8192  # a program for each multiprocessor up to here, then more of them
+_SHARED_BYTES = {"sm_90": 160 << 10, "sm_100": 160 << 10}  # for pipelined rows; elsewhere little is taken for granted
 _PARTIAL_COLUMNS = 32
 
 
@@ -237,23 +238,32 @@ def _forward_config(device: int, width: int, many: bool) -> NormConfig:
     found = find(NORM_FORWARD, device_name(device), width, 1 << 62 if many else 1)
     if found is not None:
         return found
-    if block <= 512:  # several short rows per program: 16 elements per thread
+    if block <= 512:  # several short rows per program
         return NormConfig(rows=max(1, 2048 // block), warps=4)
-    return NormConfig(rows=1, warps=_warps(block, 32 if many else 8))
+    if many and block <= 2048:
+        return NormConfig(rows=4096 // block, warps=8)
+    elements = 16 if block == width else 32  # of a padded row, up to half are not there
+    return NormConfig(rows=1, warps=min(16, max(4, _warps(block, elements))))
 
 
 @functools.cache
-def _backward_config(device: int, width: int) -> NormConfig:
+def _backward_config(device: int, width: int, many: bool) -> NormConfig:
     block = power_of_2(width)
-    found = find(NORM_BACKWARD, device_name(device), width, 1 << 62)
+    found = find(NORM_BACKWARD, device_name(device), width, 1 << 62 if many else _MANY_ROWS)
     if found is not None:
         return found
     if block <= 512:
-        return NormConfig(rows=max(1, 2048 // block), warps=4, programs=6, stages=2)
+        return NormConfig(rows=max(1, 2048 // block), warps=4, programs=4, stages=1)
     if block >= 16384:
         return NormConfig(rows=1, warps=32, programs=1, stages=1)
-    warps = _warps(block, 16)
-    return NormConfig(rows=1, warps=warps, programs=max(1, min(4, 16 // warps)), stages=2)
+    warps = _warps(block, 32)
+    return NormConfig(rows=1, warps=warps, programs=max(1, min(4, 8 // warps)), stages=3)
+
+
+def _stages(wanted: int, device: int, stage_bytes: int) -> int:
+    """As many pipeline stages as `wanted`, or as shared memory holds."""
+    memory = _SHARED_BYTES.get(device_name(device), 48 << 10)
+    return max(1, min(wanted, 1 + memory // stage_bytes))
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor | None, cast: str) -> None:
@@ -261,6 +271,7 @@ def _check(x: torch.Tensor, weight: torch.Tensor | None, cast: str) -> None:
     check(x.shape[-1] <= MAX_WIDTH, lambda: f"rms_norm takes rows of at most {MAX_WIDTH} elements, not {x.shape[-1]}")
     check(cast in ("before", "after"), lambda: f"cast is 'before' or 'after', not {cast!r}")
     if weight is not None:
+        check(weight.device == x.device, lambda: f"x is on {x.device}, the weight on {weight.device}")
         check(
             weight.dtype == x.dtype or weight.dtype == torch.float32,
             lambda: f"the weight of rms_norm has the dtype of x ({x.dtype}) or float32, not {weight.dtype}",
@@ -293,19 +304,21 @@ def _forward(
         weight_dtype = None
     else:
         weight_dtype = weight.dtype
-        if weight_dtype != dtype and cast == "before":
+        if weight_dtype is not dtype and cast == "before":
             dtype = weight_dtype
+        if weight.numel() != width or weight.get_device() != x.get_device():
+            _check(x, weight, cast)
         if not weight.is_contiguous():
             weight = weight.contiguous()
     if x.is_contiguous():
         stride = width
-        y = torch.empty_like(x, dtype=dtype)
+        y = torch.empty_like(x) if dtype is x.dtype else torch.empty_like(x, dtype=dtype)
     else:
-        y = torch.empty(x.shape, dtype=dtype, device=x.device)
+        y = fresh(x, x.shape, dtype)
         x = rows_of(x)
         stride = x.stride(0)
-    num_rows = y.numel() // width if width else 0
-    rstd = torch.empty(num_rows, dtype=torch.float32, device=x.device) if save else y
+    num_rows: Any = y.numel() // width if width else 0
+    rstd = fresh(x, (num_rows,), torch.float32) if save else y
     if isinstance(num_rows, int) and num_rows == 0:
         return y, rstd
     device = x.get_device()
@@ -346,8 +359,8 @@ def _backward(
 ) -> tuple[torch.Tensor, torch.Tensor | None]:
     """The gradients of x and, if `weight_grad`, of the weight."""
     width = int(x.shape[-1])
-    dx = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-    dweight = torch.empty(width, dtype=weight.dtype, device=x.device) if weight is not None and weight_grad else None
+    dx = fresh(x, x.shape)
+    dweight = fresh(weight, (width,)) if weight is not None and weight_grad else None
     num_rows = rstd.shape[0]
     if isinstance(num_rows, int) and num_rows == 0:
         return dx, None if dweight is None else dweight.zero_()
@@ -359,12 +372,14 @@ def _backward(
     dy_stride, x_stride = dy.stride(0), x.stride(0)
     unit = unit_of(dy_stride, x_stride)
     numbers = (num_rows, dy_stride // unit, x_stride // unit)
-    key = (device, width, unit, dy.dtype, x.dtype, weight_dtype, offset, dweight is not None)
+    many = not isinstance(num_rows, int) or num_rows > _MANY_ROWS
+    key = (device, width, unit, many, dy.dtype, x.dtype, weight_dtype, offset, dweight is not None)
     if weight is not None and dweight is not None and _few(num_rows, x):
         launcher = _few_rows_launchers.get(key)
         if launcher is None:
             block = power_of_2(width)
             rows = max(1, 2048 // block)
+            columns = 16 if width <= 2048 else 32  # enough programs; 64-byte segments where there are enough anyway
             launcher = _few_rows_launchers[key] = Launcher(
                 _backward_few_rows_kernel,
                 rows,
@@ -373,36 +388,40 @@ def _backward(
                 BLOCK=block,
                 ROWS=rows,
                 UNIT=unit,
-                COLUMNS=_COLUMNS,
-                CHUNK=256,
+                COLUMNS=columns,
+                CHUNK=256 if width <= 4096 else 128,
                 STAGES=1,
                 num_warps=8 if block <= 8192 else 16,
             )
-        grid = triton.cdiv(width, _COLUMNS) + triton.cdiv(num_rows, launcher.size)
+        columns = launcher.constants["COLUMNS"]
+        grid = triton.cdiv(width, columns) + triton.cdiv(num_rows, launcher.size)
         launcher(grid, 1, (dy, x, weight, rstd, dx, dweight), numbers, traced[0])
         return dx, dweight
 
     launcher = _backward_launchers.get(key)
-    config = _backward_config(device, width)
+    config = _backward_config(device, width, many)
     if launcher is None:
+        block = power_of_2(width)
+        again = block >= 16384
+        stage_bytes = config.rows * block * (dy.element_size() + x.element_size()) * (2 if again else 1)
         launcher = _backward_launchers[key] = Launcher(
             _backward_kernel,
             config.rows,
             OFFSET=float(offset),
             WIDTH=width,
-            BLOCK=power_of_2(width),
+            BLOCK=block,
             ROWS=config.rows,
             UNIT=unit,
-            STAGES=config.stages,
+            STAGES=_stages(config.stages, device, stage_bytes),
             HAS_WEIGHT=weight is not None,
             WEIGHT_GRAD=dweight is not None,
-            AGAIN=power_of_2(width) >= 16384,
+            AGAIN=again,
             num_warps=config.warps,
         )
     grid = config.programs * num_processors(device)
     if isinstance(num_rows, int):
         grid = min(grid, triton.cdiv(num_rows, config.rows))
-    partials = rstd if dweight is None else torch.empty(grid, width, dtype=torch.float32, device=x.device)
+    partials = rstd if dweight is None else fresh(x, (grid, width), torch.float32)
     launcher(grid, 1, (dy, x, x if weight is None else weight, rstd, dx, partials), numbers, traced[1])
     if dweight is not None:
         summing = _sum_launchers.get((device, width, dweight.dtype))
@@ -420,6 +439,15 @@ def _few(num_rows: Any, x: torch.Tensor) -> bool:
     return num_rows <= _FEW_ROWS and 2 * num_rows * x.shape[-1] * x.element_size() <= _FEW_BYTES
 
 
+def _plain(x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float, cast: str) -> torch.Tensor:
+    xhat = x.float() * torch.rsqrt(x.float().square().mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return xhat.to(x.dtype)
+    if cast == "before":
+        return (offset + weight) * xhat.to(x.dtype)
+    return ((offset + weight.float()) * xhat).to(x.dtype)
+
+
 class _Function(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -427,13 +455,17 @@ class _Function(torch.autograd.Function):
     ) -> torch.Tensor:
         y, rstd = _forward(x, weight, eps, offset, cast, True)
         ctx.save_for_backward(x, weight, rstd)
-        ctx.offset = offset
+        ctx.eps, ctx.offset, ctx.cast = eps, offset, cast
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the gradient itself is to be differentiated
+            leaves = (x,) if weight is None else (x, weight)
+            y = _plain(x, weight, ctx.eps, ctx.offset, ctx.cast)
+            grads = torch.autograd.grad(y, leaves, dy, create_graph=True, allow_unused=True)
+            return grads[0], grads[1] if weight is not None else None, None, None, None
         dx, dweight = _backward(dy, x, weight, rstd, ctx.offset, ctx.needs_input_grad[1])
         return dx, dweight, None, None, None
 

@@ -13,13 +13,16 @@ from typing import Any
 import torch
 import triton
 import triton.language as tl
-from torch.autograd.function import once_differentiable
 
 from ._launch import NAMESPACE, Launcher, Launchers, check, needs_grad, num_processors, power_of_2, unit_of, watched
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_WIDTH = 1024
-_MOST_SHARES = 8  # of the heads of one token
+
+# Into how many programs the heads of one token are cut, with few tokens and with many.
+_SHARES_FEW = 8
+_SHARES_MANY = 1
+_MOST_WARPS = 4
 
 
 @triton.jit
@@ -114,8 +117,8 @@ def _kernel(
     K_EXACT: tl.constexpr = BLOCK == HALF and SHARES * K_SHARE == K_HEADS
     q_out = q_out_ptr + place * (Q_HEADS * 2 * HALF)
     k_out = k_out_ptr + place * (K_HEADS * 2 * HALF)
-    q_stride = q_head_stride.to(tl.int64) * UNIT
-    k_stride = k_head_stride.to(tl.int64) * UNIT
+    q_stride = tl.full([], q_head_stride, tl.int64) * UNIT
+    k_stride = tl.full([], k_head_stride, tl.int64) * UNIT
     _rotate(q, q_out, q_stride, share * Q_SHARE, cos1, cos2, sin1, sin2, Q_HEADS, Q_SHARE, BLOCK, HALF, Q_EXACT)
     _rotate(k, k_out, k_stride, share * K_SHARE, cos1, cos2, sin1, sin2, K_HEADS, K_SHARE, BLOCK, HALF, K_EXACT)
 
@@ -123,8 +126,12 @@ def _kernel(
 _launchers = Launchers()
 
 
-def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, heads: int) -> None:
-    tokens = 3 - heads
+def _check(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int) -> None:
+    tokens = 3 - unsqueeze_dim
+    check(
+        q.device == k.device == cos.device == sin.device,
+        lambda: f"q, k, cos and sin are on {q.device}, {k.device}, {cos.device} and {sin.device}",
+    )
     check(
         q.dtype in DTYPES and k.dtype == q.dtype,
         lambda: f"rotary takes q and k of one dtype, float32, bfloat16 or float16, not {q.dtype} and {k.dtype}",
@@ -158,35 +165,57 @@ def _run(
     traced: Any = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Rotate q and k into fresh tensors of `dtype` that lie as [batch, token, head, column]."""
-    heads, tokens = (1, 2) if unsqueeze_dim == 1 else (2, 1)
-    batch, num_tokens = q.shape[0], q.shape[tokens]
-    q_heads, k_heads, width = int(q.shape[heads]), int(k.shape[heads]), int(q.shape[3])
-    q_out = torch.empty((batch, num_tokens, q_heads, width), dtype=dtype, device=q.device)
-    k_out = torch.empty((batch, num_tokens, k_heads, width), dtype=dtype, device=q.device)
-    results = (q_out.transpose(1, 2), k_out.transpose(1, 2)) if unsqueeze_dim == 1 else (q_out, k_out)
-    total: Any = batch * num_tokens
-    if isinstance(total, int) and total == 0:
-        return results
-    q, k = _unit_last(q), _unit_last(k)
-    if cos.stride() != sin.stride() or cos.stride(2) != 1:
-        cos, sin = cos.contiguous(), sin.contiguous()
-    q_strides, k_strides = q.stride(), k.stride()
-    strides = (
-        q_strides[0], q_strides[heads], q_strides[tokens],
-        k_strides[0], k_strides[heads], k_strides[tokens],
-        cos.stride(0) if cos.shape[0] != 1 else 0, cos.stride(1),
-    )  # fmt: skip
-    unit = unit_of(*strides)
+    if unsqueeze_dim == 1:
+        batch, q_heads, num_tokens, width = q.shape
+        k_batch, k_heads, k_tokens, k_width = k.shape
+    else:
+        batch, num_tokens, q_heads, width = q.shape
+        k_batch, k_tokens, k_heads, k_width = k.shape
+    cos_batch, cos_tokens, cos_width = cos.shape
     device = q.get_device()
-    many = not isinstance(total, int) or total > 8 * num_processors(device)
+    if (
+        k_batch != batch or k_tokens != num_tokens or k_width != width or sin.shape != cos.shape
+        or cos_tokens != num_tokens or cos_width != width or (cos_batch != 1 and cos_batch != batch)
+        or k.get_device() != device or cos.get_device() != device or sin.get_device() != device
+    ):  # fmt: skip
+        _check(q, k, cos, sin, unsqueeze_dim)
+    q_heads, k_heads, width = int(q_heads), int(k_heads), int(width)
+    row_q, row_k = q_heads * width, k_heads * width
+    if unsqueeze_dim == 1:
+        q_out = q.new_empty_strided(q.shape, (num_tokens * row_q, width, row_q, 1), dtype=dtype)
+        k_out = k.new_empty_strided(k.shape, (num_tokens * row_k, width, row_k, 1), dtype=dtype)
+    else:
+        q_out = q.new_empty_strided(q.shape, (num_tokens * row_q, row_q, width, 1), dtype=dtype)
+        k_out = k.new_empty_strided(k.shape, (num_tokens * row_k, row_k, width, 1), dtype=dtype)
+    total: Any = batch * num_tokens
+    counted = isinstance(total, int)
+    if counted and total == 0:
+        return q_out, k_out
+    q_strides, k_strides, cos_strides = q.stride(), k.stride(), cos.stride()
+    if q_strides[3] != 1:
+        q = q.contiguous()
+        q_strides = q.stride()
+    if k_strides[3] != 1:
+        k = k.contiguous()
+        k_strides = k.stride()
+    if cos_strides != sin.stride() or cos_strides[2] != 1:
+        cos, sin = cos.contiguous(), sin.contiguous()
+        cos_strides = cos.stride()
+    q0, q1, q2, _ = q_strides
+    k0, k1, k2, _ = k_strides
+    if unsqueeze_dim == 2:
+        q1, q2, k1, k2 = q2, q1, k2, k1
+    c0, c1 = (0 if cos_batch == 1 else cos_strides[0]), cos_strides[1]
+    unit = unit_of(q0, q1, q2, k0, k1, k2, c0, c1)
+    many = not counted or total > 2 * num_processors(device)
     key = (device, q.dtype, cos.dtype, dtype, q_heads, k_heads, width, unit, many, backward)
     launcher = _launchers.get(key)
     if launcher is None:
         if not backward:
-            _check(q, k, cos, sin, heads)
-        shares = 1 if many else min(_MOST_SHARES, power_of_2(max(q_heads, k_heads)))
-        q_share, k_share = (power_of_2(-(-n // shares)) for n in (q_heads, k_heads))
+            _check(q, k, cos, sin, unsqueeze_dim)
         block = power_of_2(width // 2)
+        shares = _SHARES_MANY if many else min(_SHARES_FEW, power_of_2(max(q_heads, k_heads)))
+        q_share, k_share = (power_of_2(-(-n // shares)) for n in (q_heads, k_heads))
         launcher = _launchers[key] = Launcher(
             _kernel,
             shares,
@@ -199,16 +228,11 @@ def _run(
             HALF=width // 2,
             UNIT=unit,
             BACKWARD=backward,
-            num_warps=max(1, min(4, q_share * block // 256)),
+            num_warps=max(1, min(_MOST_WARPS, q_share * block // 256)),
         )
-    launcher(
-        num_tokens, batch * launcher.size, (q, k, cos, sin, q_out, k_out), tuple(s // unit for s in strides), traced
-    )
-    return results
-
-
-def _unit_last(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(3) == 1 else x.contiguous()
+    numbers = (q0 // unit, q1 // unit, q2 // unit, k0 // unit, k1 // unit, k2 // unit, c0 // unit, c1 // unit)
+    launcher(num_tokens, batch * launcher.size, (q, k, cos, sin, q_out, k_out), numbers, traced)
+    return q_out, k_out
 
 
 def _plain(
@@ -233,9 +257,12 @@ class _Function(torch.autograd.Function):
         return _run(q, k, cos, sin, unsqueeze_dim, torch.promote_types(q.dtype, cos.dtype), False)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, dq: torch.Tensor, dk: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         cos, sin = ctx.saved_tensors
+        if torch.is_grad_enabled():  # create_graph=True: the gradient itself is to be differentiated
+            back = -torch.cat(sin.chunk(2, dim=-1)[::-1], dim=-1)
+            dq, dk = _plain(dq, dk, cos, back, ctx.unsqueeze_dim)
+            return dq.to(ctx.dtype), dk.to(ctx.dtype), None, None, None
         return *_run(dq, dk, cos, sin, ctx.unsqueeze_dim, ctx.dtype, True), None, None, None
 
 

@@ -1,0 +1,256 @@
+"""A Llama-3-8B-shaped model (8 layers, random bfloat16 weights) from end to end on one GPU.
+
+    python benchmarks/gpu_e2e.py [--variants eager,ours,...] [--layers 8] [--seconds 400] [--out FOLDER]
+
+Variants: `eager`; `ours` (the Triton kernels put in by hand: RMS norm, gated MLP, rotary embedding); `compile`
+(torch.compile of the model); `ours+compile`; `liger` (apply_liger_kernel_to_llama without its fused loss, and with it
+as `liger+loss`). Each measures prefill of 1 x 4096 tokens, decoding with a dynamic cache (a Python loop) and with a
+static cache and the whole step in one CUDA graph, and a training step (forward and backward) of 1 x 4096. Logits, loss
+and gradient norms are compared with those of `eager`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("USE_HUB_KERNELS", "NO")
+sys.path.insert(0, str(Path(__file__).resolve().parent))
+
+from gpu_ops import versions
+from transformers import LlamaConfig, StaticCache
+from transformers.models.llama import modeling_llama as llama
+
+from kernelwise.kernels.triton.gated_mlp import gated_mlp
+from kernelwise.kernels.triton.rms_norm import rms_norm
+from kernelwise.kernels.triton.rotary import rotary
+
+START = time.time()
+TOKENS = 4096
+PROMPT = 512  # tokens before decoding
+STEPS = 64
+WATCHED = ("lm_head.weight", "model.norm.weight", "model.layers.0.mlp.gate_proj.weight")
+
+
+def build(layers: int) -> Any:
+    config = LlamaConfig(
+        hidden_size=4096,
+        intermediate_size=14336,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=128256,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+    )
+    config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
+    torch.manual_seed(0)
+    with torch.device("cuda"):
+        model = llama.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    return model.eval()
+
+
+def attention_with(rotate: Callable[..., Any]) -> Callable[..., Any]:
+    """LlamaAttention.forward with another rotary function."""
+
+    def forward(
+        self: Any, hidden_states: Any, position_embeddings: Any = None, attention_mask: Any = None,
+        past_key_values: Any = None, **kwargs: Any,
+    ) -> Any:  # fmt: skip
+        shape = hidden_states.shape[:-1]
+        heads = (*shape, -1, self.head_dim)
+        q = self.q_proj(hidden_states).view(heads).transpose(1, 2)
+        k = self.k_proj(hidden_states).view(heads).transpose(1, 2)
+        v = self.v_proj(hidden_states).view(heads).transpose(1, 2)
+        q, k = rotate(q, k, *position_embeddings)
+        if past_key_values is not None:
+            k, v = past_key_values.update(k, v, self.layer_idx)
+        attend = llama.ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, llama.eager_attention_forward
+        )
+        output, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
+        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
+
+    return forward
+
+
+@contextmanager
+def patched(variant: str) -> Iterator[None]:
+    """The classes of transformers as `variant` has them, and back as they were."""
+    names = ("LlamaRMSNorm", "LlamaMLP", "LlamaAttention", "LlamaForCausalLM", "LlamaDecoderLayer", "LlamaModel")
+    classes = {n: getattr(llama, n) for n in names}
+    before = {n: c.forward for n, c in classes.items()}
+    rotate = llama.apply_rotary_pos_emb
+    if variant.startswith("ours"):
+        llama.LlamaRMSNorm.forward = lambda self, x: rms_norm(x, self.weight, self.variance_epsilon)
+        llama.LlamaMLP.forward = lambda self, x: gated_mlp(x, self.gate_proj, self.up_proj, self.down_proj)
+        llama.LlamaAttention.forward = attention_with(rotary)
+    elif variant.startswith("liger"):
+        from liger_kernel.transformers import apply_liger_kernel_to_llama
+
+        loss = "loss" in variant
+        apply_liger_kernel_to_llama(fused_linear_cross_entropy=loss, cross_entropy=False)
+    try:
+        yield
+    finally:
+        for name, cls in classes.items():
+            cls.forward = before[name]
+            setattr(llama, name, cls)
+        llama.apply_rotary_pos_emb = rotate
+
+
+def median_ms(step: Callable[[], Any], repeats: int = 5, warm: int = 2) -> float:
+    for _ in range(warm):
+        step()
+    torch.cuda.synchronize()
+    times = []
+    for _ in range(repeats):
+        begin = time.perf_counter()
+        step()
+        torch.cuda.synchronize()
+        times.append(time.perf_counter() - begin)
+    return statistics.median(times) * 1e3
+
+
+def extra_gb(step: Callable[[], Any]) -> float:
+    """Memory at its peak during `step`, over what was held before."""
+    gc.collect()
+    torch.cuda.empty_cache()
+    base = torch.cuda.memory_allocated()
+    torch.cuda.reset_peak_memory_stats()
+    step()
+    torch.cuda.synchronize()
+    return float((torch.cuda.max_memory_allocated() - base) / 2**30)
+
+
+def decode_dynamic_ms(model: Any, ids: torch.Tensor) -> float:
+    def run(steps: int) -> float:
+        output = model(input_ids=ids[:, :PROMPT], use_cache=True, logits_to_keep=1)
+        cache, token = output.past_key_values, ids[:, :1]
+        torch.cuda.synchronize()
+        begin = time.perf_counter()
+        for _ in range(steps):
+            output = model(input_ids=token, past_key_values=cache, use_cache=True)
+            token = output.logits[:, -1:].argmax(-1)
+        torch.cuda.synchronize()
+        return (time.perf_counter() - begin) / steps * 1e3
+
+    run(4)
+    return min(run(STEPS), run(STEPS), run(STEPS))
+
+
+def decode_graph_ms(model: Any, ids: torch.Tensor) -> float:
+    cache = StaticCache(config=model.config, max_cache_len=1024)
+    model(input_ids=ids[:, :PROMPT], past_key_values=cache, use_cache=True, logits_to_keep=1)
+    token = ids[:, :1].clone()
+    position = torch.full((1, 1), PROMPT, device="cuda", dtype=torch.long)
+
+    def step() -> torch.Tensor:
+        output = model(input_ids=token, past_key_values=cache, position_ids=position, use_cache=True)
+        return output.logits[:, -1:].argmax(-1)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+        step()
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, stream=stream):
+        step()
+    return median_ms(graph.replay, repeats=40, warm=3)
+
+
+def run_variant(variant: str, layers: int, reference: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    compiled = "compile" in variant
+    model = build(layers)
+    ids = torch.randint(0, 128256, (1, TOKENS), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+
+    def prepared() -> Any:
+        torch._dynamo.reset()
+        return torch.compile(model, dynamic=False) if compiled else model
+
+    with torch.no_grad():
+        call = prepared()
+
+        def prefill() -> torch.Tensor:
+            logits: torch.Tensor = call(input_ids=ids, use_cache=not compiled, logits_to_keep=1).logits
+            return logits
+
+        logits = prefill().float()
+        expected = reference.setdefault("logits", logits)
+        found["logits_relative_difference"] = float((logits - expected).norm() / expected.norm())
+        found["prefill_ms"] = median_ms(prefill, repeats=20)
+        found["prefill_extra_gb"] = extra_gb(prefill)
+        if not compiled:
+            found["decode_dynamic_ms"] = decode_dynamic_ms(model, ids)
+            found["decode_graph_ms"] = decode_graph_ms(model, ids)
+    model.train()
+    call = prepared()
+
+    def step() -> torch.Tensor:
+        loss = call(input_ids=ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        return loss.detach()
+
+    def train() -> None:
+        step()
+        model.zero_grad(set_to_none=True)
+
+    found["loss"] = float(step())
+    norms = {n: float(p.grad.float().norm()) for n, p in model.named_parameters() if n in WATCHED}
+    model.zero_grad(set_to_none=True)
+    expected = reference.setdefault("norms", norms)
+    found["largest_gradient_norm_difference"] = max(abs(norms[n] / expected[n] - 1) for n in norms)
+    found["train_ms"] = median_ms(train, repeats=10)
+    found["train_extra_gb"] = extra_gb(train)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--variants", default="eager,ours,liger,liger+loss,compile,ours+compile")
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--seconds", type=float, default=400, help="stop starting new variants after this long")
+    parser.add_argument("--out", type=Path, default=None, help="folder for gpu_e2e.json and gpu_e2e.txt")
+    arguments = parser.parse_args()
+    about = {**versions(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "command": " ".join(sys.argv)}
+    lines = [", ".join(f"{k} {v}" for k, v in about.items())]
+    print(lines[0], flush=True)
+    reference: dict[str, Any] = {}
+    results: dict[str, dict[str, Any]] = {}
+    for variant in arguments.variants.split(","):
+        if arguments.seconds - (time.time() - START) < (70 if "compile" in variant else 25):
+            print(f"{variant}: skipped for lack of time")
+            continue
+        try:
+            with patched(variant):
+                results[variant] = run_variant(variant, arguments.layers, reference)
+        except Exception as error:  # one variant that fails must not end the run
+            results[variant] = {"error": f"{type(error).__name__}: {error}"[:300]}
+        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in results[variant].items())
+        lines.append(f"{variant:13s} {shown}")
+        print(lines[-1], flush=True)
+        gc.collect()
+        torch.cuda.empty_cache()
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "gpu_e2e.json").write_text(json.dumps({**about, "variants": results}, indent=1) + "\n")
+        (arguments.out / "gpu_e2e.txt").write_text("\n".join(lines) + "\n")
+
+
+if __name__ == "__main__":
+    main()
