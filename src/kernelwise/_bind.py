@@ -232,7 +232,7 @@ def _guard(recognition: Recognition, limits: Limits) -> str:
         if known:
             tests.append("(" + " or ".join(f"{first}.{flag}" for flag in known) + ")")
     if _weight(recognition):
-        tests.append("type(_kw_weight) in _kw_plain")
+        tests.append("type(_kw_weight) in _kw_plain" + " and _kw_weight.dtype in _kw_dtypes" * bool(limits.dtypes))
     return " and ".join([*tests, *map(_is_plain, others)])
 
 
