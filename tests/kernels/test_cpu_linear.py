@@ -11,9 +11,9 @@ cpu = pytest.importorskip("kernelwise.kernels.cpu.linear", exc_type=ImportError)
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 NEVER = 1 << 62
 WAYS = {
-    "few rows": cpu._Choice(few=64, many=NEVER, grad_x=1, grad_weight=1),
-    "block by block": cpu._Choice(few=0, many=1, grad_x=1, grad_weight=1),
-    "torch": cpu._Choice(few=0, many=NEVER, grad_x=NEVER, grad_weight=NEVER),
+    "few rows": cpu._Choice(few=64, many=NEVER, training=0),
+    "block by block": cpu._Choice(few=-1, many=0, training=0),
+    "torch": cpu._Choice(few=-1, many=NEVER, training=0),
 }
 
 
@@ -106,6 +106,14 @@ def test_a_frozen_weight_keeps_no_input_for_the_backward_pass(way):
     inputs["x"].requires_grad_()
     y = cpu.linear(**inputs)
     assert y.grad_fn.saved_tensors[0] is None
+
+
+@pytest.mark.parametrize(("rows", "ours"), [(7, False), (8, True)])
+def test_few_rows_with_gradients_are_torchs(monkeypatch, rows, ours):
+    monkeypatch.setitem(cpu._chosen, torch.bfloat16, cpu._Choice(few=64, many=NEVER, training=8))
+    inputs = given(torch.bfloat16, rows=(rows,))
+    inputs["weight"].requires_grad_()
+    assert (type(cpu.linear(**inputs).grad_fn).__name__ == "_LinearBackward") == ours
 
 
 def test_other_dtypes_are_torchs():

@@ -26,27 +26,30 @@ _NEVER = 1 << 62
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Numbers of rows: up to `few` the product that widens in the cache, from `many` block by block, else torch's own."""
+    """Numbers of rows: up to `few` the product that widens in the cache, from `many` on block by block, else torch's own.
+
+    With gradients, less than `training` rows are all torch's; from there on both gradients are computed block by block.
+    """
 
     few: int
     many: int
-    grad_x: int  # gradient of x block by block from so many rows
-    grad_weight: int
+    training: int
 
 
-# Measured over torch 2.13's own product on one thread (SmolLM2's shapes, benchmarks/cpu_ops.py). "units" are
-# instructions for products of this dtype that torch's products use.
+# By instruction set in use, dtype, and what the processor has for products of that dtype. Times over torch 2.13's own
+# product, one thread, shapes of SmolLM2: docs/cpu.md.
 _CHOICES = {
-    # torch falls back to loops: few rows 1.2-4.3 x, many 4-50 x, gradients 1-350 x
-    ("avx2", torch.bfloat16, "none"): _Choice(few=48, many=49, grad_x=1, grad_weight=1),
-    ("avx2", torch.float16, "none"): _Choice(few=48, many=49, grad_x=1, grad_weight=1),
-    # oneDNN converts by itself: few rows 1.3-2.9 x, many 2.2-20 x; below 4 rows its gradient of x is faster
-    ("avx512", torch.bfloat16, "none"): _Choice(few=32, many=33, grad_x=4, grad_weight=1),
-    ("avx512", torch.float16, "none"): _Choice(few=24, many=25, grad_x=1, grad_weight=1),
-    # avx512_bf16 has no more multipliers than float32: few rows 1.04-2.4 x, from 48 rows 1.0-1.7 x, gradients 1.2-1.7 x
-    ("avx512", torch.bfloat16, "vector"): _Choice(few=16, many=48, grad_x=24, grad_weight=24),
-    # avx512_fp16 has twice as many: only the product for few rows gains, 1.2-2.5 x
-    ("avx512", torch.float16, "vector"): _Choice(few=6, many=_NEVER, grad_x=_NEVER, grad_weight=_NEVER),
+    # torch falls back to loops: few rows 1.2-4.3 x, many 4-50 x, gradients 1.2-350 x
+    ("avx2", torch.bfloat16, "none"): _Choice(few=48, many=49, training=1),
+    ("avx2", torch.float16, "none"): _Choice(few=48, many=49, training=1),
+    # oneDNN converts by itself: few rows 1.3-2.9 x, many 2.2-20 x, gradients 1.0-13 x from 4 rows
+    ("avx512", torch.bfloat16, "none"): _Choice(few=32, many=33, training=4),
+    # torch falls back to loops: few rows 1.3-4.3 x, many 4-50 x, gradients 2-350 x
+    ("avx512", torch.float16, "none"): _Choice(few=24, many=25, training=1),
+    # avx512_bf16 multiplies no faster than float32: few rows 1.04-2.4 x, from 48 rows 1.0-2 x, gradients 1.2-1.7 x
+    ("avx512", torch.bfloat16, "vector"): _Choice(few=16, many=48, training=48),
+    # avx512_fp16 multiplies twice as fast: only the product for few rows gains, 1.2-2.5 x
+    ("avx512", torch.float16, "vector"): _Choice(few=6, many=_NEVER, training=_NEVER),
 }
 _UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}
 
@@ -77,24 +80,24 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     `x` is [..., in], `weight` [out, in], `bias` [out] or None, all bfloat16 or all float16. Other dtypes, and numbers of
     rows for which torch's own product is faster here, go to torch. No float32 copy outlives the call.
     """
+    choice = _chosen.get(weight.dtype)
+    if choice is None or x.dtype != weight.dtype:
+        return _own(x, weight, bias)
     if torch.is_grad_enabled() and (
         x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
     ):
-        if _chosen.get(weight.dtype) is None or x.dtype != weight.dtype:
+        if _num_rows(x) < choice.training:
             return _own(x, weight, bias)
-        y: torch.Tensor = _Linear.apply(x, weight, bias)  # type: ignore[no-untyped-call]
+        y: torch.Tensor = _Linear.apply(x, weight, bias, choice)  # type: ignore[no-untyped-call]
         return y
-    return _product(x, weight, bias)
+    return _product(x, weight, bias, choice)
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
-    choice = _chosen.get(weight.dtype)
-    if choice is not None and x.dtype == weight.dtype:
-        rows = _num_rows(x)
-        if rows <= choice.few or rows >= choice.many:
-            y: torch.Tensor = _forward(x, weight, bias, choice.few)
-            return y
-    return _own(x, weight, bias)
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, choice: _Choice) -> torch.Tensor:
+    if choice.few < _num_rows(x) < choice.many:
+        return _own(x, weight, bias)
+    y: torch.Tensor = _forward(x, weight, bias, choice.few)
+    return y
 
 
 def _num_rows(x: torch.Tensor) -> int:
@@ -106,25 +109,19 @@ def _num_rows(x: torch.Tensor) -> int:
 
 class _Linear(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
+    def forward(
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, choice: _Choice
+    ) -> torch.Tensor:
         need_x, need_weight = ctx.needs_input_grad[:2]
         ctx.save_for_backward(x if need_weight else None, weight if need_x else None)
-        ctx.choice = _chosen[weight.dtype]
-        return _product(x, weight, bias)
+        return _product(x, weight, bias, choice)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
-        need_x, need_weight, need_bias = ctx.needs_input_grad
-        choice, rows, width = ctx.choice, _num_rows(grad), grad.shape[-1]
-        dx = dw = db = None
-        if need_x:
-            dx = _grad_x(grad, weight) if rows >= choice.grad_x else grad @ weight
-        if need_weight and rows >= choice.grad_weight:
-            dw = _grad_weight(grad, x)
-        elif need_weight:
-            dw = grad.reshape(rows, width).t() @ x.reshape(rows, x.shape[-1])
-        if need_bias:
-            db = grad.reshape(rows, width).sum(0)
-        return dx, dw, db
+        need_x, need_weight, need_bias, _ = ctx.needs_input_grad
+        dx = _grad_x(grad, weight) if need_x else None
+        dw = _grad_weight(grad, x) if need_weight else None
+        db = grad.reshape(_num_rows(grad), grad.shape[-1]).sum(0) if need_bias else None
+        return dx, dw, db, None

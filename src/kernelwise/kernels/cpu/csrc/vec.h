@@ -87,14 +87,16 @@ static inline void narrow(const float* from, float* to, int64_t num) {
   if (from != to) std::memcpy(to, from, sizeof(float) * num);
 }
 
-// Round to nearest, ties to even; NaN stays NaN.
+// The upper half of a float32, rounded to nearest, ties to even; NaN stays NaN.
+static inline uint32_t bf16_bits(float f) {
+  const uint32_t u = bits_of(f);
+  const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
+  return (u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded;
+}
+
 static inline void narrow(const float* from, bf16* to, int64_t num) {
 #pragma omp simd
-  for (int64_t i = 0; i < num; i++) {
-    const uint32_t u = bits_of(from[i]);
-    const uint32_t rounded = (u + 0x7fffu + ((u >> 16) & 1u)) >> 16;
-    to[i].bits = uint16_t((u & 0x7fffffffu) > 0x7f800000u ? (u >> 16) | 0x40u : rounded);
-  }
+  for (int64_t i = 0; i < num; i++) to[i].bits = uint16_t(bf16_bits(from[i]));
 }
 
 static inline fp16 narrow_one(float f) {
@@ -136,6 +138,10 @@ static inline float* room(T*, float* buffer) {
 
 // Rounds to T and back, as a layer does that casts in the middle of its formula.
 static inline void round_as(const float*, float*, int64_t) {}
+static inline void round_as(const bf16*, float* values, int64_t num) {
+#pragma omp simd
+  for (int64_t i = 0; i < num; i++) values[i] = float_of(bf16_bits(values[i]) << 16);
+}
 template <class T>
 static inline void round_as(const T*, float* values, int64_t num) {
   T rounded[kBlock];
