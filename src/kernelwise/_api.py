@@ -59,7 +59,7 @@ def plan(
     config = config if isinstance(config, KernelConfig) else KernelConfig(config)  # type: ignore[arg-type]
     layers = _discover.discover(model) if isinstance(model, nn.Module) else ()
     config.sanitize_kernel_mapping(model, layers=layers)
-    on_miss = on_miss or config.on_miss
+    on_miss = config.on_miss if on_miss is None else on_miss
     if on_miss not in ("raise", "keep"):
         raise PlanError(f'on_miss is "raise" or "keep", got {on_miss!r}')
     rules = config.rules()
@@ -88,13 +88,18 @@ def _one_mode(mode: object) -> str:
 
 
 def _device(model: nn.Module, device: str | torch.device | None) -> str:
-    found = _discover.device_type(device) if device is not None else _discover.model_device(model)
+    found = _discover.model_device(model)
+    if device is not None:
+        try:
+            found = _discover.device_type(device)
+        except (RuntimeError, TypeError):  # torch knows no such device
+            found = str(device)
     if found is None:
         raise PlanError(
             "the model has no parameters, so its device cannot be told\n"
             '  go on      say which: kernelize(model, device="cuda") (one of ' + ", ".join(DEVICE_TYPES) + ")"
         )
-    if found != "meta" and found not in DEVICE_TYPES:
+    if found not in DEVICE_TYPES and (device is not None or found != "meta"):
         raise PlanError(f"device is one of {', '.join(DEVICE_TYPES)}, got {found!r}")
     return found
 
