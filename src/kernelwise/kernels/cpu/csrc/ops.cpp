@@ -13,6 +13,7 @@
 #endif
 
 #include <algorithm>
+#include <initializer_list>
 #include <optional>
 #include <string>
 #include <tuple>
@@ -46,26 +47,37 @@ ScalarType scalar_type_of(DType dtype) {
   }
 }
 
-Tensor empty(std::vector<int64_t> sizes, const std::vector<int64_t>& strides, ScalarType dtype) {
+constexpr int64_t kMostDims = 16;
+
+// Sizes or strides, without memory from the heap: a call at one token takes few microseconds in all.
+struct Dims {
+  int64_t values[kMostDims];
+  int64_t num;
+};
+
+Tensor empty(const Dims& sizes, const Dims& strides, ScalarType dtype) {
   AtenTensorHandle handle;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(int64_t(sizes.size()), sizes.data(), strides.data(),
-                                                         int32_t(dtype), aoti_torch_device_type_cpu(), 0, &handle));
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.num, sizes.values, strides.values, int32_t(dtype),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
   return Tensor(handle);
 }
 
-Tensor empty(std::vector<int64_t> sizes, ScalarType dtype) {
-  std::vector<int64_t> strides(sizes.size());
+Tensor empty(const Dims& sizes, ScalarType dtype) {
+  Dims strides{{}, sizes.num};
   int64_t stride = 1;
-  for (size_t i = sizes.size(); i-- > 0;) {
-    strides[i] = stride;
-    stride *= std::max<int64_t>(sizes[i], 1);
+  for (int64_t i = sizes.num; i-- > 0;) {
+    strides.values[i] = stride;
+    stride *= std::max<int64_t>(sizes.values[i], 1);
   }
-  return empty(std::move(sizes), strides, dtype);
+  return empty(sizes, strides, dtype);
 }
 
-std::vector<int64_t> sizes_of(const Tensor& t) {
+Dims sizes_of(const Tensor& t) {
   const auto sizes = t.sizes();
-  return std::vector<int64_t>(sizes.begin(), sizes.end());
+  STD_TORCH_CHECK(sizes.size() <= size_t(kMostDims), "kernelwise: more than ", kMostDims, " dimensions");
+  Dims dims{{}, int64_t(sizes.size())};
+  std::copy(sizes.begin(), sizes.end(), dims.values);
+  return dims;
 }
 
 void check_same_shape(const Tensor& a, const Tensor& b, const char* names) {
@@ -76,7 +88,7 @@ void check_same_shape(const Tensor& a, const Tensor& b, const char* names) {
 
 // A tensor seen as rows of its last dimension, `stride` apart; copied where no single stride does it.
 struct Rows {
-  Tensor tensor;
+  std::optional<Tensor> copy;
   const char* data;
   int64_t num, width, stride;
 };
@@ -98,16 +110,15 @@ std::optional<int64_t> row_stride(const Tensor& t) {
   return stride;
 }
 
-Rows rows_of(Tensor t) {
-  STD_TORCH_CHECK(t.dim() >= 1, "kernelwise: expected at least one dimension");
-  std::optional<int64_t> stride = row_stride(t);
-  if (!stride) {
-    t = torch::stable::contiguous(t);
-    stride = t.size(t.dim() - 1);
-  }
-  const int64_t width = t.size(t.dim() - 1);
-  const char* data = static_cast<const char*>(t.data_ptr());
-  return {t, data, width == 0 ? 0 : t.numel() / width, width, *stride};
+Rows rows_of(const Tensor& t) {
+  const int64_t dims = t.dim();
+  STD_TORCH_CHECK(dims >= 1, "kernelwise: expected at least one dimension");
+  const int64_t width = t.size(dims - 1), num = width == 0 ? 0 : t.numel() / width;
+  if (const std::optional<int64_t> stride = row_stride(t))
+    return {std::nullopt, static_cast<const char*>(t.data_ptr()), num, width, *stride};
+  Rows rows{torch::stable::contiguous(t), nullptr, num, width, width};
+  rows.data = static_cast<const char*>(rows.copy->data_ptr());
+  return rows;
 }
 
 // GNU's OpenMP waits for ever in the child of a process that had threads, as torch's own operators then do. There the
@@ -144,7 +155,8 @@ struct Norm {
 };
 
 Norm norm_of(const Tensor& x, const MaybeTensor& weight, bool cast_after) {
-  Norm n{rows_of(x), weight, dtype_of(x, "x"), dtype_of(x, "x"), dtype_of(x, "x")};
+  const DType in = dtype_of(x, "x");
+  Norm n{rows_of(x), weight, in, in, in};
   if (weight) {
     STD_TORCH_CHECK(weight->dim() == 1 && weight->size(0) == n.x.width,
                     "kernelwise::rms_norm: weight must have the shape of x's last dimension");
@@ -179,7 +191,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
   const RmsNormBackwardRows kernel = kernels().rms_norm_backward({n.in, n.other, n.out});
   if (!weight_grad || !weight) {
     each_row(n.x.num, n.x.width, [&](int64_t begin, int64_t end) { kernel(args, nullptr, begin, end); });
-    return {dx, empty({0}, ScalarType::Float)};
+    return {dx, empty(Dims{{0}, 1}, ScalarType::Float)};
   }
   // Groups of rows, each with its own sum; a group is never split, so threads do not change the order of additions.
   const int64_t group = std::max<int64_t>(8, (n.x.num + 63) / 64), groups = (n.x.num + group - 1) / group;
@@ -191,7 +203,7 @@ std::tuple<Tensor, Tensor> rms_norm_backward(const Tensor& grad, const Tensor& x
   for (int64_t i = 1; i < groups; i++)
     for (int64_t j = 0; j < n.x.width; j++) sums[j] += sums[i * n.x.width + j];
   sums.resize(n.x.width, 0.0f);
-  Tensor dw = empty({n.x.width}, weight->scalar_type());
+  Tensor dw = empty(Dims{{n.x.width}, 1}, weight->scalar_type());
   kernels().narrow(n.other)(sums.data(), nullptr, dw.data_ptr(), n.x.width);
   return {dx, dw};
 }
@@ -202,9 +214,9 @@ constexpr int64_t kColumns = 2048;  // numbers of one call into the vector code
 
 // Calls f(first index of each of the inputs, of the contiguous output, number) for pieces of all rows.
 template <class F>
-void each_piece(const std::vector<Rows>& inputs, const F& f) {
-  int64_t rows = inputs[0].num, width = inputs[0].width;
-  if (std::all_of(inputs.begin(), inputs.end(), [](const Rows& r) { return r.num <= 1 || r.stride == r.width; })) {
+void each_piece(std::initializer_list<const Rows*> inputs, const F& f) {
+  int64_t rows = (*inputs.begin())->num, width = (*inputs.begin())->width;
+  if (std::all_of(inputs.begin(), inputs.end(), [](const Rows* r) { return r->num <= 1 || r->stride == r->width; })) {
     width *= rows;
     rows = 1;
   }
@@ -233,7 +245,7 @@ Tensor gated_activation(const Tensor& gate, const Tensor& up, int64_t activation
   const int64_t size = int64_t(gate.element_size());
   char* out = static_cast<char*>(y.data_ptr());
   const GatedBlock kernel = kernels().gated(dtype);
-  each_piece({g, u}, [&](int64_t row, int64_t column, int64_t first, int64_t num) {
+  each_piece({&g, &u}, [&](int64_t row, int64_t column, int64_t first, int64_t num) {
     kernel(Activation(activation), g.data + (row * g.stride + column) * size, u.data + (row * u.stride + column) * size,
            out + first * size, num);
   });
@@ -251,7 +263,7 @@ std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& grad, const T
   char* out_gate = static_cast<char*>(dg.data_ptr());
   char* out_up = static_cast<char*>(du.data_ptr());
   const GatedBackwardBlock kernel = kernels().gated_backward(dtype);
-  each_piece({d, g, u}, [&](int64_t row, int64_t column, int64_t first, int64_t num) {
+  each_piece({&d, &g, &u}, [&](int64_t row, int64_t column, int64_t first, int64_t num) {
     kernel(Activation(activation), d.data + (row * d.stride + column) * size, g.data + (row * g.stride + column) * size,
            u.data + (row * u.stride + column) * size, out_gate + first * size, out_up + first * size, num);
   });
@@ -287,19 +299,19 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& q_, const Tensor& k_, const Tens
   for (int i = 0; i < 2; i++) {
     const Tensor& x = inputs[i];
     const int64_t heads = x.size(head_dim);
-    std::vector<int64_t> sizes = sizes_of(x), strides(4);
-    strides[0] = std::max<int64_t>(num_positions, 1) * std::max<int64_t>(heads, 1) * std::max<int64_t>(width, 1);
-    strides[position_dim] = std::max<int64_t>(heads, 1) * std::max<int64_t>(width, 1);
-    strides[head_dim] = std::max<int64_t>(width, 1);
-    strides[3] = 1;
-    outputs[i] = empty(sizes, strides, out_type);
+    Dims strides{{}, 4};
+    strides.values[0] = std::max<int64_t>(num_positions, 1) * std::max<int64_t>(heads, 1) * std::max<int64_t>(width, 1);
+    strides.values[position_dim] = std::max<int64_t>(heads, 1) * std::max<int64_t>(width, 1);
+    strides.values[head_dim] = std::max<int64_t>(width, 1);
+    strides.values[3] = 1;
+    outputs[i] = empty(sizes_of(x), strides, out_type);
     a.x[i] = x.data_ptr();
     a.y[i] = outputs[i].data_ptr();
     a.heads[i] = heads;
     a.x_batch[i] = x.stride(0);
     a.x_head[i] = x.stride(head_dim);
     a.x_position[i] = x.stride(position_dim);
-    a.y_batch[i] = strides[0];
+    a.y_batch[i] = strides.values[0];
     a.y_head[i] = width;
     a.y_position[i] = heads * width;
   }
@@ -386,7 +398,7 @@ struct Half {
 struct Scratch {
   Tensor tensor;
   float* data;
-  explicit Scratch(int64_t num) : tensor(empty({num}, ScalarType::Float)), data(static_cast<float*>(tensor.data_ptr())) {}
+  explicit Scratch(int64_t num) : tensor(empty(Dims{{num}, 1}, ScalarType::Float)), data(static_cast<float*>(tensor.data_ptr())) {}
 };
 
 struct LinearShape {
@@ -429,8 +441,8 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, in
   const LinearShape s = linear_of(x, weight);
   const std::vector<float> wide_bias = widened(bias, s);
   const float* b = bias ? wide_bias.data() : nullptr;
-  std::vector<int64_t> sizes = sizes_of(x);
-  sizes.back() = s.out;
+  Dims sizes = sizes_of(x);
+  sizes.values[sizes.num - 1] = s.out;
   Tensor y = empty(sizes, x.scalar_type());
   if (y.numel() == 0) return y;
   const Half in = s.x_half(), w = s.weight_half(), out{static_cast<char*>(y.data_ptr()), s.out, s.dtype};
@@ -467,8 +479,8 @@ Tensor linear_grad_x(const Tensor& grad, const Tensor& weight) {
   const Rows g = rows_of(grad);
   const Tensor contiguous = torch::stable::contiguous(weight);
   const LinearShape s{g, contiguous, dtype_of(weight, "weight"), g.num, weight.size(1), weight.size(0)};
-  std::vector<int64_t> sizes = sizes_of(grad);
-  sizes.back() = s.in;
+  Dims sizes = sizes_of(grad);
+  sizes.values[sizes.num - 1] = s.in;
   Tensor dx = empty(sizes, grad.scalar_type());
   if (dx.numel() == 0) return dx;
   const Half from = s.x_half(), w = s.weight_half(), out{static_cast<char*>(dx.data_ptr()), s.in, s.dtype};
@@ -493,7 +505,7 @@ Tensor linear_grad_weight(const Tensor& grad, const Tensor& x) {
                   "kernelwise::linear_grad_weight: grad does not fit x");
   const Rows g = rows_of(grad), rows = rows_of(x);
   STD_TORCH_CHECK(g.num == rows.num, "kernelwise::linear_grad_weight: grad does not fit x");
-  Tensor dw = empty({g.width, rows.width}, grad.scalar_type());
+  Tensor dw = empty(Dims{{g.width, rows.width}, 2}, grad.scalar_type());
   const LinearShape s{rows, dw, dtype_of(grad, "grad"), rows.num, rows.width, g.width};
   const Half from{const_cast<char*>(g.data), g.stride, s.dtype}, in = s.x_half(), out = s.weight_half();
   const int64_t block = block_of(s), tile = std::max<int64_t>(1, std::min(s.rows, kRowTile));
