@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from kernelwise._data import Recognition
 from kernelwise.ops import OPERATIONS
 
-SIZES = {"B": 2, "S": 5, "D": 16, "R": 8, "Hq": 4, "Hk": 2}
+SIZES = {"lead": (5,), "B": 2, "S": 5, "D": 16, "R": 8, "Hq": 4, "Hk": 2}
 
 
 def reference_arguments(recognition: Recognition, module: nn.Module | None, given: dict[str, Any]) -> dict[str, Any]:

@@ -735,3 +735,70 @@ def test_cast_that_matters_where_a_child_gives_another_dtype():
     answer = recognize(CastsWhatTheGateGives())
     assert isinstance(answer, Unknown)
     assert "another dtype" in answer.reason
+
+
+def vision(q, k, cos, sin):
+    kept = q.dtype, k.dtype
+    q, k = q.float(), k.float()
+    cos, sin = cos.unsqueeze(-2).float(), sin.unsqueeze(-2).float()
+    return (q * cos + rotate(q) * sin).to(kept[0]), (k * cos + rotate(k) * sin).to(kept[1])
+
+
+def partial(q, k, cos, sin, unsqueeze_dim=1):
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    width = cos.shape[-1]
+    a, b = q[..., :width], k[..., :width]
+    return (
+        torch.cat([a * cos + rotate(a) * sin, q[..., width:]], dim=-1),
+        torch.cat([b * cos + rotate(b) * sin, k[..., width:]], dim=-1),
+    )
+
+
+def partial_in_a_way_nobody_knows(q, k, cos, sin, unsqueeze_dim=1):
+    width = cos.shape[-1]
+    a, b = plain(q[..., -width:], k[..., -width:], cos, sin, unsqueeze_dim)
+    return torch.cat([q[..., :-width], a], dim=-1), torch.cat([k[..., :-width], b], dim=-1)
+
+
+def rounded(q, k, cos, sin, unsqueeze_dim=1):
+    a, b = plain(q, k, cos, sin, unsqueeze_dim)
+    return a.to(q.dtype), b.to(k.dtype)
+
+
+def chunked(q, k, cos, sin, unsqueeze_dim=1):
+    def one(x):
+        first, second = x.chunk(2, dim=-1)
+        return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1)
+
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return one(q), one(k)
+
+
+def interleaved(q, k, cos, sin, unsqueeze_dim=1):
+    def turn(x):
+        return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
+
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * cos + turn(q) * sin, k * cos + turn(k) * sin
+
+
+@pytest.mark.parametrize(
+    ("function", "op", "chosen"),
+    [
+        (plain, "rotary", ("half", "full", "promoted", "all")),
+        (partial, "rotary", ("half", "full", "promoted", "first")),
+        (rounded, "rotary", ("half", "full", "result", "all")),
+        (chunked, "rotary", ("half", "half", "promoted", "all")),
+        (interleaved, "rotary", ("interleaved", "full", "promoted", "all")),
+        (vision, "rotary_vision", ("half", "full", "float32", "all")),
+    ],
+)
+def test_layouts_of_rotary(function, op, chosen):
+    answer = answer_for(function)
+    assert answer is not None
+    assert answer.op == op
+    assert tuple(value for _, value in answer.options) == chosen
+
+
+def test_part_that_is_turned_matters():
+    assert answer_for(partial_in_a_way_nobody_knows) is None

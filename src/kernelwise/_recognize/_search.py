@@ -69,7 +69,6 @@ ROUNDS = (
     Round((11, 13), Widths(F16, F16)),
     Round((11, 13), Widths(BF16, BF16, F32)),
 )
-FUNCTION_ROUNDS = tuple(r for r in ROUNDS if len(r.lead) == 2 and r.widths.leaves is None)
 _DEFAULT_SIZES = {"B": 11, "S": 13, "H": 34, "I": 58, "D": 46, "R": 28, "Hq": 3, "Hk": 5}
 
 
@@ -286,7 +285,7 @@ class _TracedFunction:
         found = _compare(op, variant, fixed, graph, FIRST, None)
         if found is None:
             return ""
-        problem = _prove(op, variant, fixed, candidate, found.roles, FUNCTION_ROUNDS)
+        problem = _prove(op, variant, fixed, candidate, found.roles, ROUNDS)
         if problem is None and ("part", "all") in variant.options and self._takes_a_part(arguments, variant, fixed):
             problem = f"is {op.name} {dict(variant.options)}, but also turns a part of the elements"
         return dict(found.roles) if problem is None else problem
@@ -402,7 +401,7 @@ def forget_references() -> None:
 
 
 def _sizes(at: Round, variant: Variant, fixed: dict[str, int]) -> dict[str, Any]:
-    return {**_DEFAULT_SIZES, "B": at.batch, "S": at.length, **dict(variant.options), **fixed}
+    return {**_DEFAULT_SIZES, "lead": at.lead, "B": at.batch, "S": at.length, **dict(variant.options), **fixed}
 
 
 def _dtype(role: Role, at: Round) -> torch.dtype:
@@ -448,7 +447,9 @@ def _prove(
             continue
         try:
             graph = candidate.graph(at)
-        except Untraceable:
+        except Untraceable as reason:
+            if op.any_rank:
+                return f"is {op.name} in some shapes, but not on {len(at.lead)} leading dimensions: {reason}"
             continue  # it cannot be called this way, so nothing is lost there
         if _compare(op, variant, fixed, graph, at, roles) is None:
             a, p = (str(d).removeprefix("torch.") for d in (at.widths.activations, at.widths.parameters))

@@ -56,6 +56,7 @@ class Operation:
     choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     forms: tuple[Callable[..., Any], ...] = ()
     function: bool = False  # a function that a forward calls through its globals, not a module
+    any_rank: bool = False  # inputs may have any number of leading dimensions, and a layer must take them all
 
     def layer_name(self, options: tuple[tuple[str, Scalar], ...]) -> str | None:
         """The name of the most specific entry of `layer_names` whose options all hold."""

@@ -91,7 +91,7 @@ def _rotary_one_repeated_late(x: Tensor, cos: Tensor, sin: Tensor, *, unsqueeze_
 
 
 def rotary_vision(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
-    """Return q and k [S, H, D] turned by cos and sin [S, D]; the options are those of `rotary_one`."""
+    """Return q and k [..., H, D] turned by cos and sin [..., D]; the options are those of `rotary_one`."""
     return rotary(q, k, cos, sin, unsqueeze_dim=-2, **options)
 
 
@@ -117,9 +117,13 @@ def _heads(name: str) -> Any:
     return shape
 
 
+def _width(n: Mapping[str, Any]) -> int:
+    width: int = n["R"] if n.get("part") == "first" else n["D"]
+    return width // 2 if n.get("angles") == "half" else width
+
+
 def _angles(n: Mapping[str, Any]) -> Shape:
-    width = n["R"] if n.get("part") == "first" else n["D"]
-    return (n["B"], n["S"], width // 2 if n.get("angles") == "half" else width)
+    return (n["B"], n["S"], _width(n))
 
 
 def _variants(*rows: tuple[str, str, str, str]) -> tuple[Variant, ...]:
@@ -180,10 +184,10 @@ ROTARY_VISION = Operation(
     name="rotary_vision",
     reference=rotary_vision,
     roles=(
-        Role("q", "argument", lambda n: (n["S"], n["Hq"], n["D"])),
-        Role("k", "argument", lambda n: (n["S"], n["Hk"], n["D"])),
-        Role("cos", "argument", lambda n: (n["S"], n["D"]), follows="parameters"),
-        Role("sin", "argument", lambda n: (n["S"], n["D"]), follows="parameters"),
+        Role("q", "argument", lambda n: (*n["lead"], n["Hq"], n["D"])),
+        Role("k", "argument", lambda n: (*n["lead"], n["Hk"], n["D"])),
+        Role("cos", "argument", lambda n: (*n["lead"], _width(n)), follows="parameters"),
+        Role("sin", "argument", lambda n: (*n["lead"], _width(n)), follows="parameters"),
     ),
     variants=_variants(
         ("half", "full", "float32", "all"), ("half", "full", "promoted", "all"), ("half", "full", "result", "all")
@@ -191,6 +195,7 @@ ROTARY_VISION = Operation(
     operators=(("mul",), ("cat",)),
     layer_names={(): "rotary_pos_emb_vision"},
     function=True,
+    any_rank=True,
 )
 
 ROTARY_COMPLEX = Operation(
