@@ -16,6 +16,7 @@ from typing import Any
 from torch import nn
 
 from kernelwise._data import Recognition
+from kernelwise._recognize._explain import NearMiss, near_miss
 from kernelwise._recognize._memory import Entry, global_names, is_library, plain_function
 from kernelwise._recognize._search import Finding, find_function, find_module, forget_references
 from kernelwise._recognize._trace import Reads, Untraceable, innermost_forward
@@ -116,4 +117,4 @@ def _known(entry: Entry) -> Recognition | Unknown:
     return answer
 
 
-__all__ = ["Unknown", "plain_function", "recognize", "recognize_functions"]
+__all__ = ["NearMiss", "Unknown", "near_miss", "plain_function", "recognize", "recognize_functions"]

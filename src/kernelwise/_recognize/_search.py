@@ -137,6 +137,24 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
     return Finding(None, near or "no known operation has this graph", str(graph), reads)
 
 
+def first_graph(module: nn.Module, *, training: bool | None) -> tuple[Graph, int]:
+    """Return the graph of a module's first trace, and how many tensors it was given. Raises `Untraceable`."""
+    forward = innermost_forward(module)
+    needed, optional = _tensor_arguments(forward)
+    graph = _first_trace(module, forward, (*needed, *optional), Reads(), training)[1]
+    return graph, len(needed) + len(optional)
+
+
+def reference_graphs(num_arguments: int) -> Iterator[tuple[Operation, Variant, Graph]]:
+    """Every variant of every operation of modules that takes so many tensors, with its graph at sizes of its own."""
+    for op in OPERATIONS.values():
+        if not op.function and len(_arguments(op)) == num_arguments:
+            for variant in op.variants:
+                graph = _reference_graph(op.name, op.reference, variant, (), FIRST, None)
+                if isinstance(graph, Graph):
+                    yield op, variant, graph
+
+
 def _arguments(op: Operation) -> list[Role]:
     return [role for role in op.roles if role.kind == "argument"]
 
