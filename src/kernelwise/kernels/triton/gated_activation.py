@@ -52,15 +52,15 @@ def _activate(x, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
-def _place(FLAT: tl.constexpr, BLOCK: tl.constexpr):
-    """The row and the offsets in it that this program handles; rows are on the grid's long axis."""
-    if FLAT:
+def _place(BLOCK: tl.constexpr, BLOCKS: tl.constexpr):
+    """The row and the offsets in it that this program handles; neighbouring programs take neighbouring memory."""
+    program = tl.program_id(0).to(tl.int64)
+    if BLOCKS == 0:  # one long row
         row = tl.zeros([], dtype=tl.int64)
-        block = tl.program_id(0).to(tl.int64)
     else:
-        row = tl.program_id(0).to(tl.int64)
-        block = tl.program_id(1).to(tl.int64)
-    return row, block * BLOCK + tl.arange(0, BLOCK)
+        row = program // BLOCKS
+        program = program % BLOCKS
+    return row, program * BLOCK + tl.arange(0, BLOCK)
 
 
 @triton.jit
@@ -88,13 +88,13 @@ def _forward_kernel(
     gate_stride,
     up_stride,
     ACTIVATION: tl.constexpr,
-    FLAT: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    # `size` is the number of elements (flat) or of columns, in units, as the strides of rows are.
-    row, offsets = _place(FLAT, BLOCK)
+    # `size` is the number of all elements or, by rows (BLOCKS of them each), of columns; in units, as the strides are.
+    row, offsets = _place(BLOCK, BLOCKS)
     size = tl.full([], size, tl.int64) * UNIT
     inside = offsets < size
     gate = _load(gate_ptr, row * (gate_stride * UNIT) + offsets, inside, EXACT)
@@ -115,12 +115,12 @@ def _backward_kernel(
     gate_stride,
     up_stride,
     ACTIVATION: tl.constexpr,
-    FLAT: tl.constexpr,
     UNIT: tl.constexpr,
     BLOCK: tl.constexpr,
+    BLOCKS: tl.constexpr,
     EXACT: tl.constexpr,
 ):
-    row, offsets = _place(FLAT, BLOCK)
+    row, offsets = _place(BLOCK, BLOCKS)
     size = tl.full([], size, tl.int64) * UNIT
     inside = offsets < size
     dy = _load(dy_ptr, row * (dy_stride * UNIT) + offsets, inside, EXACT)
@@ -157,7 +157,7 @@ def _launch(
     counted = isinstance(total, int)
     few = counted and total <= 1 << 20
     if flat:
-        size, width = total, 0
+        size, width, num_rows = total, 0, 1
         strides = _NO_STRIDES[len(inputs)]
         unit = 1 if total % 16 else 16
         block = 512 if few or not counted or total > 1 << 24 else 1024
@@ -166,6 +166,7 @@ def _launch(
         size = width = int(first.shape[-1])
         inputs = tuple([rows_of(tensor) for tensor in inputs])
         strides = tuple([tensor.stride(0) for tensor in inputs])
+        num_rows = inputs[0].shape[0]
         unit = unit_of(size, *strides)
         block = 512 if few else 2048
         exact = width % block == 0
@@ -175,14 +176,17 @@ def _launch(
         check(first.dtype in DTYPES, lambda: f"gated_activation takes float32, bfloat16 or float16, not {first.dtype}")
         check(activation in ACTIVATIONS, lambda: f"activation is one of {', '.join(ACTIVATIONS)}, not {activation!r}")
         launcher = launchers[key] = Launcher(
-            kernel, block, ACTIVATION=activation, FLAT=flat, UNIT=unit, BLOCK=block, EXACT=exact, num_warps=4
+            kernel,
+            block,
+            ACTIVATION=activation,
+            UNIT=unit,
+            BLOCK=block,
+            BLOCKS=0 if flat else -(-width // block),
+            EXACT=exact,
+            num_warps=4,
         )
-    blocks = (size + block - 1) // block
-    if flat:
-        launcher(blocks, 1, inputs + outputs, (size // unit, *strides), traced)
-    else:
-        numbers = (size // unit, *[stride // unit for stride in strides])
-        launcher(inputs[0].shape[0], blocks, inputs + outputs, numbers, traced)
+    numbers = (size // unit, *[stride // unit for stride in strides])
+    launcher(num_rows * ((size + block - 1) // block), 1, inputs + outputs, numbers, traced)
 
 
 def _forward(gate: torch.Tensor, up: torch.Tensor, activation: str, traced: Any = None) -> torch.Tensor:

@@ -39,6 +39,7 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Backward with programs of two kinds: as long as the rows and their gradients stay in the second-level cache.
 _FEW_ROWS = 4096
+_FEW_WIDTH = 8192
 _FEW_BYTES = 32 << 20
 _MANY_ROWS = 8192  # a program for each multiprocessor up to here, then more of them
 _SHARED_BYTES = {"sm_90": 160 << 10, "sm_100": 160 << 10}  # for pipelined rows; elsewhere little is taken for granted
@@ -436,7 +437,8 @@ def _backward(
 def _few(num_rows: Any, x: torch.Tensor) -> bool:
     if not isinstance(num_rows, int):  # symbolic while compiling: no guard on the number of rows
         return False
-    return num_rows <= _FEW_ROWS and 2 * num_rows * x.shape[-1] * x.element_size() <= _FEW_BYTES
+    width = x.shape[-1]
+    return num_rows <= _FEW_ROWS and width <= _FEW_WIDTH and 2 * num_rows * width * x.element_size() <= _FEW_BYTES
 
 
 def _plain(x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float, cast: str) -> torch.Tensor:
