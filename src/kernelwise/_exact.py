@@ -36,7 +36,7 @@ def _widen(value: Any) -> Any:
     return value
 
 
-class _Float64Mode(TorchDispatchMode):
+class _Float64Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.view.dtype:  # looks at the bytes: another dtype would be another operation
@@ -59,7 +59,7 @@ def float64_mode() -> Iterator[None]:
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
     try:
-        with _Float64Mode():
+        with _Float64Mode():  # type: ignore[no-untyped-call]
             yield
     finally:
         torch.set_default_dtype(default)

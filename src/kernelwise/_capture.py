@@ -1,0 +1,167 @@
+"""Capture: one forward of the model → what each distinct layer was given.
+
+Layers alike (same code, options and shapes of weights) are captured once. What is kept is at most a number of rows of
+each tensor, with its strides; all samples together stay below a bound. The model is as it was afterwards.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernelwise import _apply
+from kernelwise._data import Decision, Kernel, KernelRef, Layer, Plan, Target
+from kernelwise._discover import globals_called, own_forward
+from kernelwise._inputs import Sample, axes
+from kernelwise._observe import memory_of
+
+MEMORY = 256 << 20
+ROWS = 32
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Decisions that one check can speak for: the first one, with all its paths and modes."""
+
+    decision: Decision
+    paths: tuple[str, ...]
+    modes: tuple[str, ...]
+
+
+def group(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
+    """Put together decisions of alike layers that have the same kernel; decisions without a kernel are left out."""
+    found: dict[tuple[Any, ...], list[Decision]] = {}
+    shapes: dict[str, tuple[Any, ...]] = {}
+    for decision in plan.decisions:
+        if decision.kernel is not None:
+            layer = decision.layer
+            if layer.path not in shapes:
+                shapes[layer.path] = () if layer.function else _signature(module_of(model, layer))
+            found.setdefault(
+                (layer.class_name, layer.function, layer.computes(decision.mode), decision.kernel, shapes[layer.path]),
+                [],
+            ).append(decision)
+    return tuple(
+        Group(
+            decisions[0],
+            tuple(dict.fromkeys(decision.layer.path for decision in decisions)),
+            tuple(dict.fromkeys(decision.mode for decision in decisions)),
+        )
+        for decisions in found.values()
+    )
+
+
+def module_of(model: nn.Module, layer: Layer) -> nn.Module:
+    """Return the module that a layer is, or whose forward calls it."""
+    return model.get_submodule(layer.path.rpartition(".")[0] if layer.function is not None else layer.path)
+
+
+def _signature(module: nn.Module) -> tuple[Any, ...]:
+    tensors = [*module.named_parameters(), *module.named_buffers()]
+    numbers = sorted((n, v) for n, v in vars(module).items() if isinstance(v, (int, float, str)) and n != "training")
+    return tuple((name, tuple(t.shape), t.dtype) for name, t in tensors), tuple(numbers)
+
+
+def capture(
+    model: nn.Module, groups: Sequence[Group], inputs: Any, *, memory: int = MEMORY, rows: int = ROWS
+) -> dict[str, Sample]:
+    """Run the model once on its inputs and return what the first layer of each group was given, by that layer's path.
+
+    Args:
+        inputs: a dict (called `model(**inputs)`), a tuple (`model(*inputs)`), or the one argument.
+        memory: the most bytes to keep in all; layers beyond it are left out.
+        rows: how many rows of each batch dimension to keep.
+    """
+    samples: dict[str, Sample] = {}
+    left = memory
+
+    def record(layer: Layer, module: nn.Module | None, own: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        nonlocal left
+        if layer.path in samples:
+            return
+        bound = inspect.signature(own).bind(*(args if layer.function or module is None else (module, *args)), **kwargs)
+        bound.apply_defaults()
+        names = {parameter.name for parameter in layer.signature}
+        arguments = {name: value for name, value in bound.arguments.items() if name in names}
+        cut = _cut_rows(arguments, layer, rows)
+        size = sum(memory_of(value).nbytes for value in cut.values() if isinstance(value, torch.Tensor))
+        if size <= left:
+            left -= size
+            samples[layer.path] = Sample({n: _kept(value) for n, value in cut.items()}, module, captured=True)
+
+    with ExitStack() as stack:
+        functions = []
+        for found in groups:
+            layer = found.decision.layer
+            if layer.function is not None:
+                functions.append(found)
+                continue
+            module = module_of(model, layer)
+            hook = _hook(record, layer, own_forward(module))
+            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+        if functions:
+            stack.enter_context(_recording(model, functions, record))
+        with torch.no_grad():
+            if isinstance(inputs, Mapping):
+                model(**inputs)
+            else:
+                model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+    return samples
+
+
+def _hook(record: Callable[..., None], layer: Layer, own: Callable[..., Any]) -> Callable[..., None]:
+    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+        record(layer, module, own, args, kwargs)
+
+    return before
+
+
+@contextmanager
+def _recording(model: nn.Module, groups: Sequence[Group], record: Callable[..., None]) -> Iterator[None]:
+    """Put functions that record and then call the layer's own into the forwards that call them, as kernels are put in."""
+    decisions = []
+    for found in groups:
+        layer = found.decision.layer
+        original = globals_called(own_forward(module_of(model, layer)))[layer.function or ""]
+        plain = type(original).forward.__get__(original) if isinstance(original, nn.Module) else original
+
+        def recorder(
+            self: Any, *args: Any, _layer: Layer = layer, _own: Any = plain, _run: Any = original, **kwargs: Any
+        ) -> Any:
+            record(_layer, None, _own, args, kwargs)
+            return _run(*args, **kwargs)
+
+        kernel = Kernel(
+            KernelRef("builtin", "", "recorder"), signature=layer.signature, can_torch_compile=True, function=recorder
+        )
+        mode = "training" if model.training else "inference"
+        decisions.append(replace(found.decision, kernel=kernel, mode=mode, asked_by="capture", rejected=()))
+    token = _apply.apply(model, Plan(Target(groups[0].decision.layer.device), tuple(decisions)))
+    try:
+        yield
+    finally:
+        _apply.remove(model, token=token)
+
+
+def _cut_rows(arguments: dict[str, Any], layer: Layer, rows: int) -> dict[str, Any]:
+    named = axes(layer.recognition or layer.recognition_in_training, arguments)
+    cut = dict(arguments)
+    for name, names in named.items():
+        for symbol, most in (("B", 2), ("S", rows)):
+            if symbol in names:
+                at = names.index(symbol)
+                cut[name] = cut[name].narrow(at, 0, min(most, cut[name].shape[at]))
+    return cut
+
+
+def _kept(value: Any) -> Any:
+    """Copy a tensor with its strides and what lies between its elements; the model may write to its memory later."""
+    if not isinstance(value, torch.Tensor):
+        return value
+    return memory_of(value).clone().as_strided(value.shape, value.stride())

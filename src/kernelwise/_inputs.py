@@ -1,0 +1,339 @@
+"""Inputs: a layer → the cases that a kernel for it is tried on.
+
+A sample is what one call of the layer was given, captured from the model or made for the layer's shapes. Cases are made
+from it: the same at other scales, with other weights, with other strides, with fewer and more rows, with NaN. Where the
+operation is known, there are also layers of other widths than the model's.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernelwise._data import Layer, Recognition
+from kernelwise._observe import Case, bare_copy
+from kernelwise.ops import OPERATIONS, Role
+
+SCALES = (1e-3, 1e-2, 1e2)
+"""Besides 1. At 1e-3 the square of an input is as small as the usual epsilon, so that a wrong epsilon shows."""
+
+_SIZES: tuple[dict[str, int], ...] = (
+    {"B": 5, "S": 11, "H": 2, "I": 3, "Hq": 1, "Hk": 1, "D": 2, "R": 2},
+    {"B": 1, "S": 5, "H": 7, "I": 5, "Hq": 3, "Hk": 1, "D": 6, "R": 4},
+    {"B": 3, "S": 1, "H": 33, "I": 65, "Hq": 5, "Hk": 5, "D": 34, "R": 18},
+    {"B": 2, "S": 7, "H": 100, "I": 12, "Hq": 2, "Hk": 2, "D": 100, "R": 50},
+    {"B": 1, "S": 3, "H": 577, "I": 129, "Hq": 7, "Hk": 1, "D": 130, "R": 66},
+    {"B": 1, "S": 2, "H": 2305, "I": 257, "Hq": 9, "Hk": 3, "D": 258, "R": 130},
+)
+_MANY_ROWS = {"B": 1, "S": 65_541, "H": 8, "I": 8, "Hq": 1, "Hk": 1, "D": 8, "R": 4}
+"""More rows than a grid of blocks has in its second dimension, and no multiple of anything."""
+
+_MADE = {"B": 3, "S": 7, "H": 64, "I": 96, "Hq": 4, "Hk": 2, "D": 64, "R": 32}
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Sample:
+    """What one call of a layer was given: the arguments of its forward by name, and the module (None for a function)."""
+
+    arguments: dict[str, Any]
+    module: nn.Module | None
+    captured: bool = False
+
+
+class _Symbols(dict[str, Any]):
+    """A number of its own for every size that a role's shape asks for: even, so that halves of them are whole."""
+
+    def __missing__(self, name: str) -> int:
+        self[name] = 2 * (1_000_003 + len(self))
+        return int(self[name])
+
+
+def axes(recognition: Recognition | None, arguments: Mapping[str, Any]) -> dict[str, tuple[str, ...]]:
+    """Return for each tensor argument the names of its dimensions ("B", "S", "H" ...); "" where a dimension has none.
+
+    Of an operation that is not known, with a single tensor, the last dimension is "H" and those before it are rows.
+    """
+    tensors = {name: value for name, value in arguments.items() if isinstance(value, torch.Tensor)}
+    if recognition is None:
+        if len(tensors) != 1 or any(isinstance(value, (tuple, list)) for value in arguments.values()):
+            return {}
+        return {name: _fitted(("B", "S", "H"), tensor.dim()) for name, tensor in tensors.items()}
+    symbols = _Symbols(_options(recognition, arguments))
+    found = {}
+    for role, name in _argument_roles(recognition):
+        if name in tensors:
+            shape = role.shape(symbols)
+            names = {size: symbol for symbol, size in symbols.items() if isinstance(size, int) and size > 1_000_000}
+            found[name] = _fitted(tuple(names.get(size, "") for size in shape), tensors[name].dim())
+    return found
+
+
+def _fitted(names: tuple[str, ...], dims: int) -> tuple[str, ...]:
+    """The names of the last dimensions; dimensions before those that a role has are rows like "B"."""
+    return names[len(names) - dims :] if dims <= len(names) else ("",) * (dims - len(names)) + names
+
+
+def _argument_roles(recognition: Recognition) -> Iterator[tuple[Role, str]]:
+    bound = dict(recognition.roles)
+    for role in OPERATIONS[recognition.op].roles:
+        binding = bound.get(role.name)
+        if binding is not None and binding.kind == "argument":
+            yield role, str(binding.value)
+
+
+def _options(recognition: Recognition, arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """The options of an operation, with the choices (`unsqueeze_dim`) that are arguments or constants."""
+    chosen = dict(recognition.options)
+    for name, binding in recognition.roles:
+        if name in OPERATIONS[recognition.op].choices:
+            chosen[name] = arguments.get(str(binding.value)) if binding.kind == "argument" else binding.value
+    return chosen
+
+
+def cases(layer: Layer, sample: Sample, mode: str, *, generator: torch.Generator) -> Iterator[Case]:
+    """Yield every case for a layer, the most telling first.
+
+    The first is the sample as it is, run twice over for what only shows at a second call.
+    """
+    found = layer.computes(mode)
+    named = axes(found, sample.arguments)
+    given, module = sample.arguments, sample.module
+    yield Case("as given", given, module, repeat=True)
+    for scale in SCALES:
+        yield Case(f"scale {scale:g}", _scaled(given, found, scale), module, poisoned=True)
+    if module is not None and any(True for _ in module.parameters()):
+        other = bare_copy(module, lambda tensor: _random_weight(tensor, generator))
+        yield Case("random weights", given, other, poisoned=True)
+        yield Case("only weights need gradients", given, module, grad="weights")
+    yield Case("only inputs need gradients", given, module, grad="inputs")
+    yield Case("no gradients", given, module, grad="none", poisoned=True)
+    tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
+    if any(not tensor.is_contiguous() for tensor in tensors):
+        yield Case("contiguous inputs", _mapped(given, torch.Tensor.contiguous), module, poisoned=True)
+    yield Case("inputs with gaps", _mapped(given, _with_gaps), module, poisoned=True)
+    yield Case("transposed inputs", _mapped(given, _transposed), module, poisoned=True)
+    if any("S" in names or "B" in names for names in named.values()):
+        yield Case("one row", _cut(given, named, {"B": 1, "S": 1}), module, poisoned=True)
+        yield Case("odd number of rows", _cut(given, named, {"B": 1, "S": 3}), module, poisoned=True)
+        yield Case("no rows", _cut(given, named, {"S": 0} if _has(named, "S") else {"B": 0}), module)
+    yield Case("NaN and infinity", _with_specials(given, found), module, grad="none")
+    yield Case("second gradients", given, module, second=True)
+    if found is not None:
+        for sizes in (*_SIZES, _MANY_ROWS):
+            resized = resize(layer, sample, found, sizes, generator)
+            if resized is not None:
+                what = "many rows" if sizes is _MANY_ROWS else f"width {sizes['D'] if module is None else sizes['H']}"
+                yield Case(what, resized.arguments, resized.module, poisoned=sizes is not _MANY_ROWS)
+
+
+def batch_slice(layer: Layer, sample: Sample, mode: str) -> tuple[Case, int] | None:
+    """Return the first row of a sample as a case of its own, and the dimension that was cut; None where none can be."""
+    named = axes(layer.computes(mode), sample.arguments)
+    for name, names in named.items():
+        for symbol in ("B", "S"):
+            if symbol in names and sample.arguments[name].shape[names.index(symbol)] > 1:
+                cut = _cut(sample.arguments, named, {symbol: 1})
+                return Case("first row alone", cut, sample.module, grad="none"), names.index(symbol)
+    return None
+
+
+def _has(named: Mapping[str, tuple[str, ...]], symbol: str) -> bool:
+    return any(symbol in names for names in named.values())
+
+
+def _mapped(arguments: Mapping[str, Any], change: Any) -> dict[str, Any]:
+    return {n: change(v) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
+
+
+def _scaled(arguments: Mapping[str, Any], recognition: Recognition | None, scale: float) -> dict[str, Any]:
+    """Multiply what is activations: angles and factors of other kinds keep their range."""
+    names = set(arguments)
+    if recognition is not None:
+        names = {name for role, name in _argument_roles(recognition) if role.follows == "activations"}
+    return {
+        name: _times(value, scale) if name in names and isinstance(value, torch.Tensor) else value
+        for name, value in arguments.items()
+    }
+
+
+def _times(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+    if not tensor.is_floating_point():
+        return tensor
+    scaled = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
+    scaled.copy_(tensor * scale)
+    return scaled
+
+
+def _random_weight(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Weights that are nothing special: norms within +-1.5, matrices that keep the size of what they multiply."""
+    if not tensor.is_floating_point():
+        return tensor.clone()
+    if tensor.dim() < 2:
+        return (torch.rand(tensor.shape, generator=generator) * 3 - 1.5).to(tensor)
+    weights: torch.Tensor = torch.randn(tensor.shape, generator=generator) * float(max(tensor.shape[-1], 1)) ** -0.5
+    return weights.to(tensor)
+
+
+def _with_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values as a slice of wider rows, with unit last stride and numbers of others between the rows."""
+    if tensor.dim() == 0:
+        return tensor
+    wide = torch.full((*tensor.shape[:-1], tensor.shape[-1] + 3), 9.0, device=tensor.device).to(tensor.dtype)
+    view: torch.Tensor = wide[..., 1:-2]
+    view.copy_(tensor)
+    return view
+
+
+def _transposed(tensor: torch.Tensor) -> torch.Tensor:
+    """The same values with the last two dimensions exchanged in memory, so that the last stride is not 1."""
+    return tensor.transpose(-1, -2).contiguous().transpose(-1, -2) if tensor.dim() > 1 else tensor
+
+
+def _cut(
+    arguments: Mapping[str, Any], named: Mapping[str, tuple[str, ...]], sizes: Mapping[str, int]
+) -> dict[str, Any]:
+    """Cut dimensions to at most some sizes, as views. A dimension of 1 that stands for all (cos of all rows) stays 1."""
+    cut = dict(arguments)
+    full = {s: max((arguments[n].shape[a.index(s)] for n, a in named.items() if s in a), default=0) for s in sizes}
+    for name, names in named.items():
+        for symbol, size in sizes.items():
+            if symbol in names and cut[name].shape[names.index(symbol)] == full[symbol]:
+                cut[name] = cut[name].narrow(names.index(symbol), 0, min(size, full[symbol]))
+    return cut
+
+
+def _with_specials(arguments: Mapping[str, Any], recognition: Recognition | None) -> dict[str, Any]:
+    """Put a NaN, an infinity and a large number into three places of the first activation, each in a row of its own."""
+    changed = dict(arguments)
+    for name, value in arguments.items():
+        if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
+            copied = _times(value, 1.0)
+            flat = [torch.unravel_index(torch.tensor(at), copied.shape) for at in _places(copied)]
+            for place, special in zip(flat, (float("nan"), float("inf"), -float("inf")), strict=False):
+                copied[place] = special
+            changed[name] = copied
+            break
+    return changed
+
+
+def _places(tensor: torch.Tensor) -> list[int]:
+    width = tensor.shape[-1] if tensor.dim() else 1
+    num_rows = tensor.numel() // width
+    return [row * width + width // 2 for row in (0, num_rows // 2, num_rows - 1)][: max(1, min(3, num_rows))]
+
+
+def resize(
+    layer: Layer, sample: Sample, recognition: Recognition, sizes: Mapping[str, int], generator: torch.Generator
+) -> Sample | None:
+    """Return a sample of the same layer at other sizes, with random weights; None where it cannot be rebuilt."""
+    n: dict[str, Any] = {**sizes, **_options(recognition, sample.arguments)}
+    first = next((v for v in sample.arguments.values() if isinstance(v, torch.Tensor)), None)
+    dtype, device = (first.dtype, first.device) if first is not None else (torch.float32, torch.device("cpu"))
+    arguments = dict(sample.arguments)
+    try:
+        for role, name in _argument_roles(recognition):
+            known = sample.arguments.get(name)
+            kind = known.dtype if isinstance(known, torch.Tensor) else dtype
+            arguments[name] = _values(role, role.shape(n), kind, device, generator)
+        if sample.module is None:
+            return Sample(arguments, None)
+        module = bare_copy(sample.module, torch.Tensor.clone)
+        for role in OPERATIONS[recognition.op].roles:
+            binding = dict(recognition.roles).get(role.name)
+            if binding is None or binding.kind not in ("attribute", "child"):
+                continue
+            if binding.kind == "child":
+                if type(module._modules[str(binding.value)]) is not nn.Linear:
+                    return None
+                module._modules[str(binding.value)] = _linear(role, n, module._modules[str(binding.value)], generator)
+            elif isinstance(parameter := module._parameters.get(str(binding.value)), torch.Tensor):
+                empty = torch.empty(role.shape(n), dtype=parameter.dtype, device=parameter.device)
+                module._parameters[str(binding.value)] = nn.Parameter(_random_weight(empty, generator))
+    except (KeyError, TypeError):  # a size that these do not have
+        return None
+    return Sample(arguments, module)
+
+
+def _linear(role: Role, n: Mapping[str, Any], found: Any, generator: torch.Generator) -> nn.Linear:
+    width_in = n["I"] if role.name == "down" else n["H"]
+    weight = found.weight
+    linear = nn.Linear(
+        width_in, role.shape(n)[-1], bias=found.bias is not None, device=weight.device, dtype=weight.dtype
+    )
+    for parameter in linear.parameters():
+        parameter.data = _random_weight(parameter.detach(), generator)
+    return linear
+
+
+def _values(
+    role: Role, shape: tuple[int, ...], dtype: torch.dtype, device: torch.device, generator: torch.Generator
+) -> torch.Tensor:
+    if role.follows == "complex":
+        return torch.polar(torch.ones(shape), torch.rand(shape, generator=generator) * 6.3).to(device)
+    if role.follows == "parameters":  # cosines and sines: general, the second half need not repeat the first
+        return (torch.rand(shape, generator=generator) * 2 - 1).to(device, dtype)
+    values = torch.randn(shape, generator=generator).to(device, dtype)
+    # Heads that stand before the sequence are in models a transposed view of [B, S, heads, D].
+    is_view = role.name in ("q", "k", "x") and len(shape) == 4
+    return values.transpose(1, 2).contiguous().transpose(1, 2) if is_view else values
+
+
+def make_sample(
+    layer: Layer, module: nn.Module | None, mode: str, *, device: torch.device, generator: torch.Generator
+) -> Sample | None:
+    """Make inputs for a layer from its operation and the shapes of its weights; None where they cannot be told."""
+    found = layer.computes(mode)
+    dtype = getattr(torch, layer.dtypes[0]) if layer.dtypes else torch.float32
+    if found is None:
+        required = [p for p in layer.signature if not p.has_default and not p.kind.startswith("var_")]
+        if len(required) != 1 or module is None:
+            return None
+        width = next((p.shape[-1] for p in module.parameters() if p.dim()), _MADE["H"])
+        x = torch.randn(_MADE["B"], _MADE["S"], width, generator=generator).to(device, dtype)
+        return Sample({required[0].name: x}, module)
+    sizes = {**_MADE, **_sizes_of(found, module)}
+    n: dict[str, Any] = {**sizes, **{name: values[0] for name, values in OPERATIONS[found.op].choices.items()}}
+    n |= {k: v for k, v in _options(found, {}).items() if v is not None}
+    arguments = {name: _values(role, role.shape(n), dtype, device, generator) for role, name in _argument_roles(found)}
+    return Sample(arguments, module)
+
+
+def _sizes_of(recognition: Recognition, module: nn.Module | None) -> dict[str, int]:
+    """Read the sizes of an operation off the weights of a module."""
+    sizes: dict[str, int] = {}
+    if module is None:
+        return sizes
+    bound = dict(recognition.roles)
+    for role in OPERATIONS[recognition.op].roles:
+        binding = bound.get(role.name)
+        if binding is None or binding.kind not in ("attribute", "child"):
+            continue
+        value = getattr(module, str(binding.value), None)
+        symbols = _Symbols(dict(recognition.options))
+        if binding.kind == "child":
+            weight = (
+                next((p for p in value.parameters() if p.dim() == 2), None) if isinstance(value, nn.Module) else None
+            )
+            if weight is not None:
+                out, into = reversed(weight.shape) if type(value).__name__ == "Conv1D" else weight.shape
+                wanted = role.shape(symbols)[-1]
+                names = {size: name for name, size in symbols.items() if isinstance(size, int)}
+                for parts in (1, 2):  # gate and up in one
+                    if wanted / parts in names:
+                        sizes.setdefault(names[wanted // parts], out // parts)
+                sizes.setdefault("I" if role.name == "down" else "H", into)
+        elif isinstance(value, torch.Tensor):
+            for size, wanted in zip(value.shape, role.shape(symbols), strict=False):
+                names = {number: name for name, number in symbols.items() if isinstance(number, int)}
+                if wanted in names:
+                    sizes[names[wanted]] = size
+    return sizes
+
+
+def with_defaults(sample: Sample, defaults: Mapping[str, Any]) -> Sample:
+    """Return a sample with a value for every parameter of the forward."""
+    return replace(sample, arguments={**defaults, **sample.arguments})

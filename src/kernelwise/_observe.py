@@ -1,0 +1,321 @@
+"""Observe: run a layer's own code or a kernel once on a case and note everything that can be seen from outside.
+
+The same function observes the layer's own code, that code in float64, and the kernel, here or in the worker. It judges
+nothing; `_verify` compares what was noted.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_flatten
+
+from kernelwise._data import Binding, Kernel, Layer, Parameter
+from kernelwise._discover import STATE
+from kernelwise._exact import NARROW_DTYPES, float64_mode
+from kernelwise._signature import bind, source
+
+Call = Callable[..., Any]
+"""`call(module, **arguments)`: the layer's own code or a kernel, with a copy of the module and the forward's arguments."""
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Case:
+    """What a kernel is tried on: the arguments of the forward by name, and the module whose weights it reads.
+
+    `grad` says which leaves need a gradient. `repeat` runs forward and backward once more without clearing the gradients,
+    `second` takes second gradients, `poisoned` fills new memory with NaN, `how` wraps the call.
+    """
+
+    name: str
+    arguments: dict[str, Any]
+    module: nn.Module | None
+    grad: Literal["all", "inputs", "weights", "none"] = "all"
+    repeat: bool = False
+    second: bool = False
+    poisoned: bool = False
+    how: Literal["eager", "compile", "cuda graph"] = "eager"
+
+
+@dataclass(slots=True)
+class Observed:
+    """What one call gave and did. Gradients are by the name of their leaf; `None` where there is none."""
+
+    outputs: list[torch.Tensor] = field(default_factory=list)
+    structure: str = ""
+    requires_grad: list[bool] = field(default_factory=list)
+    layouts: list[str] = field(default_factory=list)
+    gradients: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    second: dict[str, torch.Tensor | None] = field(default_factory=dict)
+    no_second: str = ""
+    overwritten: list[str] = field(default_factory=list)
+
+
+def own_call(layer: Layer, own: Callable[..., Any]) -> Call:
+    """Return the call of the layer's own code: a class's forward, or the function that a forward calls."""
+    _, passed = source(layer.signature)
+    return _function(layer.signature, passed if layer.function is not None else f"_module, {passed}", own)
+
+
+def kernel_call(layer: Layer, kernel: Kernel, mode: str) -> Call:
+    """Return the call of a kernel for a layer, without any guard: what it does is what is to be seen."""
+    assert kernel.function is not None
+    found = layer.computes(mode) if kernel.op is not None else None
+    if found is None:
+        passed, _ = bind(layer.signature, kernel.signature)
+        return _function(layer.signature, f"_module, {passed}", kernel.function)
+    taken = {p.name for p in kernel.signature}
+    passed = ", ".join(
+        [f"{role}={_expression(binding)}" for role, binding in found.roles if not taken or role in taken]
+        + [f"{name}={value!r}" for name, value in found.options if not taken or name in taken]
+    )
+    return _function(layer.signature, passed, kernel.function)
+
+
+def _expression(binding: Binding) -> str:
+    if binding.kind == "argument":
+        return str(binding.value)
+    return f"_module.{binding.value}" if binding.kind in ("attribute", "child") else repr(binding.value)
+
+
+def _function(parameters: Sequence[Parameter], passed: str, function: Callable[..., Any]) -> Call:
+    namespace: dict[str, Any] = {"_function": function}
+    names = "".join(f", {p.name}" for p in parameters)
+    exec(f"def call(_module{names}):\n    return _function({passed})", namespace)
+    call: Call = namespace["call"]
+    return call
+
+
+def bare_copy(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
+    """Return a copy of a module tree with converted parameters and buffers, without hooks and without replaced forwards."""
+    memo: dict[int, nn.Module] = {}
+
+    def copied(found: nn.Module) -> nn.Module:
+        if id(found) in memo:
+            return memo[id(found)]
+        new = memo[id(found)] = found.__class__.__new__(found.__class__)
+        left_out = (STATE, "forward", "_old_forward", "_hf_hook", "__reduce_ex__", "__deepcopy__")
+        for name, value in found.__dict__.items():
+            if name not in left_out:
+                new.__dict__[name] = OrderedDict() if name.endswith("_hooks") and isinstance(value, dict) else value
+        new.__dict__["_parameters"] = {
+            name: None if p is None else nn.Parameter(convert(p.detach()), requires_grad=p.requires_grad)
+            for name, p in found._parameters.items()
+        }
+        new.__dict__["_buffers"] = {n: None if b is None else convert(b.detach()) for n, b in found._buffers.items()}
+        new.__dict__["_modules"] = {n: None if m is None else copied(m) for n, m in found._modules.items()}
+        return new
+
+    return copied(module)
+
+
+class _Given:
+    """The tensors of a case, copied with their strides and the memory between their elements; sees writes to either."""
+
+    def __init__(self, case: Case, *, wide: bool) -> None:
+        self.memories: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+        self.leaves: dict[str, torch.Tensor] = {}
+        self.arguments = {name: self._value(name, value, case, wide) for name, value in case.arguments.items()}
+        self.module: nn.Module | None = None
+        if case.module is not None:
+            self.module = bare_copy(case.module, lambda tensor: _wide(tensor) if wide else tensor.clone())
+            originals = dict(case.module.named_parameters()) | dict(case.module.named_buffers())
+            for name, parameter in self.module.named_parameters():
+                floating = parameter.is_floating_point()
+                parameter.requires_grad_(floating and case.grad in ("all", "weights"))
+                if parameter.requires_grad:
+                    self.leaves[name] = parameter
+                self.memories[name] = (parameter.detach(), originals[name].detach())
+            self.memories |= {n: (b, originals[n]) for n, b in self.module.named_buffers()}
+
+    def _value(self, name: str, value: Any, case: Case, wide: bool) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(self._value(f"{name}.{index}", item, case, wide) for index, item in enumerate(value))
+        if not isinstance(value, torch.Tensor):
+            return value
+        before = memory_of(value)
+        memory = _wide(before) if wide else before.clone()
+        tensor = memory.as_strided(value.shape, value.stride())
+        if case.grad in ("all", "inputs") and (tensor.is_floating_point() or tensor.is_complex()):
+            self.leaves[name] = tensor.requires_grad_()
+        self.memories[name] = (memory, before)
+        return tensor
+
+    def overwritten(self) -> list[str]:
+        return [name for name, (now, before) in self.memories.items() if not _same_bits(now.detach(), before)]
+
+    def aliased(self, output: torch.Tensor) -> str | None:
+        if output.numel() == 0:
+            return None
+        where = output.untyped_storage().data_ptr()
+        return next((n for n, (m, _) in self.memories.items() if m.untyped_storage().data_ptr() == where), None)
+
+
+def memory_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return the memory that a strided tensor spans, gaps included, as one dimension."""
+    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
+    return tensor.detach().as_strided((extent if tensor.numel() else 0,), (1,), tensor.storage_offset())
+
+
+def _wide(tensor: torch.Tensor) -> torch.Tensor:
+    if tensor.is_complex():
+        return tensor.to(torch.complex128)
+    return tensor.to(torch.float64) if tensor.dtype in NARROW_DTYPES else tensor.clone()
+
+
+def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
+    one, other = one.contiguous().reshape(-1), other.contiguous().reshape(-1)
+    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+
+
+def observe(call: Call, case: Case, *, wide: bool = False) -> Observed:
+    """Run a call on fresh copies of a case's tensors. `wide` runs it in float64. Raises whatever the call raises."""
+    given = _Given(case, wide=wide)
+    if case.how == "compile":
+        torch._dynamo.reset()
+        call = torch.compile(call, fullgraph=True)
+    elif case.how == "cuda graph":
+        call = _in_cuda_graph(call)
+    torch.manual_seed(0)
+    with float64_mode() if wide else _poison() if case.poisoned else nullcontext():
+        seen = _run(call, case, given)
+    seen.overwritten = [] if wide else given.overwritten()
+    return seen
+
+
+def _run(call: Call, case: Case, given: _Given) -> Observed:
+    grad = case.grad != "none"
+    with torch.set_grad_enabled(grad):
+        found = call(given.module, **given.arguments)
+    leaves, spec = tree_flatten(found)
+    outputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
+    seen = Observed(
+        outputs=[output.detach().clone() for output in outputs],
+        structure=f"{spec}: {', '.join('tensor' if isinstance(v, torch.Tensor) else repr(v)[:80] for v in leaves)}",
+        requires_grad=[output.requires_grad for output in outputs],
+        layouts=[_layout(output, given) for output in outputs],
+    )
+    roots = [output for output in outputs if output.requires_grad]
+    if not grad or not given.leaves:
+        return seen
+    upstream = [_upstream(output, index) for index, output in enumerate(roots)]
+    if case.second:
+        _second(seen, roots, upstream, given.leaves)
+        return seen
+    if roots:
+        torch.autograd.backward(roots, upstream)
+        if case.repeat:
+            again = [v for v in tree_flatten(call(given.module, **given.arguments))[0] if isinstance(v, torch.Tensor)]
+            torch.autograd.backward([output for output in again if output.requires_grad], upstream)
+    seen.gradients = {name: leaf.grad for name, leaf in given.leaves.items()}
+    return seen
+
+
+def _second(
+    seen: Observed, roots: list[torch.Tensor], upstream: list[torch.Tensor], leaves: dict[str, torch.Tensor]
+) -> None:
+    """Note the gradients of a function of the gradients, or why there are none."""
+    inputs = list(leaves.values())
+    try:
+        first = torch.autograd.grad(roots, inputs, upstream, create_graph=True, allow_unused=True)
+        roots = [gradient for gradient in first if gradient is not None and gradient.requires_grad]
+        # Not torch.autograd.grad: asked for some leaves, it passes by the error that @once_differentiable has put there.
+        torch.autograd.backward(roots, [_upstream(gradient, 7 + index) for index, gradient in enumerate(roots)])
+        seen.second = {name: leaf.grad for name, leaf in leaves.items()}
+    except RuntimeError as error:
+        seen.no_second = str(error).split("\n")[0]
+
+
+def _upstream(output: torch.Tensor, seed: int) -> torch.Tensor:
+    """The same gradient for every contender: multiples of 1/64 within +-3, which every floating dtype holds exactly."""
+    generator = torch.Generator().manual_seed(seed)
+    values = torch.randint(-192, 193, output.shape, generator=generator)
+    return (values / 64).to(output.dtype).to(output.device)
+
+
+def _layout(output: torch.Tensor, given: _Given) -> str:
+    """Name what users of an output may rely on: contiguous, no two elements in one place, memory of its own."""
+    alias = given.aliased(output)
+    if alias is not None:
+        return f"shares memory with {alias}"
+    if any(size > 1 and stride == 0 for size, stride in zip(output.shape, output.stride(), strict=True)):
+        return "has several elements in one place"
+    return "contiguous" if output.is_contiguous() else "strided"
+
+
+@contextmanager
+def _poison() -> Iterator[None]:
+    """Fill memory that is allocated without being written with NaN, as PyTorch does for deterministic algorithms."""
+    deterministic, warn_only = (
+        torch.are_deterministic_algorithms_enabled(),
+        torch.is_deterministic_algorithms_warn_only_enabled(),
+    )
+    settings: Any = torch.utils.deterministic
+    filled = settings.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    settings.fill_uninitialized_memory = True
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
+        settings.fill_uninitialized_memory = filled
+
+
+def _in_cuda_graph(call: Call) -> Call:
+    """Capture a call in a CUDA graph, replay it, and give what the replay wrote."""
+
+    def replayed(module: nn.Module | None, **arguments: Any) -> Any:
+        stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # what is set up on first use must not be captured
+                call(module, **arguments)
+        torch.cuda.current_stream().wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            captured = call(module, **arguments)
+        for output in tree_flatten(captured)[0]:
+            if isinstance(output, torch.Tensor):
+                output.fill_(0)  # what the capture left there is no evidence
+        graph.replay()
+        torch.cuda.synchronize()
+        return captured
+
+    return replayed
+
+
+def growth(call: Call, case: Case, *, calls: int = 8) -> tuple[int, int]:
+    """Return by how many bytes the process grows while a call is made many times, and how many bytes the calls gave.
+
+    The smallest growth of three rounds after a warm-up: what grows once is a cache, what grows every time is a leak.
+    """
+    given = _Given(case, wide=False)
+    with torch.no_grad():
+        outputs = [v for v in tree_flatten(call(given.module, **given.arguments))[0] if isinstance(v, torch.Tensor)]
+        nbytes = sum(output.nbytes for output in outputs)
+        on_gpu = any(output.is_cuda for output in outputs)
+        del outputs
+        rounds = []
+        for _ in range(4):
+            before = _memory(on_gpu)
+            for _ in range(calls):
+                call(given.module, **given.arguments)
+            rounds.append(_memory(on_gpu) - before)
+    return min(rounds[1:]), nbytes * calls
+
+
+def _memory(on_gpu: bool) -> int:
+    if on_gpu:
+        torch.cuda.synchronize()
+        return torch.cuda.memory_allocated()
+    try:
+        with open("/proc/self/statm") as file:
+            return int(file.read().split()[1]) * 4096
+    except OSError:  # no such file on this system: nothing can be told
+        return 0

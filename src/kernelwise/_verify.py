@@ -1,0 +1,413 @@
+"""Verify: layer against kernel → checks. Nothing is put into the model.
+
+The layer's own code runs here, once as it is and once in float64; the kernel runs here if it is ours and in a worker if
+it is not. What both gave and did is compared, and the first thing that is wrong is the status of the case.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any, Protocol
+
+import torch
+from torch import nn
+
+from kernelwise._capture import Group, capture, group, module_of
+from kernelwise._data import Check, Checks, Decision, Kernel, Layer, Plan, Status
+from kernelwise._discover import globals_called, own_forward
+from kernelwise._errors import PlanError
+from kernelwise._exact import Deviation, deviation
+from kernelwise._inputs import Sample, batch_slice, cases, make_sample, with_defaults
+from kernelwise._observe import Case, Observed, growth, kernel_call, observe, own_call
+from kernelwise._worker import SECONDS, Worker, WorkerError, failure_of
+
+_FREE_TO_REFUSE = ("inputs with gaps", "transposed inputs", "width ")
+"""Cases that the model at hand does not have. A kernel may refuse them aloud; it may not compute them wrongly."""
+
+_OTHER_STRIDES = ("contiguous inputs", "inputs with gaps", "transposed inputs")
+"""Cases in which an output may be strided where the layer's own is contiguous: no user of it counts on that."""
+
+NOT_DETERMINISTIC = "results differ between calls"
+NOT_BATCH_INVARIANT = "a row's result depends on the batch"
+NO_SECOND = "no second gradients"
+NO_BACKWARD = "no backward"
+
+
+class _Runner(Protocol):
+    """Where a kernel runs: in this process, or in a worker. What it fails with is a `WorkerError`."""
+
+    def observe(self, case: Case) -> Observed: ...
+
+    def growth(self, case: Case) -> tuple[int, int]: ...
+
+
+class _Here:
+    """Runs a kernel in this process: for those that come with Kernelwise."""
+
+    def __init__(self, layer: Layer, kernel: Kernel, mode: str) -> None:
+        self._call = kernel_call(layer, kernel, mode)
+
+    def observe(self, case: Case) -> Observed:
+        try:
+            return observe(self._call, case)
+        except Exception as error:
+            raise failure_of(error) from error
+
+    def growth(self, case: Case) -> tuple[int, int]:
+        return growth(self._call, case)
+
+
+@dataclass(frozen=True, slots=True)
+class Options:
+    """How thorough a verification is. `seconds` and `memory` (bytes) limit each case in the worker."""
+
+    compile: bool = False
+    isolate: bool | None = None  # None: all but builtin kernels
+    seconds: float = SECONDS
+    memory: int = 8 << 30
+    seed: int = 0
+
+
+def own_code(module: nn.Module, layer: Layer) -> Callable[..., Any]:
+    """Return what a layer runs without us: its class's forward, or the function that a forward calls."""
+    forward = own_forward(module)
+    if layer.function is None:
+        return forward
+    called: Callable[..., Any] = globals_called(forward)[layer.function]
+    return called
+
+
+def defaults_of(own: Callable[..., Any]) -> dict[str, Any]:
+    """Return the default values of a forward's or a function's parameters, and nothing for `*args` and `**kwargs`."""
+    plain = type(own).forward if isinstance(own, nn.Module) else own
+    found: dict[str, Any] = {}
+    for parameter in inspect.signature(plain).parameters.values():
+        if parameter.kind is parameter.VAR_POSITIONAL:
+            found[parameter.name] = ()
+        elif parameter.kind is parameter.VAR_KEYWORD:
+            found[parameter.name] = {}
+        elif parameter.default is not parameter.empty:
+            found[parameter.name] = parameter.default
+    return found
+
+
+def check_kernel(
+    decision: Decision,
+    own: Callable[..., Any],
+    sample: Sample,
+    *,
+    paths: Sequence[str] = (),
+    modes: Sequence[str] = (),
+    options: Options = Options(),
+) -> Iterator[Check]:
+    """Yield a check for every case of one layer and the kernel decided for it, as each is done.
+
+    `own` is what `own_code` returns. After the process that runs the kernel has died, no further case is tried.
+    """
+    kernel = decision.kernel
+    assert kernel is not None
+    sample = with_defaults(sample, defaults_of(own))
+    base = Check(
+        layer=decision.layer.path,
+        paths=tuple(paths) or (decision.layer.path,),
+        kernel=str(kernel.ref),
+        modes=tuple(modes) or (decision.mode,),
+        case="",
+        status="passed",
+        content_hash=kernel.content_hash,
+    )
+    isolate = options.isolate if options.isolate is not None else kernel.ref.scheme != "builtin"
+    if not isolate:
+        yield from _all_cases(_Here(decision.layer, kernel, decision.mode), decision, own, sample, base, options)
+        return
+    with Worker(decision.layer, kernel, decision.mode, seconds=options.seconds, memory=options.memory) as worker:
+        yield from _all_cases(worker, decision, own, sample, base, options)
+
+
+def _all_cases(
+    runner: _Runner, decision: Decision, own: Callable[..., Any], sample: Sample, base: Check, options: Options
+) -> Iterator[Check]:
+    kernel, layer = decision.kernel, decision.layer
+    assert kernel is not None
+    call = own_call(layer, own)
+    generator = torch.Generator().manual_seed(options.seed)
+    for index, case in enumerate(cases(layer, sample, decision.mode, generator=generator)):
+        if not kernel.has_backward and case.grad != "none":
+            case = _without_gradients(case)
+            if case.name == "second gradients" or case.name.startswith("only"):
+                continue
+        check = _one_case(runner, call, case, base, repeated=index == 0)
+        if index == 0 and not kernel.has_backward:
+            check = replace(check, marks=(*check.marks, NO_BACKWARD))
+        yield check
+        if check.status in ("crashed", "exited", "timed_out", "out_of_memory", "load_failed"):
+            return
+    yield from _properties(runner, layer, sample, decision.mode, base)
+    for how in _ways(kernel, sample, options):
+        case = Case(how, sample.arguments, sample.module, grad="none", how=how)  # type: ignore[arg-type]
+        check = _one_case(runner, call, case, base)
+        if check.status in ("raised", "wrong_values"):
+            said: Status = "does_not_compile" if how == "compile" else "no_cuda_graph"
+            check = replace(check, status=said)
+        yield check
+
+
+def _ways(kernel: Kernel, sample: Sample, options: Options) -> Iterator[str]:
+    if options.compile and kernel.can_torch_compile:
+        yield "compile"
+    if any(isinstance(value, torch.Tensor) and value.is_cuda for value in sample.arguments.values()):
+        yield "cuda graph"
+
+
+def _without_gradients(case: Case) -> Case:
+    return _changed(case, grad="none", repeat=False)
+
+
+def _changed(case: Case, **changes: Any) -> Case:
+    return Case(**{f.name: getattr(case, f.name) for f in fields(case)} | changes)
+
+
+def _one_case(runner: _Runner, call: Any, case: Case, base: Check, *, repeated: bool = False) -> Check:
+    """Judge one case. What is wrong is looked for in the order in which it explains the rest."""
+    base = replace(base, case=case.name)
+    plain = _changed(case, how="eager", poisoned=False)
+    try:
+        own = observe(call, plain)
+        exact = observe(call, plain, wide=True)
+    except Exception as error:
+        return replace(
+            base, status="skipped", detail=f"the layer's own code fails: {type(error).__name__}: {_line(error)}"
+        )
+    try:
+        new = runner.observe(case)
+    except WorkerError as error:
+        if error.status == "raised" and case.name.startswith(_FREE_TO_REFUSE):
+            return replace(base, status="skipped", detail=f"the kernel refuses it: {error.detail}")
+        return replace(base, status=error.status, detail=error.detail)
+    check = _judge(base, case, own, exact, new)
+    if check.status == "non_finite" and case.poisoned:
+        check = _unwritten(runner, _changed(case, poisoned=False), own, exact, check)
+    wrong = check.status in ("wrong_values", "wrong_gradient", "non_finite")
+    if not wrong and (check.failed or not repeated):
+        return check
+    try:
+        again = runner.observe(case)
+    except WorkerError as error:
+        return replace(base, status=error.status, detail=f"at the second call: {error.detail}")
+    return _compare_calls(check, _judge(base, case, own, exact, again), new, again)
+
+
+def _compare_calls(first: Check, second: Check, new: Observed, again: Observed) -> Check:
+    """A kernel that is right once and wrong once races; one that is right both times may still differ in bits."""
+    if _same(new, again):
+        return first
+    if first.failed or second.failed:
+        worse = first if first.failed else second
+        if first.failed != second.failed or first.got != second.got or first.place != second.place:
+            return replace(
+                worse, status="not_repeatable", detail=f"{worse.status}, and another result at the second call"
+            )
+        return worse
+    return replace(first, marks=(*first.marks, NOT_DETERMINISTIC))
+
+
+def _unwritten(runner: _Runner, case: Case, own: Observed, exact: Observed, check: Check) -> Check:
+    """Tell NaN that the kernel computes from NaN that it has left of the memory it was given."""
+    try:
+        found = _judge(check, case, own, exact, runner.observe(case))
+    except WorkerError:
+        return check
+    if found.status == "non_finite":
+        return check
+    return replace(check, status="not_written", detail="it is NaN only where new memory is filled with NaN")
+
+
+def _judge(base: Check, case: Case, own: Observed, exact: Observed, new: Observed) -> Check:
+    written = [name for name in new.overwritten if name not in own.overwritten]
+    if written:
+        return replace(base, status="input_overwritten", what=written[0], detail=f"{', '.join(written)} was changed")
+    if len(new.outputs) != len(own.outputs):
+        return replace(base, status="wrong_structure", detail=f"{new.structure}; the layer's own: {own.structure}")
+    found: list[tuple[str, Deviation]] = []
+    for index, (mine, theirs, best) in enumerate(zip(new.outputs, own.outputs, exact.outputs, strict=True)):
+        if mine.device.type != theirs.device.type:
+            detail = f"on {mine.device}, the layer's own is on {theirs.device}"
+            return replace(base, status="wrong_device", what=f"output {index}", detail=detail)
+        found.append((f"output {index}", deviation(theirs, mine.to(theirs.device), best, mean=True)))
+    if bad := next((pair for pair in found if pair[1].status in ("wrong_shape", "wrong_dtype")), None):
+        return _filled(base, *bad)
+    if new.structure != own.structure:
+        return replace(base, status="wrong_structure", detail=f"{new.structure}; the layer's own: {own.structure}")
+    for index, (has, had) in enumerate(zip(new.layouts, own.layouts, strict=True)):
+        free = had != "contiguous" or case.name in _OTHER_STRIDES
+        if has not in (had, "contiguous") and not (has == "strided" and free):
+            detail = f"{has}; the layer's own is {had}"
+            return replace(base, status="wrong_layout", what=f"output {index}", detail=detail)
+    gradients = _gradients(base, own, exact, new)
+    if isinstance(gradients, Check):
+        return gradients
+    for index, (needs, needed) in enumerate(zip(new.requires_grad, own.requires_grad, strict=True)):
+        if needs != needed:
+            detail = f"requires_grad is {needs}, the layer's own is {needed}"
+            status: Status = "missing_gradient" if needed else "wrong_requires_grad"
+            return replace(base, status=status, what=f"output {index}", detail=detail)
+    found += gradients
+    worst = max(found, key=lambda pair: (pair[1].status != "passed", pair[1].ratio), default=None)
+    lost = any(gradient is not None and new.second.get(name) is None for name, gradient in own.second.items())
+    marks = (NO_SECOND,) if case.second and lost else ()
+    checked = base if worst is None else _filled(base, *worst)
+    return replace(checked, marks=(*checked.marks, *marks), detail=checked.detail or (new.no_second if marks else ""))
+
+
+def _gradients(base: Check, own: Observed, exact: Observed, new: Observed) -> list[tuple[str, Deviation]] | Check:
+    """Compare the gradients of every leaf, or return the check that says that one is missing."""
+    found: list[tuple[str, Deviation]] = []
+    for name, theirs in own.gradients.items():
+        mine, best = new.gradients.get(name), exact.gradients.get(name)
+        if theirs is None or best is None:
+            if mine is not None and bool(mine.any()):
+                detail = "the layer's own code gives this no gradient"
+                return replace(base, status="wrong_gradient", what=f"gradient of {name}", detail=detail)
+        elif mine is None:
+            detail = (
+                "it is missing" if any(g is not None for g in new.gradients.values()) else "no gradient flows at all"
+            )
+            if bool(theirs.any()) or theirs.numel() == 0:
+                return replace(base, status="missing_gradient", what=f"gradient of {name}", detail=detail)
+        else:
+            found.append((f"gradient of {name}", deviation(theirs, mine, best, wrong="wrong_gradient")))
+    for name, theirs in own.second.items():
+        mine, best = new.second.get(name), exact.second.get(name)
+        if mine is not None and theirs is not None and best is not None:
+            found.append((f"second gradient of {name}", deviation(theirs, mine, best, wrong="wrong_gradient")))
+    return found
+
+
+def _filled(base: Check, what: str, found: Deviation) -> Check:
+    values = {f.name: getattr(found, f.name) for f in fields(found) if f.name != "detail"}
+    return replace(base, what=what, detail=found.detail, **values)
+
+
+def _properties(runner: _Runner, layer: Layer, sample: Sample, mode: str, base: Check) -> Iterator[Check]:
+    """Whether a row's result depends on its batch (a mark), and whether memory grows with every call (a fault)."""
+    full = Case("as given", sample.arguments, sample.module, grad="none")
+    sliced = batch_slice(layer, sample, mode)
+    try:
+        if sliced is not None:
+            alone, dimension = sliced
+            one, all_rows = runner.observe(alone), runner.observe(full)
+            same = all(
+                torch.equal(a, b.narrow(dimension, 0, a.shape[dimension]))
+                for a, b in zip(one.outputs, all_rows.outputs, strict=True)
+                if b.dim() > dimension
+            )
+            yield replace(base, case=alone.name, marks=() if same else (NOT_BATCH_INVARIANT,))
+        grown, given = runner.growth(_larger(full))
+    except WorkerError as error:
+        yield replace(base, case="many calls", status=error.status, detail=error.detail)
+        return
+    leaks = given > 0 and grown > given // 2
+    detail = f"the process grew by {grown >> 10} KiB while calls gave {given >> 10} KiB" if leaks else ""
+    yield replace(base, case="many calls", status="leaks_memory" if leaks else "passed", detail=detail)
+
+
+def _larger(case: Case) -> Case:
+    """The case with its first dimension repeated until a leak stands out of what a process does anyway."""
+    tensors = [value for value in case.arguments.values() if isinstance(value, torch.Tensor)]
+    largest = max((tensor.nbytes for tensor in tensors), default=0)
+    if len(tensors) != 1 or not largest or tensors[0].dim() < 2:
+        return case
+    times = max(1, (512 << 10) // largest)
+    return _changed(
+        case,
+        arguments={
+            name: value.repeat(times, *(1,) * (value.dim() - 1)) if isinstance(value, torch.Tensor) else value
+            for name, value in case.arguments.items()
+        },
+    )
+
+
+def _same(one: Observed, other: Observed) -> bool:
+    pairs = [*zip(one.outputs, other.outputs, strict=True)]
+    pairs += [
+        (a, b)
+        for a, b in zip(one.gradients.values(), other.gradients.values(), strict=True)
+        if a is not None and b is not None
+    ]
+    return all(torch.equal(a.nan_to_num(), b.nan_to_num()) for a, b in pairs)
+
+
+def _line(error: BaseException) -> str:
+    return str(error).strip().split("\n")[0][:200]
+
+
+def verify_plan(
+    model: nn.Module,
+    plan: Plan,
+    inputs: Any = None,
+    *,
+    options: Options = Options(),
+    on_check: Callable[[Check], None] = lambda check: None,
+) -> Checks:
+    """Check every kernel of a plan, once for all layers alike. `inputs` are the model's; None: made for each layer.
+
+    Raises:
+        PlanError: a kernel of the plan is only described, or the model is on the meta device.
+    """
+    groups = group(model, plan)
+    for found in groups:
+        _check_can_run(model, found)
+    samples = {} if inputs is None else capture(model, groups, inputs)
+    checks: list[Check] = []
+    for found in groups:
+        decision = found.decision
+        layer = decision.layer
+        module = module_of(model, layer)
+        own = own_code(module, layer)
+        sample = samples.get(layer.path) or _made(layer, module, decision.mode, options.seed)
+        if sample is None:
+            checks.append(_unchecked(found, "no inputs could be made for it; pass inputs of the model"))
+            on_check(checks[-1])
+            continue
+        for check in check_kernel(decision, own, sample, paths=found.paths, modes=found.modes, options=options):
+            checks.append(check)
+            on_check(check)
+    notes = () if checks else ("no kernels in the plan: there is nothing to check",)
+    return Checks(plan.target, tuple(checks), notes)
+
+
+def _check_can_run(model: nn.Module, found: Group) -> None:
+    layer, kernel = found.decision.layer, found.decision.kernel
+    if kernel is not None and kernel.function is None:
+        raise PlanError(
+            f"{kernel.ref} is described, not loaded, so it cannot be checked\n"
+            "  go on      plan on the machine that the model is on"
+        )
+    if any(parameter.is_meta for parameter in module_of(model, layer).parameters()):
+        raise PlanError(
+            f"{layer.path} is on the meta device, so its kernel cannot be checked\n"
+            "  go on      load the weights first (from_pretrained, or to_empty and load_state_dict)"
+        )
+
+
+def _made(layer: Layer, module: nn.Module, mode: str, seed: int) -> Sample | None:
+    first = next(iter(module.parameters()), None)
+    device = first.device if first is not None else torch.device("cuda" if layer.device == "rocm" else layer.device)
+    generator = torch.Generator().manual_seed(seed)
+    of_layer = module if layer.function is None else None
+    return make_sample(layer, of_layer, mode, device=device, generator=generator)
+
+
+def _unchecked(found: Group, why: str) -> Check:
+    decision = found.decision
+    return Check(
+        decision.layer.path,
+        found.paths,
+        str(decision.kernel.ref) if decision.kernel else "",
+        found.modes,
+        "",
+        "skipped",
+        why,
+    )

@@ -1,0 +1,394 @@
+"""Worker: runs a kernel that is not ours in another process, and survives what happens there.
+
+`Worker` is this side, `python -m kernelwise._worker` the other. One process serves one kernel for all its cases. It gets
+the kernel's reference, the layer as data, tensors, and a stand-in for the module with what the kernel reads; never the
+user's `__main__`. Whatever the kernel does, this side gets what it observed or a `WorkerError` with a status.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib
+import io
+import os
+import selectors
+import signal
+import subprocess
+import sys
+import threading
+import time
+import types
+from collections.abc import Iterator
+from dataclasses import fields, replace
+from typing import Any, BinaryIO
+
+import torch
+from torch import nn
+
+from kernelwise import sources
+from kernelwise._data import Kernel, Layer, Status, from_json, to_json
+from kernelwise._observe import Case, Observed, growth, kernel_call, observe
+
+SECONDS = 60.0
+MEMORY = 8 << 30
+_TAIL = 2000  # characters of what a kernel printed that are kept
+_POLL = 0.02
+
+
+class WorkerError(Exception):
+    """A kernel gave nothing: `status` says in which way, `detail` what is known."""
+
+    def __init__(self, status: Status, detail: str) -> None:
+        self.status, self.detail = status, detail
+        super().__init__(f"{status}: {detail}")
+
+
+class Worker:
+    """A process that runs one kernel. Use it as a context manager; it starts at the first request.
+
+    `seconds` limits each request, `memory` (bytes) how far the process may grow above what it needs to start.
+    """
+
+    def __init__(
+        self, layer: Layer, kernel: Kernel, mode: str, *, seconds: float = SECONDS, memory: int = MEMORY
+    ) -> None:
+        self._start_message = {"layer": to_json(_plain(layer)), "kernel": to_json(kernel), "mode": mode}
+        self._reads = _reads(layer, kernel, mode)
+        self._seconds, self._memory = seconds, memory
+        self._process: subprocess.Popen[bytes] | None = None
+        self._module: nn.Module | None = None  # what the process has
+        self._base = 0  # its memory before it loaded anything
+        self._tail = b""
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def observe(self, case: Case) -> Observed:
+        """Run the kernel on a case. Raises `WorkerError`."""
+        return Observed(**self._ask({"do": "observe", **self._message(case)}))
+
+    def growth(self, case: Case) -> tuple[int, int]:
+        """Return what `_observe.growth` found. Raises `WorkerError`."""
+        grown, given = self._ask({"do": "growth", **self._message(case)})
+        return int(grown), int(given)
+
+    def close(self) -> None:
+        """End the process and everything it started."""
+        process, self._process, self._module = self._process, None, None
+        if process is not None:
+            with contextlib.suppress(ProcessLookupError, PermissionError):
+                os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+            for pipe in (process.stdin, process.stdout):
+                if pipe is not None:
+                    with contextlib.suppress(OSError):
+                        pipe.close()
+
+    def _message(self, case: Case) -> dict[str, Any]:
+        """The request of a case, without the module where the process has it already."""
+        if self._process is None:
+            self._start()
+        message = {f.name: getattr(case, f.name) for f in fields(case) if f.name != "module"}
+        if case.module is None or case.module is not self._module:
+            message["module"] = None if case.module is None else _described(case.module, self._reads)
+            self._module = case.module
+        return message
+
+    def _ask(self, message: dict[str, Any]) -> Any:
+        answer = self._exchange(message)
+        if not (isinstance(answer, dict) and ("ok" in answer or "failed" in answer)):
+            self.close()
+            raise WorkerError("crashed", "the worker's answer cannot be read")
+        if "failed" in answer:
+            raise WorkerError(*answer["failed"])
+        return answer["ok"]
+
+    def _start(self) -> None:
+        path = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), *filter(None, sys.path)])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "kernelwise._worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+            start_new_session=True,
+        )
+        threading.Thread(target=self._drain, args=(self._process.stderr,), daemon=True).start()
+        self._exchange({"memory": self._memory}, starting=True)
+        answer = self._exchange(self._start_message)
+        if "failed" in answer:
+            self.close()
+            raise WorkerError(*answer["failed"])
+
+    def _drain(self, pipe: BinaryIO) -> None:
+        """Read what the kernel prints, however much it is, and keep the end."""
+        with contextlib.suppress(OSError, ValueError):
+            while chunk := os.read(pipe.fileno(), 1 << 16):
+                self._tail = (self._tail + chunk)[-_TAIL:]
+
+    def _exchange(self, message: dict[str, Any], *, starting: bool = False) -> Any:
+        process = self._process
+        assert process is not None
+        assert process.stdin is not None
+        assert process.stdout is not None
+        limit = time.monotonic() + (max(self._seconds, 120.0) if starting else self._seconds)
+        memory = None if starting else self._base + self._memory
+        try:
+            buffer = _saved(message)
+        except Exception as error:  # arguments that no file can hold
+            raise WorkerError("skipped", f"its arguments cannot be sent to another process: {_text(error)}") from error
+        try:
+            _send(process.stdin, buffer)
+            data = b"".join(_read_within(process.stdout, process.pid, limit, memory))
+        except BrokenPipeError:
+            data = b""
+        except _LimitError as error:
+            self.close()
+            raise WorkerError(error.status, error.detail) from None
+        if starting:
+            self._base = _resident(process.pid)
+        if not data:
+            raise self._ended(process)
+        try:
+            return torch.load(io.BytesIO(data), weights_only=True)
+        except Exception as error:  # what a kernel that went astray has written there
+            self.close()
+            raise WorkerError("crashed", f"the worker's answer cannot be read: {type(error).__name__}") from error
+
+    def _ended(self, process: subprocess.Popen[bytes]) -> WorkerError:
+        try:
+            code = process.wait(timeout=10)
+        except subprocess.TimeoutExpired:
+            code = None
+        self.close()
+        tail = self._tail.decode(errors="replace").strip().split("\n")[-1][-200:]
+        printed = f"; it printed: {tail}" if tail else ""
+        if code is None:
+            return WorkerError("exited", f"it closed the worker's channel{printed}")
+        if code < 0:
+            name = signal.Signals(-code).name if -code in signal.valid_signals() else str(-code)
+            return WorkerError("crashed", f"the process died of {name}{printed}")
+        return WorkerError("exited", f"the process left with exit code {code}{printed}")
+
+
+class _LimitError(Exception):
+    def __init__(self, status: Status, detail: str) -> None:
+        self.status, self.detail = status, detail
+
+
+def _read_within(pipe: Any, pid: int, limit: float, memory: int | None) -> Iterator[bytes]:
+    """Yield a whole answer, nothing where the process ended; watch time and memory meanwhile."""
+    start, fd, missing, header = time.monotonic(), pipe.fileno(), 8, b""
+    with selectors.DefaultSelector() as selector:
+        selector.register(fd, selectors.EVENT_READ)
+        while missing:
+            ready = selector.select(_POLL)
+            if memory is not None and (used := _resident(pid)) > memory:
+                raise _LimitError("out_of_memory", f"the process took {used >> 20} MiB")
+            if not ready:
+                if time.monotonic() > limit:
+                    raise _LimitError("timed_out", f"no answer after {time.monotonic() - start:.0f} s")
+                continue
+            chunk = os.read(fd, min(missing, 1 << 20))
+            if not chunk:
+                return
+            missing -= len(chunk)
+            if len(header) < 8:
+                header += chunk
+                missing = int.from_bytes(header, "little") if len(header) == 8 else missing
+            else:
+                yield chunk
+
+
+def _resident(pid: int) -> int:
+    """The resident memory of a process in bytes; 0 where this system does not tell."""
+    try:
+        with open(f"/proc/{pid}/statm") as file:
+            return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+    except (OSError, IndexError, ValueError):
+        return 0
+
+
+def _write(pipe: Any, message: dict[str, Any]) -> None:
+    _send(pipe, _saved(message))
+
+
+def _saved(message: dict[str, Any]) -> memoryview:
+    buffer = io.BytesIO()
+    torch.save(message, buffer)
+    return buffer.getbuffer()
+
+
+def _send(pipe: Any, data: memoryview) -> None:
+    pipe.write(len(data).to_bytes(8, "little"))
+    pipe.write(data)
+    pipe.flush()
+
+
+def _plain(layer: Layer) -> Layer:
+    return replace(layer, attributes=frozenset(), paths=())
+
+
+def _reads(layer: Layer, kernel: Kernel, mode: str) -> frozenset[str] | None:
+    """The attributes of the module that a kernel needs; None for all, where they cannot be told."""
+    found = layer.computes(mode) if kernel.op is not None else None
+    if found is not None:
+        return frozenset(str(b.value) for _, b in found.roles if b.kind in ("attribute", "child"))
+    return frozenset(kernel.reads) if kernel.reads else None
+
+
+# ------------------------------------------------------------------------------------------------ the module, as data
+
+
+def _described(module: nn.Module, reads: frozenset[str] | None) -> dict[str, Any]:
+    """Describe a module by values that a file can hold: what of it the kernel reads, children with all they have."""
+
+    def wanted(name: str) -> bool:
+        return reads is None or name in reads
+
+    cls = type(module)
+    scalars = {n: v for n, v in module.__dict__.items() if wanted(n) and isinstance(v, (int, float, str, bool))}
+    spaces = {
+        n: {k: v for k, v in vars(value).items() if isinstance(v, (int, float, str, bool))}
+        for n, value in module.__dict__.items()
+        if reads is not None and n in reads and hasattr(value, "__dict__") and not isinstance(value, nn.Module)
+    }
+    return {
+        "class": None
+        if cls.__module__ == "__main__" or "<" in cls.__qualname__
+        else [cls.__module__, cls.__qualname__],
+        "training": module.training,
+        "scalars": scalars | {n: v for n in reads or () if isinstance(v := getattr(cls, n, None), (int, float, str))},
+        "spaces": spaces,
+        "tensors": {
+            name: (None if t is None else t.detach(), isinstance(t, nn.Parameter))
+            for tensors in (module._parameters, module._buffers)
+            for name, t in tensors.items()
+            if wanted(name)
+        },
+        "children": {n: _described(m, None) for n, m in module._modules.items() if m is not None and wanted(n)},
+    }
+
+
+def _built(described: dict[str, Any], *, stub: bool) -> nn.Module:
+    """Build a stand-in from its description: the root without a class, children of the classes they have."""
+    cls: Any = nn.Module
+    if not stub and described["class"] is not None:
+        cls = importlib.import_module(described["class"][0])
+        for name in described["class"][1].split("."):
+            cls = getattr(cls, name)
+    module: nn.Module = cls.__new__(cls)
+    nn.Module.__init__(module)
+    module.__dict__.update(described["scalars"])
+    module.__dict__.update({name: types.SimpleNamespace(**space) for name, space in described["spaces"].items()})
+    for name, (tensor, is_parameter) in described["tensors"].items():
+        if is_parameter:
+            module._parameters[name] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
+        elif name not in module.__dict__:
+            module._buffers[name] = tensor
+    for name, child in described["children"].items():
+        module._modules[name] = _built(child, stub=False)
+    module.training = described["training"]
+    return module
+
+
+# ------------------------------------------------------------------------------------------------------ the other side
+
+
+def main() -> None:
+    """Serve requests until the channel closes. Runs in the worker process."""
+    incoming = os.fdopen(os.dup(0), "rb")
+    outgoing = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what a kernel prints goes where it is drained, not into the answers
+    with open(os.devnull, "rb") as nothing:
+        os.dup2(nothing.fileno(), 0)
+    _limit(_receive(incoming)["memory"])
+    _write(outgoing, {"ok": True})
+    start = _receive(incoming)
+    call: Any = None
+    module: nn.Module | None = None
+    layer, mode = from_json(Layer, start["layer"]), start["mode"]
+    try:
+        kernel = _load(from_json(Kernel, start["kernel"]), layer.device)
+        call = kernel_call(layer, kernel, mode)
+        _write(outgoing, {"ok": True})
+    except BaseException as error:
+        _write(outgoing, {"failed": ["load_failed", _text(error)]})
+        return
+    while True:
+        try:
+            message = _receive(incoming)
+        except EOFError:
+            return
+        try:
+            if "module" in message:
+                described = message.pop("module")
+                module = None if described is None else _built(described, stub=True)
+            do = message.pop("do")
+            case = Case(module=module, **message)
+            if do == "observe":
+                seen = observe(call, case)
+                answer: Any = {f.name: getattr(seen, f.name) for f in fields(seen)}
+            else:
+                answer = list(growth(call, case))
+            _write(outgoing, {"ok": answer})
+        except BaseException as error:
+            failed = failure_of(error)
+            _write(outgoing, {"failed": [failed.status, failed.detail]})
+
+
+def _receive(incoming: BinaryIO) -> Any:
+    header = incoming.read(8)
+    if len(header) < 8:
+        raise EOFError
+    return torch.load(io.BytesIO(incoming.read(int.from_bytes(header, "little"))), weights_only=False)
+
+
+def _load(kernel: Kernel, device: str) -> Kernel:
+    """Load the kernel that the other side has loaded: a Hub kernel by its commit, which the user has trusted there."""
+    ref = kernel.ref
+    if ref.scheme == "hub" and kernel.revision is not None:
+        ref = replace(ref, version=None, revision=kernel.revision, trust_remote_code=True)
+    loaded = sources.load(ref, device=device)
+    if kernel.content_hash is not None and loaded.content_hash != kernel.content_hash:
+        raise RuntimeError("its files have changed since it was loaded")
+    return loaded
+
+
+def _limit(memory: int) -> None:
+    """No core files; on Linux, an address space that cannot outgrow the limit by one allocation, and no life of its own."""
+    with contextlib.suppress(ImportError, ValueError, OSError):
+        import resource
+
+        resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+        if sys.platform == "linux":
+            if not torch.cuda.is_available():  # CUDA reserves far more addresses than it uses
+                with open("/proc/self/statm") as file:
+                    used = int(file.read().split()[0]) * os.sysconf("SC_PAGE_SIZE")
+                resource.setrlimit(resource.RLIMIT_AS, (used + memory + (2 << 30),) * 2)
+            import ctypes
+
+            ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the process that started it
+
+
+def failure_of(error: BaseException) -> WorkerError:
+    """Return an exception of a kernel as a status and one line."""
+    text = _text(error)
+    if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
+        return WorkerError("out_of_memory", text)
+    return WorkerError("crashed" if "CUDA error" in text or "illegal memory access" in text else "raised", text)
+
+
+def _text(error: BaseException) -> str:
+    try:
+        message = str(error).strip().split("\n")[0]
+    except BaseException:  # an exception may fail at saying what it is
+        message = "(its message cannot be read)"
+    return f"{type(error).__name__}: {message}"[:500]
+
+
+if __name__ == "__main__":
+    main()
