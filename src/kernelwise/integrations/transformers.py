@@ -9,7 +9,8 @@
 
 No magic: importing this module replaces three attributes of `transformers.PreTrainedModel`: `from_pretrained`,
 `set_use_kernels` and the property `use_kernels`. Each looks whether the config is one of Kernelwise (the class here or
-`kernelwise.KernelConfig`) and calls transformers' own code with its own arguments where it is not. `unpatch()` takes them out again, `patch()` puts them in.
+`kernelwise.KernelConfig`) and calls transformers' own code with its own arguments where it is not. `unpatch()` takes them
+out again, `patch()` puts them in.
 
 They are needed because transformers' own way cannot be entered with an object: `set_use_kernels` ends in the `kernelize`
 of the kernels library, which writes over the `forward` of every layer (and so destroys accelerate's hooks and our undo),
