@@ -449,6 +449,13 @@ class MarkedPositionalOnly(nn.Module):
         return (a - b) * scale + MARK
 
 
+class Swapped(nn.Module):
+    """Names the two arguments of a subtraction in the other order."""
+
+    def forward(self, right: Tensor, left: Tensor) -> Tensor:
+        return left - right
+
+
 class MarkedAnything(nn.Module):
     def forward(self, first: Tensor, *args: Tensor, **kwargs: Tensor) -> Tensor:
         return first - sum(args) * 2 - sum(kwargs.values()) * 3 + MARK
