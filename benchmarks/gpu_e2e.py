@@ -2,8 +2,9 @@
 
     python benchmarks/gpu_e2e.py [--variants eager,ours,...] [--layers 8] [--seconds 400] [--out FOLDER]
 
-Variants: `eager`; `ours` (the Triton kernels put in by hand: RMS norm, gated MLP, rotary embedding); `compile`
-(torch.compile of the model); `ours+compile`; `liger` (apply_liger_kernel_to_llama without its fused loss, and with it
+Variants: `eager`; `ours` (the Triton kernels put in by hand: RMS norm, gated MLP, rotary embedding); `ours+add` (the
+second norm of a layer fused with the addition before it as well); `compile` (torch.compile of the model);
+`ours+compile`; `liger` (apply_liger_kernel_to_llama without its fused loss, and with it
 as `liger+loss`). Each measures prefill of 1 x 4096 tokens, decoding with a dynamic cache (a Python loop) and with a
 static cache and the whole step in one CUDA graph, and a training step (forward and backward) of 1 x 4096. Logits, loss
 and gradient norms are compared with those of `eager`.
@@ -33,6 +34,7 @@ from gpu_ops import versions
 from transformers import LlamaConfig, StaticCache
 from transformers.models.llama import modeling_llama as llama
 
+from kernelwise.kernels.triton.add_rms_norm import add_rms_norm
 from kernelwise.kernels.triton.gated_mlp import gated_mlp
 from kernelwise.kernels.triton.rms_norm import rms_norm
 from kernelwise.kernels.triton.rotary import rotary
@@ -86,6 +88,25 @@ def attention_with(rotate: Callable[..., Any]) -> Callable[..., Any]:
     return forward
 
 
+def fused_layer(
+    self: Any, hidden_states: Any, attention_mask: Any = None, position_ids: Any = None, past_key_values: Any = None,
+    use_cache: Any = False, position_embeddings: Any = None, **kwargs: Any,
+) -> Any:  # fmt: skip
+    """LlamaDecoderLayer.forward with the first addition in the second norm."""
+    attended, _ = self.self_attn(
+        hidden_states=self.input_layernorm(hidden_states),
+        attention_mask=attention_mask,
+        position_ids=position_ids,
+        past_key_values=past_key_values,
+        use_cache=use_cache,
+        position_embeddings=position_embeddings,
+        **kwargs,
+    )
+    norm = self.post_attention_layernorm
+    normed, residual = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
+    return residual + self.mlp(normed)
+
+
 @contextmanager
 def patched(variant: str) -> Iterator[None]:
     """The classes of transformers as `variant` has them, and back as they were."""
@@ -97,6 +118,8 @@ def patched(variant: str) -> Iterator[None]:
         llama.LlamaRMSNorm.forward = lambda self, x: rms_norm(x, self.weight, self.variance_epsilon)
         llama.LlamaMLP.forward = lambda self, x: gated_mlp(x, self.gate_proj, self.up_proj, self.down_proj)
         llama.LlamaAttention.forward = attention_with(rotary)
+        if "add" in variant:
+            llama.LlamaDecoderLayer.forward = fused_layer
     elif variant.startswith("liger"):
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -222,7 +245,7 @@ def run_variant(variant: str, layers: int, reference: dict[str, Any]) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", default="eager,ours,liger,liger+loss,compile,ours+compile")
+    parser.add_argument("--variants", default="eager,ours,ours+add,liger,liger+loss,compile,ours+compile")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=400, help="stop starting new variants after this long")
     parser.add_argument("--out", type=Path, default=None, help="folder for gpu_e2e.json and gpu_e2e.txt")

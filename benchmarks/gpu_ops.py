@@ -1,7 +1,7 @@
 """Every Triton kernel against its peers on one GPU, in one run: correctness first, then time.
 
     python benchmarks/gpu_ops.py [--only NAME,...] [--without compile,quack] [--seconds 400] [--out FOLDER]
-    python benchmarks/gpu_ops.py --tune            # prints entries for kernels/triton/_tables.py
+    python benchmarks/gpu_ops.py --tune            # prints entries for kernels/triton/_norm_configs.py
 
 Time is that of the GPU for one call: a CUDA graph holds many calls that rotate over enough inputs and outputs to leave
 the second-level cache cold; the median of its replays, divided by the number of calls. `%` is the share of the copy
@@ -34,8 +34,10 @@ import torch
 import torch._functorch.config
 from torch.nn import functional as F
 
+from kernelwise.kernels.triton import _norm_configs as configs
 from kernelwise.kernels.triton import rms_norm as rms_module
-from kernelwise.kernels.triton._tables import NORM_BACKWARD, NORM_FORWARD, NormConfig
+from kernelwise.kernels.triton._norm_configs import NORM_BACKWARD, NORM_FORWARD, NormConfig
+from kernelwise.kernels.triton.add_rms_norm import add_rms_norm
 from kernelwise.kernels.triton.gated_activation import gated_activation
 from kernelwise.kernels.triton.rms_norm import rms_norm
 from kernelwise.kernels.triton.rotary import rotary
@@ -105,6 +107,7 @@ def contender(module: str, *names: str) -> Any:
 def peers() -> dict[str, Any]:
     return {
         "liger_norm": contender("liger_kernel.ops", "LigerRMSNormFunction"),
+        "liger_add_norm": contender("liger_kernel.ops", "LigerFusedAddRMSNormFunction"),
         "liger_silu": contender("liger_kernel.ops", "LigerSiLUMulFunction"),
         "liger_gelu": contender("liger_kernel.ops.geglu", "LigerGELUMulFunction"),
         "liger_rope": contender("liger_kernel.ops.rope", "LigerRopeFunction"),
@@ -136,6 +139,30 @@ def norm_case(rows: int, width: int) -> Case:
         (2 * rows + 1) * width * 2,
         (3 * rows + 2) * width * 2,
         rows in (1, 4096, 131072),
+    )
+
+
+def add_norm_case(rows: int, width: int) -> Case:
+    def two_steps(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Tensors:
+        total = x + residual
+        return F.rms_norm(total, (width,), weight, EPS), total
+
+    def eager(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> Tensors:
+        total = x + residual
+        return eager_norm(total, weight), total
+
+    found = {"ours": lambda x, r, w: add_rms_norm(x, r, w, EPS), "torch": two_steps, "eager": eager, "compile": eager}
+    if peers()["liger_add_norm"]:
+        found["liger"] = lambda x, r, w: peers()["liger_add_norm"].apply(x, r, w, EPS, 0.0, "llama", False)
+    return Case(
+        "add_rms_norm",
+        f"{rows}x{width}",
+        lambda: (normal(rows, width), normal(rows, width), 1 + 0.1 * normal(width)),
+        found,
+        3,
+        (4 * rows + 1) * width * 2,
+        (4 * rows + 2) * width * 2,
+        rows in (1, 4096),
     )
 
 
@@ -176,6 +203,7 @@ def rotary_case(batch: int, tokens: int, q_heads: int = 32, k_heads: int = 8, wi
 def cases(small: bool) -> Iterator[Case]:
     if small:
         yield from (norm_case(r, w) for r, w in ((1, 64), (3, 577), (1100, 128), (40, 1024), (5000, 64), (1100, 16384)))
+        yield from (add_norm_case(r, w) for r, w in ((3, 577), (5000, 64)))
         yield from (gated_case(3, w, a, p) for w in (33, 2048) for a in ("silu", "gelu_tanh") for p in (False, True))
         yield from (rotary_case(2, 3, 4, 2, w) for w in (64, 80))
         return
@@ -196,6 +224,8 @@ def cases(small: bool) -> Iterator[Case]:
     )
     yield from (rotary_case(b, t) for b, t in ((1, 1), (16, 1), (1, 512), (1, 4096), (4, 4096)))
     yield rotary_case(1, 4096, 16, 8, 64)
+    for rows, width in ((1, 4096), (512, 4096), (4096, 4096), (4096, 8192), (16384, 2048), (4096, 5120)):
+        yield add_norm_case(rows, width)
     yield from (norm_case(131072, 128), norm_case(1024, 128), norm_case(4096, 2304), norm_case(4096, 2880))
     for width in (4096, 5120, 2048, 8192, 1024, 16384):
         yield from (norm_case(rows, width) for rows in (1, 16, 512, 1024, 4096, 16384))
@@ -320,9 +350,15 @@ def backward_calls(function: Callable[..., Any], case: Case) -> list[Callable[[]
     return calls
 
 
+def exact_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * weight
+
+
 def exact_of(case: Case) -> Callable[..., Any]:
+    if case.name == "add_rms_norm":
+        return lambda x, r, w: (exact_norm(x + r, w), x + r)
     if case.name == "rms_norm":
-        return lambda x, w: x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * w
+        return exact_norm
     return case.contenders["eager"]
 
 
@@ -382,24 +418,24 @@ def host_costs() -> dict[str, float]:
 
 
 def forward_candidates(width: int, many: bool) -> list[NormConfig]:
-    block = rms_module.power_of_2(width)
+    block = configs.power_of_2(width)
     if block <= 512:
         return [NormConfig(max(1, k * 1024 // block), w) for k in (1, 2, 4) for w in (4, 8) if k >= w // 4]
-    found = [NormConfig(1, rms_module._warps(block, e)) for e in ((16, 32, 64) if many else (4, 8, 16, 32))]
+    found = [NormConfig(1, configs._warps(block, e)) for e in ((16, 32, 64) if many else (4, 8, 16, 32))]
     if many and block <= 4096:
         found += [NormConfig(r, w) for r, w in ((2, 4), (4, 4), (2, 8), (4, 8)) if r * block <= w * 32 * 32]
     return list(dict.fromkeys(found))
 
 
 def backward_candidates(width: int) -> list[NormConfig]:
-    block = rms_module.power_of_2(width)
+    block = configs.power_of_2(width)
     found = []
     if block <= 512:
         for rows, warps in ((1024 // block, 4), (2048 // block, 4), (4096 // block, 4), (4096 // block, 8)):
             found += [NormConfig(max(1, rows), warps, p, s) for p, s in ((2, 2), (4, 1), (4, 2), (6, 2), (8, 1))]
         return found
     for elements in (8, 16, 32):
-        warps = rms_module._warps(block, elements)
+        warps = configs._warps(block, elements)
         for programs in (1, 2, 3, 4):
             if warps * programs <= 48:
                 found += [NormConfig(1, warps, programs, s) for s in (1, 2, 3, 4, 5) if block * (s - 1) <= 32768]
@@ -411,7 +447,7 @@ def backward_candidates(width: int) -> list[NormConfig]:
 
 
 def tune(widths: Sequence[int], seconds: float) -> None:
-    device = rms_module.device_name(0)
+    device = configs.device_name(0)
     for width in widths:
         many_rows = 4096 * 4096 // width if width > 512 else 131072
         plans = (
@@ -428,8 +464,8 @@ def tune(widths: Sequence[int], seconds: float) -> None:
             for config in candidates:
                 for launchers in (rms_module._forward_launchers, rms_module._backward_launchers):
                     launchers.clear()
-                rms_module._forward_config.cache_clear()
-                rms_module._backward_config.cache_clear()
+                configs.forward_config.cache_clear()
+                configs.backward_config.cache_clear()
                 table[device] = [(width, bound, config)]
                 try:
                     with torch.set_grad_enabled(calls is backward_calls):

@@ -14,7 +14,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-CASES = ("rms_norm", "gated_activation", "rotary")
+CASES = ("rms_norm", "add_rms_norm", "gated_activation", "rotary")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -60,6 +60,22 @@ def _rms_norm() -> None:
     )
 
 
+def _add_rms_norm() -> None:
+    from exact import assert_as_exact
+
+    from kernelwise.kernels.triton import rms_norm as module
+    from kernelwise.kernels.triton.add_rms_norm import add_rms_norm
+
+    def own(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        total = x + residual
+        return weight * (total * torch.rsqrt(total.pow(2).mean(-1, keepdim=True) + 1e-6)), total
+
+    for shape, few_rows in (((3, 33), 9), ((2, 5, 64), 99), ((70, 3), 0)):
+        module._FEW_ROWS = few_rows
+        given = {"x": torch.randn(shape), "residual": torch.randn(shape), "weight": torch.randn(shape[-1])}
+        assert_as_exact(own, lambda x, residual, weight: add_rms_norm(x, residual, weight, 1e-6), given)
+
+
 def _gated_activation() -> None:
     from exact import assert_as_exact
 
@@ -97,4 +113,5 @@ def _rotary() -> None:
 
 if __name__ == "__main__":
     torch.manual_seed(0)
-    {"rms_norm": _rms_norm, "gated_activation": _gated_activation, "rotary": _rotary}[sys.argv[1]]()
+    cases = (_rms_norm, _add_rms_norm, _gated_activation, _rotary)
+    dict(zip(CASES, cases, strict=True))[sys.argv[1]]()

@@ -1,0 +1,92 @@
+"""How a norm is cut up: configurations found by measurement, as data, and defaults for what was not measured.
+
+`python benchmarks/gpu_ops.py --tune` prints candidates for the tables.
+
+Tables are keyed by architecture. An entry is (width, most rows it is for, configuration); the first that fits is taken.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import NamedTuple
+
+from ._launch import device_name, power_of_2
+
+MANY_ROWS = 8192  # backward: a program for each multiprocessor up to here, then more of them
+_SHARED_BYTES = {"sm_90": 160 << 10, "sm_100": 160 << 10}  # for pipelined rows; elsewhere little is taken for granted
+
+
+class NormConfig(NamedTuple):
+    """How a norm is cut up: rows per program, warps, programs per multiprocessor (backward), pipeline stages."""
+
+    rows: int
+    warps: int
+    programs: int = 0
+    stages: int = 1
+
+
+_ANY = 1 << 62
+
+NORM_FORWARD: dict[str, list[tuple[int, int, NormConfig]]] = {}
+NORM_BACKWARD: dict[str, list[tuple[int, int, NormConfig]]] = {
+    "sm_90": [
+        (1024, _ANY, NormConfig(1, 2, 4, 4)),
+        (2048, _ANY, NormConfig(1, 4, 3, 3)),
+        (2304, _ANY, NormConfig(1, 4, 2, 3)),
+        (4096, 8192, NormConfig(1, 16, 1, 4)),
+        (4096, _ANY, NormConfig(1, 4, 2, 5)),
+        (5120, _ANY, NormConfig(1, 16, 1, 4)),
+        (8192, _ANY, NormConfig(1, 16, 1, 3)),
+        (16384, _ANY, NormConfig(1, 16, 1, 2)),
+    ]
+}
+
+
+def _find(table: dict[str, list[tuple[int, int, NormConfig]]], device: str, width: int, rows: int) -> NormConfig | None:
+    """The first configuration of `device` for this width, else for the power of two above, for at least `rows` rows."""
+    for wanted in (width, power_of_2(width)):
+        for entry_width, most_rows, config in table.get(device, ()):
+            if entry_width == wanted and rows <= most_rows:
+                return config
+    return None
+
+
+def _warps(block: int, elements: int) -> int:
+    """Warps such that each thread holds `elements` of a row of `block`."""
+    return max(1, min(32, block // (32 * elements)))
+
+
+@functools.cache
+def forward_config(device: int, width: int, many: bool) -> NormConfig:
+    """For rows of `width`; `many` of them keep every multiprocessor busy with whole rows."""
+    block = power_of_2(width)
+    found = _find(NORM_FORWARD, device_name(device), width, _ANY if many else 1)
+    if found is not None:
+        return found
+    if block <= 512:  # several short rows per program
+        return NormConfig(rows=max(1, 2048 // block), warps=4)
+    if many and block <= 2048:
+        return NormConfig(rows=4096 // block, warps=8)
+    elements = 16 if block == width else 32  # of a padded row, up to half are not there
+    return NormConfig(rows=1, warps=min(16, max(4, _warps(block, elements))))
+
+
+@functools.cache
+def backward_config(device: int, width: int, many: bool) -> NormConfig:
+    """For rows of `width`; `many` is more than MANY_ROWS."""
+    block = power_of_2(width)
+    found = _find(NORM_BACKWARD, device_name(device), width, _ANY if many else MANY_ROWS)
+    if found is not None:
+        return found
+    if block <= 512:
+        return NormConfig(rows=max(1, 2048 // block), warps=4, programs=4, stages=1)
+    if block >= 16384:
+        return NormConfig(rows=1, warps=32, programs=1, stages=1)
+    warps = _warps(block, 32)
+    return NormConfig(rows=1, warps=warps, programs=max(1, min(4, 8 // warps)), stages=3)
+
+
+def stages(wanted: int, device: int, stage_bytes: int) -> int:
+    """As many pipeline stages as `wanted`, or as shared memory holds."""
+    memory = _SHARED_BYTES.get(device_name(device), 48 << 10)
+    return max(1, min(wanted, 1 + memory // stage_bytes))
