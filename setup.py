@@ -31,6 +31,10 @@ if sys.platform == "win32":
     FLAGS = ["/std:c++17", "/O2", "/openmp:experimental"]
 
 
+class MissingTorch(Exception):  # noqa: N818
+    """There is no torch to build against."""
+
+
 class BuildKernels(build_ext):
     """Compile in parallel, link without Python; on failure say so and go on without the kernels."""
 
@@ -47,10 +51,13 @@ class BuildKernels(build_ext):
         try:
             self._build(ext)
         except Exception as error:  # any failure here must leave an installable package
+            reason = (
+                str(error) if isinstance(error, MissingTorch) else f"the C++ compiler failed ({type(error).__name__})"
+            )
             warnings.warn(
-                f"kernelwise is installed without its CPU kernels: {error or type(error).__name__}. Layers keep their own "
-                "code on the CPU. To have the kernels, install torch and a C++17 compiler, then build again without "
-                "isolation: pip install --no-build-isolation --force-reinstall --no-deps kernelwise",
+                f"kernelwise is installed without its CPU kernels: {reason}. Layers keep their own code on the CPU. To have "
+                "the kernels, install torch and a C++17 compiler, then build again without isolation: "
+                "pip install --no-build-isolation --force-reinstall --no-deps kernelwise",
                 stacklevel=1,
             )
 
@@ -58,7 +65,7 @@ class BuildKernels(build_ext):
         try:
             import torch
         except ImportError as error:
-            raise RuntimeError("torch is not installed where the package is built") from error
+            raise MissingTorch("torch is not installed where the package is built") from error
         root = Path(torch.__file__).parent
         includes = [str(root / "include"), str(root / "include/torch/csrc/api/include"), str(SOURCE)]
         target = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # the stable ABI of torch 2.10

@@ -16,7 +16,7 @@ _forward = _ops.gated_activation.default
 _backward = _ops.gated_activation_backward.default
 _CODE = {"silu": 0, "gelu": 1, "gelu_tanh": 2}  # kernels.h: Activation
 # With gradients, fewer numbers than this go to plain PyTorch: autograd in Python costs more than the kernel gains.
-_PLAIN_BELOW = {"silu": 16384, "gelu": 0, "gelu_tanh": 4096}
+_PLAIN_BELOW = {"silu": 16384, "gelu": 4096, "gelu_tanh": 4096}
 
 
 def gated_activation(gate: torch.Tensor, up: torch.Tensor, *, activation: Activation = "silu") -> torch.Tensor:

@@ -40,12 +40,12 @@ class _Choice:
 # product, one thread, shapes of SmolLM2: docs/cpu.md.
 _CHOICES = {
     # torch falls back to loops: few rows 1.2-4.3 x, many 4-50 x, gradients 1.2-350 x
-    ("avx2", torch.bfloat16, "none"): _Choice(few=48, many=49, training=1),
-    ("avx2", torch.float16, "none"): _Choice(few=48, many=49, training=1),
+    ("avx2", torch.bfloat16, "none"): _Choice(few=48, many=49, training=4),
+    ("avx2", torch.float16, "none"): _Choice(few=48, many=49, training=4),
     # oneDNN converts by itself: few rows 1.3-2.9 x, many 2.2-20 x, gradients 1.0-13 x from 4 rows
     ("avx512", torch.bfloat16, "none"): _Choice(few=32, many=33, training=4),
     # torch falls back to loops: few rows 1.3-4.3 x, many 4-50 x, gradients 2-350 x
-    ("avx512", torch.float16, "none"): _Choice(few=24, many=25, training=1),
+    ("avx512", torch.float16, "none"): _Choice(few=24, many=25, training=4),
     # avx512_bf16 multiplies no faster than float32: few rows 1.04-2.4 x, from 48 rows 1.0-2 x, gradients 1.2-1.7 x
     ("avx512", torch.bfloat16, "vector"): _Choice(few=16, many=48, training=48),
     # avx512_fp16 multiplies twice as fast: only the product for few rows gains, 1.2-2.5 x
