@@ -187,6 +187,17 @@ def test_a_kernelized_model_is_discovered_as_before() -> None:
     assert kw.discover(model) == before
 
 
+@pytest.mark.parametrize("inner", [models.TwoFunctions, models.Activation])
+def test_kernels_further_in_do_not_hide_what_a_module_computes(inner: type[nn.Module]) -> None:
+    model = models.Stack(models.Stack(inner(), nn.Linear(8, 8)), nn.SiLU())
+    before = kw.discover(model)
+    assert before[0].path == ""
+    mapping = {"triple": kernel(models.MarkedTriple)} if inner is models.TwoFunctions else {}
+    mapping |= {"Activation": kernel(models.MarkedActivation)} if inner is models.Activation else {}
+    kw.kernelize(model, only(mapping))
+    assert kw.discover(model) == before
+
+
 def test_a_deep_copy_can_have_function_kernels() -> None:
     """The copy holds copies of the wrappers, while its forward still calls the functions themselves."""
     model = copy.deepcopy(models.TwoFunctions())

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from kernelwise._recognize._trace import MISSING, Reads, token
+from kernelwise._recognize._trace import MISSING, Reads, is_ours, token
 
 
 def plain_function(value: Any) -> types.FunctionType | None:
@@ -128,7 +128,7 @@ def value_at(module: Any, path: tuple[str, ...]) -> Any:
     for name in path:
         if isinstance(value, nn.Module):
             d = value.__dict__
-            if name in d:
+            if name in d and not (name == "forward" and is_ours(d[name])):
                 value = d[name]
             elif name in d["_parameters"]:
                 value = d["_parameters"][name]

@@ -342,7 +342,7 @@ class View:
             return object.__getattribute__(stand_in, name)  # a property: it runs on the stand-in
         if name in _INTERNAL:
             raise Untraceable(f"it looks into {name}")
-        if name in d:
+        if name in d and not is_ours(d[name]):
             value = d[name]
             if isinstance(value, types.MethodType) and value.__self__ is self._module:
                 self._stage.reads.note((*self._path, name), value)
