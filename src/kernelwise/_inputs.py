@@ -18,6 +18,7 @@ from kernelwise._data import Layer, Recognition
 from kernelwise._observe import Case, bare_copy
 from kernelwise.ops import OPERATIONS, Role
 
+NAN = float("nan")
 SCALES = (1e-3, 1e-2, 1e2)
 """Besides 1. At 1e-3 the square of an input is as small as the usual epsilon, so that a wrong epsilon shows."""
 
@@ -104,21 +105,21 @@ def cases(layer: Layer, sample: Sample, mode: str, *, generator: torch.Generator
     given, module = sample.arguments, sample.module
     yield Case("as given", given, module, repeat=True)
     for scale in SCALES:
-        yield Case(f"scale {scale:g}", _scaled(given, found, scale), module, poisoned=True)
+        yield Case(f"scale {scale:g}", _scaled(given, found, scale), module, fill=NAN)
     if module is not None and any(True for _ in module.parameters()):
         other = bare_copy(module, lambda tensor: _random_weight(tensor, generator))
-        yield Case("random weights", given, other, poisoned=True)
+        yield Case("random weights", given, other, fill=NAN)
         yield Case("only weights need gradients", given, module, grad="weights")
     yield Case("only inputs need gradients", given, module, grad="inputs")
-    yield Case("no gradients", given, module, grad="none", poisoned=True)
+    yield Case("no gradients", given, module, grad="none", fill=NAN)
     tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
     if any(not tensor.is_contiguous() for tensor in tensors):
-        yield Case("contiguous inputs", _mapped(given, torch.Tensor.contiguous), module, poisoned=True)
-    yield Case("inputs with gaps", _mapped(given, _with_gaps), module, poisoned=True)
-    yield Case("transposed inputs", _mapped(given, _transposed), module, poisoned=True)
+        yield Case("contiguous inputs", _mapped(given, torch.Tensor.contiguous), module, fill=NAN)
+    yield Case("inputs with gaps", _mapped(given, _with_gaps), module, fill=NAN)
+    yield Case("transposed inputs", _mapped(given, _transposed), module, fill=NAN)
     if any("S" in names or "B" in names for names in named.values()):
-        yield Case("one row", _cut(given, named, {"B": 1, "S": 1}), module, poisoned=True)
-        yield Case("odd number of rows", _cut(given, named, {"B": 1, "S": 3}), module, poisoned=True)
+        yield Case("one row", _cut(given, named, {"B": 1, "S": 1}), module, fill=NAN)
+        yield Case("odd number of rows", _cut(given, named, {"B": 1, "S": 3}), module, fill=NAN)
         yield Case("no rows", _cut(given, named, {"S": 0} if _has(named, "S") else {"B": 0}), module)
     yield Case("NaN and infinity", _with_specials(given, found), module, grad="none")
     yield Case("second gradients", given, module, second=True)
@@ -127,7 +128,7 @@ def cases(layer: Layer, sample: Sample, mode: str, *, generator: torch.Generator
             resized = resize(layer, sample, found, sizes, generator)
             if resized is not None:
                 what = "many rows" if sizes is _MANY_ROWS else f"width {sizes['D'] if module is None else sizes['H']}"
-                yield Case(what, resized.arguments, resized.module, poisoned=sizes is not _MANY_ROWS)
+                yield Case(what, resized.arguments, resized.module, fill=None if sizes is _MANY_ROWS else NAN)
 
 
 def batch_slice(layer: Layer, sample: Sample, mode: str) -> tuple[Case, int] | None:

@@ -6,6 +6,7 @@ nothing; `_verify` compares what was noted.
 
 from __future__ import annotations
 
+import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -14,6 +15,7 @@ from typing import Any, Literal
 
 import torch
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from kernelwise._data import Binding, Kernel, Layer, Parameter
@@ -30,7 +32,7 @@ class Case:
     """What a kernel is tried on: the arguments of the forward by name, and the module whose weights it reads.
 
     `grad` says which leaves need a gradient. `repeat` runs forward and backward once more without clearing the gradients,
-    `second` takes second gradients, `poisoned` fills new memory with NaN, `how` wraps the call.
+    `second` takes second gradients, `fill` is what new memory holds (NaN or 0; None: whatever it held), `how` wraps the call.
     """
 
     name: str
@@ -39,7 +41,7 @@ class Case:
     grad: Literal["all", "inputs", "weights", "none"] = "all"
     repeat: bool = False
     second: bool = False
-    poisoned: bool = False
+    fill: float | None = None
     how: Literal["eager", "compile", "cuda graph"] = "eager"
 
 
@@ -175,7 +177,8 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 
 
 def observe(call: Call, case: Case, *, wide: bool = False) -> Observed:
-    """Run a call on fresh copies of a case's tensors. `wide` runs it in float64. Raises whatever the call raises."""
+    """Run a call on fresh copies of a case's tensors. `wide` runs it in float64. Raises what the call raises, unless the
+    call has overwritten an input: that is what is observed then."""
     given = _Given(case, wide=wide)
     if case.how == "compile":
         torch._dynamo.reset()
@@ -183,8 +186,13 @@ def observe(call: Call, case: Case, *, wide: bool = False) -> Observed:
     elif case.how == "cuda graph":
         call = _in_cuda_graph(call)
     torch.manual_seed(0)
-    with float64_mode() if wide else _poison() if case.poisoned else nullcontext():
-        seen = _run(call, case, given)
+    seen = Observed()
+    try:
+        with float64_mode() if wide else nullcontext() if case.fill is None else _filled_memory(case.fill):
+            seen = _run(call, case, given)
+    except Exception:
+        if wide or not given.overwritten():  # an input that was written to explains most of what goes wrong after it
+            raise
     seen.overwritten = [] if wide else given.overwritten()
     return seen
 
@@ -250,13 +258,17 @@ def _layout(output: torch.Tensor, given: _Given) -> str:
 
 
 @contextmanager
-def _poison() -> Iterator[None]:
-    """Fill memory that is allocated without being written with NaN, as PyTorch does for deterministic algorithms."""
+def _filled_memory(value: float) -> Iterator[None]:
+    """Fill memory that is allocated without being written: with NaN, as PyTorch does for deterministic algorithms, or 0."""
+    if value == 0:
+        with _Zeros():  # type: ignore[no-untyped-call]
+            yield
+        return
+    settings: Any = torch.utils.deterministic
     deterministic, warn_only = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
     )
-    settings: Any = torch.utils.deterministic
     filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     settings.fill_uninitialized_memory = True
@@ -265,6 +277,12 @@ def _poison() -> Iterator[None]:
     finally:
         torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
         settings.fill_uninitialized_memory = filled
+
+
+class _Zeros(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        made = func(*args, **(kwargs or {}))
+        return made.zero_() if func.overloadpacket.__name__.startswith(("empty", "new_empty")) else made
 
 
 def _in_cuda_graph(call: Call) -> Call:
@@ -311,11 +329,28 @@ def growth(call: Call, case: Case, *, calls: int = 8) -> tuple[int, int]:
 
 
 def _memory(on_gpu: bool) -> int:
+    """The bytes in use: what the allocator has given out, or where it does not tell, what the process has."""
     if on_gpu:
         torch.cuda.synchronize()
         return torch.cuda.memory_allocated()
     try:
+        libc = ctypes.CDLL(None)
+        libc.mallinfo2.restype = _MallInfo
+        found = libc.mallinfo2()
+        return int(found.uordblks + found.hblkhd)
+    except (AttributeError, OSError, TypeError):  # another C library
+        pass
+    try:
         with open("/proc/self/statm") as file:
             return int(file.read().split()[1]) * 4096
-    except OSError:  # no such file on this system: nothing can be told
+    except OSError:  # nothing can be told on this system
         return 0
+
+
+class _MallInfo(ctypes.Structure):
+    """What `mallinfo2` of the GNU C library returns: ten sizes, of which two are the bytes in use."""
+
+    _fields_ = tuple(
+        (name, ctypes.c_size_t)
+        for name in ("arena", "ordblks", "smblks", "hblks", "hblkhd", "usmblks", "fsmblks", "uordblks", "ford", "keep")
+    )

@@ -172,10 +172,12 @@ def _changed(case: Case, **changes: Any) -> Case:
 def _one_case(runner: _Runner, call: Any, case: Case, base: Check, *, repeated: bool = False) -> Check:
     """Judge one case. What is wrong is looked for in the order in which it explains the rest."""
     base = replace(base, case=case.name)
-    plain = _changed(case, how="eager", poisoned=False)
+    plain = _changed(case, how="eager", fill=None)
     try:
         own = observe(call, plain)
         exact = observe(call, plain, wide=True)
+        if own.overwritten and not own.outputs:
+            raise RuntimeError(f"it overwrites {', '.join(own.overwritten)}, which needs a gradient")
     except Exception as error:
         return replace(
             base, status="skipped", detail=f"the layer's own code fails: {type(error).__name__}: {_line(error)}"
@@ -187,8 +189,8 @@ def _one_case(runner: _Runner, call: Any, case: Case, base: Check, *, repeated: 
             return replace(base, status="skipped", detail=f"the kernel refuses it: {error.detail}")
         return replace(base, status=error.status, detail=error.detail)
     check = _judge(base, case, own, exact, new)
-    if check.status == "non_finite" and case.poisoned:
-        check = _unwritten(runner, _changed(case, poisoned=False), own, exact, check)
+    if check.status == "non_finite" and case.fill is not None:
+        check = _unwritten(runner, _changed(case, fill=0.0), own, exact, check)
     wrong = check.status in ("wrong_values", "wrong_gradient", "non_finite")
     if not wrong and (check.failed or not repeated):
         return check
@@ -254,7 +256,12 @@ def _judge(base: Check, case: Case, own: Observed, exact: Observed, new: Observe
             status: Status = "missing_gradient" if needed else "wrong_requires_grad"
             return replace(base, status=status, what=f"output {index}", detail=detail)
     found += gradients
-    worst = max(found, key=lambda pair: (pair[1].status != "passed", pair[1].ratio), default=None)
+    # A wrong output explains a wrong gradient.
+    worst = max(
+        found,
+        key=lambda pair: (pair[1].status != "passed", pair[1].status in ("wrong_values", "non_finite"), pair[1].ratio),
+        default=None,
+    )
     lost = any(gradient is not None and new.second.get(name) is None for name, gradient in own.second.items())
     marks = (NO_SECOND,) if case.second and lost else ()
     checked = base if worst is None else _filled(base, *worst)

@@ -1,0 +1,198 @@
+"""Kernels that take the process with them: each becomes a status, and this process goes on."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+from pathlib import Path
+
+import gallery
+import pytest
+from conftest import checks_of, decision
+
+from kernelwise import KernelRef
+from kernelwise._verify import Options
+from kernelwise._worker import Worker
+from kernelwise.sources import load
+
+LAYERS = """
+import ctypes, os, signal, sys, threading, time
+import torch
+from torch import nn
+
+
+def norm(x, weight, eps):
+    wide = x.float()
+    return weight * (wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class Loud(nn.Module):
+    def forward(self, hidden_states):
+        print("o" * 3_000_000)
+        print("e" * 3_000_000, file=sys.stderr)
+        os.write(1, b"raw" * 100_000)
+        return norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class ReadsInput(nn.Module):
+    def forward(self, hidden_states):
+        sys.stdin.read()
+        return norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class Segfaults(nn.Module):
+    def forward(self, hidden_states):
+        ctypes.string_at(0)
+
+
+class Aborts(nn.Module):
+    def forward(self, hidden_states):
+        print("the last words")
+        sys.stdout.flush()
+        os.abort()
+
+
+class KillsItself(nn.Module):
+    def forward(self, hidden_states):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+class Exits(nn.Module):
+    def forward(self, hidden_states):
+        os._exit(0)
+
+
+class SysExits(nn.Module):
+    def forward(self, hidden_states):
+        sys.exit(3)
+
+
+class Hangs(nn.Module):
+    def forward(self, hidden_states):
+        while True:
+            pass
+
+
+class HangsInC(nn.Module):
+    def forward(self, hidden_states):
+        ctypes.PyDLL(None).sleep(1000)
+
+
+class Hogs(nn.Module):
+    def forward(self, hidden_states):
+        kept = []
+        while True:
+            kept.append(torch.ones(4 << 20))
+
+
+class AsksForEverything(nn.Module):
+    def forward(self, hidden_states):
+        return torch.ones(1 << 42)
+
+
+class Unpicklable(nn.Module):
+    def forward(self, hidden_states):
+        class Odd(Exception):
+            def __init__(self):
+                self.lock = threading.Lock()
+
+            def __str__(self):
+                raise ValueError("no message")
+
+        raise Odd
+
+
+class SegfaultsInBackward(nn.Module):
+    def forward(self, hidden_states):
+        y = norm(hidden_states, self.weight, self.variance_epsilon)
+        if y.requires_grad:
+            y.register_hook(lambda grad: ctypes.string_at(0))
+        return y
+"""
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> Path:
+    variant = tmp_path_factory.mktemp("deadly") / "build" / "torch-universal"
+    variant.mkdir(parents=True)
+    metadata = {"name": "deadly", "id": "deadly", "version": 1, "license": "MIT", "python-depends": []}
+    (variant / "metadata.json").write_text(json.dumps(metadata | {"backend": {"type": "cpu"}}))
+    (variant / "__init__.py").write_text("from . import layers\n")
+    (variant / "layers.py").write_text(LAYERS)
+    return variant.parents[1]
+
+
+def run(repository: Path, name: str, **limits) -> list:
+    kernel = load(KernelRef("path", str(repository), name), device="cpu")
+    decided, module = decision(gallery.Norm(), kernel)
+    return list(checks_of(decided, module, options=Options(**limits)))
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "said"),
+    [
+        ("Segfaults", "crashed", "SIGSEGV"),
+        ("Aborts", "crashed", "SIGABRT; it printed: the last words"),
+        ("KillsItself", "crashed", "SIGKILL"),
+        ("Exits", "exited", "exit code 0"),
+        ("Hangs", "timed_out", "no answer after 1 s"),
+        ("HangsInC", "timed_out", "no answer after 1 s"),
+        ("Hogs", "out_of_memory", ""),
+        ("SegfaultsInBackward", "crashed", "SIGSEGV"),
+    ],
+)
+def test_a_kernel_that_ends_its_process_is_a_status(name, status, said, repository):
+    start = time.monotonic()
+    (check,) = run(repository, name, seconds=1.0 if "Hang" in name else 20.0, memory=300 << 20)
+    assert check.status == status, str(check)
+    assert said in check.detail
+    assert time.monotonic() - start < 60
+
+
+@pytest.mark.parametrize(
+    ("name", "status", "said"),
+    [
+        ("SysExits", "raised", "SystemExit: 3"),
+        ("Unpicklable", "raised", "Odd: (its message cannot be read)"),
+        ("AsksForEverything", "out_of_memory", "allocate memory"),
+    ],
+)
+def test_whatever_a_kernel_raises_is_a_status(name, status, said, repository):
+    check = run(repository, name, memory=1 << 30)[0]
+    assert check.status == status, str(check)
+    assert said in check.detail
+
+
+@pytest.mark.parametrize("name", ["Loud", "ReadsInput"])
+def test_the_channel_is_not_the_kernels(name, repository):
+    kernel = load(KernelRef("path", str(repository), name), device="cpu")
+    decided, module = decision(gallery.Norm(), kernel)
+    checks = checks_of(decided, module)
+    assert [next(checks).status for _ in range(3)] == ["passed"] * 3
+    checks.close()
+
+
+def test_a_kernel_whose_files_change_is_not_checked_as_the_one_that_was_loaded(repository):
+    kernel = load(KernelRef("path", str(repository), "Loud"), device="cpu")
+    file = repository / "build" / "torch-universal" / "layers.py"
+    before = file.read_text()
+    try:
+        file.write_text(before + "\n# changed\n")
+        decided, module = decision(gallery.Norm(), kernel)
+        (check,) = checks_of(decided, module, options=Options())
+    finally:
+        file.write_text(before)
+    assert check.status == "load_failed"
+    assert "changed" in check.detail
+
+
+def test_the_process_ends_with_its_worker(repository):
+    kernel = load(KernelRef("path", str(repository), "Hangs"), device="cpu")
+    decided, _ = decision(gallery.Norm(), kernel)
+    with Worker(decided.layer, kernel, "inference") as worker:
+        worker._start()
+        pid = worker._process.pid
+        os.kill(pid, 0)
+    with pytest.raises(ProcessLookupError):
+        os.kill(pid, 0)
