@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
@@ -13,10 +14,11 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from kernelwise import _demo, _models
+from kernelwise import _demo, _demo_speed, _models
 from kernelwise._api import apply, plan, unkernelize
 from kernelwise._data import Plan
-from kernelwise._demo import Outcome, Speed
+from kernelwise._demo import Outcome
+from kernelwise._demo_speed import Speed
 from kernelwise._errors import MissingDependencyError
 
 
@@ -88,12 +90,18 @@ def test_other_tokens_make_it_fail(model: nn.Module, monkeypatch: pytest.MonkeyP
     assert any("does not go on with ' Paris.'" in failure for failure in outcome.failures)
 
 
-def test_an_undo_that_leaves_something_makes_it_fail(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
-    def leaves_an_attribute(model: nn.Module) -> None:
+@pytest.mark.parametrize("left", ["an attribute more", "another object"])
+def test_an_undo_that_leaves_something_makes_it_fail(
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, left: str
+) -> None:
+    def leaves_something(model: Any) -> None:
         unkernelize(model)
-        model.stray = True
+        if left == "an attribute more":
+            model.stray = True
+        else:
+            model.config = copy.copy(model.config)
 
-    monkeypatch.setattr(_demo, "unkernelize", leaves_an_attribute)
+    monkeypatch.setattr(_demo, "unkernelize", leaves_something)
     outcome, shown = run(model)
     assert "undo in float32 left 1 of" in outcome.failures[0]
     assert "6  Undo" not in shown
@@ -112,7 +120,7 @@ def test_an_undo_that_changes_a_weight_makes_it_fail(model: nn.Module, monkeypat
 def test_a_speed_below_what_is_expected_is_said_and_is_no_failure(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(_demo, "_pairs", lambda *_: ((1.0, 1.0, 1.0), (2.0, 1.25, 4.0)))
+    monkeypatch.setattr(_demo_speed, "_pairs", lambda *_: ((1.0, 1.0, 1.0), (2.0, 1.25, 4.0)))
     outcome, shown = run(model)
     assert outcome.failures == ()
     assert "slower than expected: float32 prefill is 0.50x as fast, expected at least 1.00x" in shown
@@ -129,7 +137,7 @@ def test_the_ratio_is_the_median_of_pairs() -> None:
 def test_exit_code(model: nn.Module, monkeypatch: pytest.MonkeyPatch, continues: str, code: int) -> None:
     monkeypatch.setattr(_demo, "load_smollm2", lambda: (model, ByteTokenizer()))
     monkeypatch.setattr(_demo, "CONTINUES", continues)
-    monkeypatch.setattr(_demo, "_pairs", lambda *_: ((1.0,), (1.0,)))
+    monkeypatch.setattr(_demo_speed, "_pairs", lambda *_: ((1.0,), (1.0,)))
     assert _demo.main(Console(file=StringIO())) == code
 
 

@@ -131,7 +131,8 @@ def plan_command(
         print(_explanation(decided))
     else:
         print(decided)
-        print(*(f"note: {note}" for note in notes), sep="\n")
+        for note in notes:
+            print(f"note: {note}")
 
 
 @app.command("demo")

@@ -131,13 +131,16 @@ def examine(facts: Facts) -> tuple[Finding, ...]:
     if facts.accelerator == "cuda" and facts.version("triton") is None:
         found.append(Finding("a GPU without Triton", "the builtin GPU kernels cannot run", "pip install triton"))
     for driver in facts.drivers if facts.accelerator is None else ():
-        build = "cuda" if driver == "NVIDIA" else "ROCm"
+        build, fix = (
+            ("CUDA", "pip install --force-reinstall torch")
+            if driver == "NVIDIA"
+            else ("ROCm", "the command that https://pytorch.org/get-started/locally gives for ROCm")
+        )
         found.append(
             Finding(
                 f"an {driver} GPU that torch {facts.version('torch')} cannot use",
                 f"models run on the CPU: torch is built without {build}, or the driver does not fit it",
-                "pip install --force-reinstall torch"
-                + ("" if driver == "NVIDIA" else " --index-url https://download.pytorch.org/whl/rocm6.4"),
+                fix,
             )
         )
     if facts.cpu.why_no_kernels and facts.accelerator is None:
