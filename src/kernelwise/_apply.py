@@ -14,7 +14,7 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import lru_cache, partial
 from types import MethodType
 from typing import Any
 
@@ -195,15 +195,17 @@ def _prepare(model: nn.Module, plan: Plan, token: Token) -> list[tuple[nn.Module
             if decision.kernel is not None:
                 calls[decision.mode], fallbacks = _bind(module, layer, decision.kernel, decision.mode, bound)
         inference, training = _in_both_modes(layer, calls)
-        asked = frozenset(
-            mode
-            for decision in decisions
-            if decision.asked_by != "default"
-            for mode in ("inference", "training")
-            if len(decisions) == 1 or decision.mode.startswith(mode)
-        )
+        asked = _modes(len(decisions) == 1, *(d.mode for d in decisions if d.asked_by != "default"))
         prepared.append((module, Entry(token, layer, tuple(decisions), inference, training, asked, fallbacks)))
     return prepared
+
+
+@lru_cache(maxsize=64)
+def _modes(is_fixed: bool, *named: str) -> frozenset[str]:
+    """Return which of `eval()` and `train()` some modes are about; a single fixed mode is about both."""
+    return frozenset(
+        m for m in ("inference", "training") if named and (is_fixed or any(n.startswith(m) for n in named))
+    )
 
 
 def _in_both_modes(layer: Layer, calls: dict[str, Call | None]) -> tuple[Call | None, Call | None]:
@@ -254,7 +256,8 @@ def _find(model: nn.Module, layer: Layer) -> nn.Module:
             f"the plan has a {layer.class_name} at {layer.path}, where this model has a {class_name(module)}\n"
             "  go on      plan again for this model"
         )
-    if model_device(module) == "meta":
+    own = next(iter(module._parameters.values()), None)
+    if (own is None or own.is_meta) and model_device(module) == "meta":
         raise ApplyError(
             f"{layer.path} is on the meta device: it can be planned, but kernels are put into a model that has its weights\n"
             "  go on      load the weights first (from_pretrained, or to_empty and load_state_dict), then kernelize"

@@ -22,7 +22,7 @@ from torch import nn
 
 from kernelwise import ops
 from kernelwise._data import Layer, Parameter, Recognition
-from kernelwise._recognize import recognize, recognize_functions
+from kernelwise._recognize import recognize_both, recognize_functions
 
 STATE = "_kernelwise"
 """The one attribute in which Kernelwise keeps what it knows about a module it changed."""
@@ -90,8 +90,7 @@ def _layers_of(module: nn.Module, paths: tuple[str, ...], fallback_device: str) 
     registered = _inherited(type(module), lambda cls: cls.__dict__.get("kernel_layer_name"))
     named = None if registered else _inherited(type(module), _named.get)
     replaced = _replaced_forward(module)
-    in_inference = _recognized(module, training=False) if replaced is None else None
-    in_training = _recognized(module, training=True) if replaced is None else None
+    in_inference, in_training = _recognized(module) if replaced is None else (None, None)
     found = in_inference or in_training
     name = registered or named or (ops.layer_name(found) if found else None)
     if name is not None:
@@ -114,9 +113,12 @@ def _layers_of(module: nn.Module, paths: tuple[str, ...], fallback_device: str) 
     yield from _functions_of(module, paths, fallback_device, replaced)
 
 
-def _recognized(module: nn.Module, *, training: bool) -> Recognition | None:
-    found = recognize(module, training=training)
-    return found if isinstance(found, Recognition) else None
+def _recognized(module: nn.Module) -> tuple[Recognition | None, Recognition | None]:
+    inference, training = recognize_both(module)
+    return (
+        inference if isinstance(inference, Recognition) else None,
+        training if isinstance(training, Recognition) else None,
+    )
 
 
 def _functions_of(

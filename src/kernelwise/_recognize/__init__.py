@@ -6,6 +6,7 @@ the code of the forward and by every value that it has read, so a second layer o
 
 from __future__ import annotations
 
+import functools
 import threading
 import types
 import weakref
@@ -42,17 +43,34 @@ def recognize(module: nn.Module, *, training: bool | None = None) -> Recognition
     except Untraceable as reason:
         return Unknown(str(reason))
     with _lock:
-        _forget_if_operations_changed()
-        known = _modules.setdefault(forward, weakref.WeakKeyDictionary()).setdefault(type(module), {})
-        entries = known.setdefault(training, [])
-        for entry in entries:
-            if entry.holds(module):
-                return _known(entry)
-        finding = find_module(module, training=training)
-        entry = Entry(_answer(finding), finding.reads, (forward,))
-        entries.insert(0, entry)
-        del entries[_MOST_ENTRIES:]
-        return _known(entry)
+        return _known(_entry(module, forward, training))
+
+
+def recognize_both(module: nn.Module) -> tuple[Recognition | Unknown, Recognition | Unknown]:
+    """Return what `module` computes in inference and in training; it is traced once where it does not ask which it is."""
+    try:
+        forward = innermost_forward(module)
+    except Untraceable as reason:
+        return Unknown(str(reason)), Unknown(str(reason))
+    with _lock:
+        inference = _entry(module, forward, False)
+        training = _entry(module, forward, True) if inference.reads_training else inference
+        return _known(inference), _known(training)
+
+
+def _entry(module: nn.Module, forward: Callable[..., Any], training: bool | None) -> Entry:
+    """Return the remembered answer for a module, or trace it."""
+    _forget_if_operations_changed()
+    known = _modules.setdefault(forward, weakref.WeakKeyDictionary()).setdefault(type(module), {})
+    entries = known.setdefault(training, [])
+    for entry in entries:
+        if entry.holds(module):
+            return entry
+    finding = find_module(module, training=training)
+    entry = Entry(_answer(finding), finding.reads, (forward,))
+    entries.insert(0, entry)
+    del entries[_MOST_ENTRIES:]
+    return entry
 
 
 def recognize_functions(module: nn.Module) -> tuple[tuple[str, Recognition], ...]:
@@ -67,7 +85,7 @@ def recognize_functions(module: nn.Module) -> tuple[tuple[str, Recognition], ...
     if forward is None or is_library(forward):
         return ()
     found = []
-    for name in sorted(global_names(forward.__code__)):
+    for name in _sorted_names(forward.__code__):
         value = forward.__globals__.get(name)
         function = plain_function(value) if callable(value) else None
         if function is not None and not is_library(function):
@@ -75,6 +93,11 @@ def recognize_functions(module: nn.Module) -> tuple[tuple[str, Recognition], ...
             if isinstance(answer, Recognition):
                 found.append((name, answer))
     return tuple(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def _sorted_names(code: types.CodeType) -> tuple[str, ...]:
+    return tuple(sorted(global_names(code)))
 
 
 _MOST_ENTRIES = 256  # answers kept for one forward of one class: more kinds of layer than any model has
@@ -117,4 +140,4 @@ def _known(entry: Entry) -> Recognition | Unknown:
     return answer
 
 
-__all__ = ["NearMiss", "Unknown", "near_miss", "plain_function", "recognize", "recognize_functions"]
+__all__ = ["NearMiss", "Unknown", "near_miss", "plain_function", "recognize", "recognize_both", "recognize_functions"]

@@ -22,6 +22,8 @@ from kernelwise._recognize._trace import MISSING, Reads, is_ours, token
 
 def plain_function(value: Any) -> types.FunctionType | None:
     """Return the Python function under decorators and under the wrapper that the kernels library puts around one."""
+    if type(value) is types.FunctionType and not value.__dict__:
+        return value
     seen: set[int] = set()
     while id(value) not in seen:
         seen.add(id(value))
@@ -106,11 +108,12 @@ def _pin(value: Any) -> Any:
 class Entry:
     """An answer and everything it depends on."""
 
-    __slots__ = ("_code", "_reads", "answer")
+    __slots__ = ("_code", "_reads", "answer", "reads_training")
 
     def __init__(self, answer: Any, reads: Reads, functions: Iterable[Any]) -> None:
         self.answer = answer
         self._reads = tuple(reads.tokens.items())
+        self.reads_training = any(path[-1] == "training" for path in reads.tokens)
         called = (value() for value in reads.tokens.values() if isinstance(value, weakref.ref))
         self._code = tuple(_dependencies((*functions, *called)))
 

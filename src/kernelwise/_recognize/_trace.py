@@ -64,6 +64,9 @@ class Widths:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
+_MOST_CALLS = 64
+
+
 class Recorder(TorchDispatchMode):
     """Writes every ATen operation into a graph of canonical nodes."""
 
@@ -74,6 +77,7 @@ class Recorder(TorchDispatchMode):
         self._tensors: list[torch.Tensor] = []  # keeps ids alive
         self._given: set[int] = set()  # storages that belong to the caller
         self.paused = False
+        self._num_calls = 0
 
     def input(self, tensor: torch.Tensor, source: Source) -> torch.Tensor:
         """Make `tensor` an input of the graph."""
@@ -83,6 +87,9 @@ class Recorder(TorchDispatchMode):
 
     def call(self, source: Source, arguments: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         """Make `output` the result of an opaque call."""
+        self._num_calls += 1
+        if self._num_calls > _MOST_CALLS:  # a whole model: what it reads would be compared at every look
+            raise Untraceable(f"it calls more than {_MOST_CALLS} children, which no operation does")
         node = self.graph.node("call", (source, self._read(arguments)), tuple(output.shape), output.dtype)
         self._bind(output, node)
         self._given.add(_storage(output))
