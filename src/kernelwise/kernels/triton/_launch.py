@@ -12,19 +12,21 @@ from __future__ import annotations
 
 import functools
 import operator
+import os
+import re
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 import triton
 
-_INTERPRETED = triton.knobs.runtime.interpret
+_INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "yes", "on", "y")  # as Triton reads it
 _DIRECT = triton.__version__.startswith("3.6.") and torch.version.cuda is not None and not _INTERPRETED
 _data_ptr = torch.Tensor.data_ptr
 _MAX_LAUNCHERS = 4096  # per operation; a guard against kinds that never repeat, far above what models need
 
 # The names of a kernel repository's package are unique, so an exported copy of this folder does not clash with this one.
-NAMESPACE = __name__.rpartition(".")[0].replace(".", "_")
+NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
 
 
 class Launcher:
