@@ -13,13 +13,13 @@ from typing import TYPE_CHECKING, Any
 
 from kernelwise._api import (
     apply,
-    current_target,
     expose_hidden_kernels,
     kernelize,
     kernelized,
     plan,
     report,
     unkernelize,
+    verify,
 )
 from kernelwise._config import KernelConfig
 from kernelwise._data import KernelRef, Plan, Target
@@ -43,7 +43,6 @@ __all__ = [
     "PlanError",
     "Target",
     "apply",
-    "current_target",
     "discover",
     "expose_hidden_kernels",
     "kernelize",
@@ -52,6 +51,7 @@ __all__ = [
     "register_layer",
     "report",
     "unkernelize",
+    "verify",
 ]
 
 

@@ -1,6 +1,6 @@
 """The public functions: they join the stages and hold no logic of their own.
 
-config → discover → plan → apply → report
+config → discover → plan → verify → apply → report
 """
 
 from __future__ import annotations
@@ -13,9 +13,9 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from kernelwise import _apply, _discover, _plan, sources
+from kernelwise import _apply, _discover, _plan, _verify, sources
 from kernelwise._config import KernelConfig
-from kernelwise._data import DEVICE_TYPES, MODES, Kernel, KernelRef, Layer, Plan, Target
+from kernelwise._data import DEVICE_TYPES, MODES, Checks, Kernel, KernelRef, Layer, Plan, Target
 from kernelwise._errors import KernelLoadError, PlanError
 from kernelwise._mapping import Rule, mode_name
 from kernelwise._report import Report, make_row
@@ -175,6 +175,39 @@ def apply(model: Model, decided: Plan) -> Model:
     """Put the kernels of a plan into the model it was made for, and return the model. Raises `ApplyError`."""
     _apply.apply(model, decided)
     return model
+
+
+def verify(
+    model: nn.Module,
+    decided: Plan | None = None,
+    inputs: Any = None,
+    *,
+    compile: bool = False,
+    seconds: float = 60.0,
+    memory: int = 8 << 30,
+    seed: int = 0,
+) -> Checks:
+    """Check that every kernel of a plan computes what its layer computes. Nothing is put into the model.
+
+    Outputs and gradients are judged against the layer's own code in float64: a kernel may err at most twice as much as that
+    code does. Layers alike are checked once. Kernels that are not builtin run in a process of their own.
+
+    Args:
+        decided: what `plan` returned; None: `plan(model)`.
+        inputs: what the model is called with (a dict, a tuple, or one argument), to check on what its layers are given.
+            None: inputs are made for each layer; weights on the meta device are then made too.
+        compile: check under `torch.compile(fullgraph=True)` too, which takes seconds for each kernel.
+        seconds, memory: the limits (bytes above the process's own) for each case of a kernel that is not builtin.
+
+    Raises:
+        PlanError: a kernel of the plan is only described, or inputs are given for a model on the meta device.
+
+    >>> import torch, kernelwise
+    >>> print(kernelwise.verify(torch.nn.Sequential(torch.nn.Linear(4, 4))).ok)
+    True
+    """
+    options = _verify.Options(compile=compile, seconds=seconds, memory=memory, seed=seed)
+    return _verify.verify_plan(model, plan(model) if decided is None else decided, inputs, options=options)
 
 
 def unkernelize(model: Model, *, paths: Sequence[str] | None = None) -> Model:

@@ -157,7 +157,19 @@ def _cut_rows(arguments: dict[str, Any], layer: Layer, rows: int) -> dict[str, A
             if symbol in names:
                 at = names.index(symbol)
                 cut[name] = cut[name].narrow(at, 0, min(most, cut[name].shape[at]))
+        cut[name] = _closed_up(cut[name], arguments[name].shape)
     return cut
+
+
+def _closed_up(cut: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
+    """Copy a cut tensor with the order of its strides and the gaps it had when its shape was `shape`, without new ones."""
+    strides = list(cut.stride())
+    span_before, span = 1, 1
+    for at in sorted(range(cut.dim()), key=lambda d: (cut.stride(d), shape[d] != 1)):
+        if cut.stride(at) > 0:
+            strides[at] = span + max(0, cut.stride(at) - span_before)
+            span_before, span = cut.stride(at) * shape[at], strides[at] * cut.shape[at]
+    return torch.empty_strided(cut.shape, strides, dtype=cut.dtype, device=cut.device).copy_(cut)
 
 
 def _kept(value: Any) -> Any:

@@ -248,7 +248,7 @@ class Check:
     status: Status
     detail: str = ""
     what: str | None = None
-    place: tuple[int, ...] | None = None
+    place: tuple[int, ...] = ()
     got: str | None = None
     expected: str | None = None
     error: float | None = None
@@ -323,9 +323,10 @@ class Checks:
             ratio = max((check.ratio for check in checks if check.ratio is not None), default=None)
             rows.append(
                 (
-                    f"{layer} (and {len(checks[0].paths) - 1} alike)" if len(checks[0].paths) > 1 else layer,
-                    kernel,
+                    layer,
+                    str(len(checks[0].paths)),
                     " + ".join(checks[0].modes),
+                    kernel,
                     failed[0].status if failed else "passed" if passed else "skipped",
                     f"{len(passed)} of {len(checks)}",
                     f"{ratio:.2g}" if ratio is not None else "",
@@ -333,7 +334,7 @@ class Checks:
                     "; ".join(map(str, failed)) or ("" if passed else "; ".join(map(str, checks))),
                 )
             )
-        headers = ("layer", "kernel", "mode", "status", "passed", "error / allowed", "marks", "what was found")
+        headers = ("layer", "alike", "mode", "kernel", "status", "passed", "error / allowed", "marks", "what was found")
         return render(headers, rows, notes=self.notes)
 
 

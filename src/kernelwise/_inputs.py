@@ -107,7 +107,7 @@ def cases(layer: Layer, sample: Sample, mode: str, *, generator: torch.Generator
     for scale in SCALES:
         yield Case(f"scale {scale:g}", _scaled(given, found, scale), module, fill=NAN)
     if module is not None and any(True for _ in module.parameters()):
-        other = bare_copy(module, lambda tensor: _random_weight(tensor, generator))
+        other = bare_copy(module, lambda tensor: random_weight(tensor, generator))
         yield Case("random weights", given, other, fill=NAN)
         yield Case("only weights need gradients", given, module, grad="weights")
     yield Case("only inputs need gradients", given, module, grad="inputs")
@@ -169,8 +169,8 @@ def _times(tensor: torch.Tensor, scale: float) -> torch.Tensor:
     return scaled
 
 
-def _random_weight(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Weights that are nothing special: norms within +-1.5, matrices that keep the size of what they multiply."""
+def random_weight(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
+    """Return weights that are nothing special: norms within +-1.5, matrices that keep the size of what they multiply."""
     if not tensor.is_floating_point():
         return tensor.clone()
     if tensor.dim() < 2:
@@ -253,7 +253,7 @@ def resize(
                 module._modules[str(binding.value)] = _linear(role, n, module._modules[str(binding.value)], generator)
             elif isinstance(parameter := module._parameters.get(str(binding.value)), torch.Tensor):
                 empty = torch.empty(role.shape(n), dtype=parameter.dtype, device=parameter.device)
-                module._parameters[str(binding.value)] = nn.Parameter(_random_weight(empty, generator))
+                module._parameters[str(binding.value)] = nn.Parameter(random_weight(empty, generator))
     except (KeyError, TypeError):  # a size that these do not have
         return None
     return Sample(arguments, module)
@@ -266,7 +266,7 @@ def _linear(role: Role, n: Mapping[str, Any], found: Any, generator: torch.Gener
         width_in, role.shape(n)[-1], bias=found.bias is not None, device=weight.device, dtype=weight.dtype
     )
     for parameter in linear.parameters():
-        parameter.data = _random_weight(parameter.detach(), generator)
+        parameter.data = random_weight(parameter.detach(), generator)
     return linear
 
 

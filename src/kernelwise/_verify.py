@@ -19,8 +19,8 @@ from kernelwise._data import Check, Checks, Decision, Kernel, Layer, Plan, Statu
 from kernelwise._discover import globals_called, own_forward
 from kernelwise._errors import PlanError
 from kernelwise._exact import Deviation, deviation
-from kernelwise._inputs import Sample, batch_slice, cases, make_sample, with_defaults
-from kernelwise._observe import Case, Observed, growth, kernel_call, observe, own_call
+from kernelwise._inputs import Sample, batch_slice, cases, make_sample, random_weight, with_defaults
+from kernelwise._observe import Case, Observed, bare_copy, growth, kernel_call, observe, own_call
 from kernelwise._worker import SECONDS, Worker, WorkerError, failure_of
 
 _FREE_TO_REFUSE = ("inputs with gaps", "transposed inputs", "width ")
@@ -271,6 +271,7 @@ def _judge(base: Check, case: Case, own: Observed, exact: Observed, new: Observe
 def _gradients(base: Check, own: Observed, exact: Observed, new: Observed) -> list[tuple[str, Deviation]] | Check:
     """Compare the gradients of every leaf, or return the check that says that one is missing."""
     found: list[tuple[str, Deviation]] = []
+    largest = max(own.outputs, key=torch.Tensor.numel, default=None)
     for name, theirs in own.gradients.items():
         mine, best = new.gradients.get(name), exact.gradients.get(name)
         if theirs is None or best is None:
@@ -284,7 +285,9 @@ def _gradients(base: Check, own: Observed, exact: Observed, new: Observed) -> li
             if bool(theirs.any()) or theirs.numel() == 0:
                 return replace(base, status="missing_gradient", what=f"gradient of {name}", detail=detail)
         else:
-            found.append((f"gradient of {name}", deviation(theirs, mine, best, wrong="wrong_gradient")))
+            summed = largest is not None and largest.dim() > 0 and theirs.numel() < largest.numel()
+            terms = largest.shape[:-1].numel() if largest is not None and summed else 1
+            found.append((f"gradient of {name}", deviation(theirs, mine, best, wrong="wrong_gradient", terms=terms)))
     for name, theirs in own.second.items():
         mine, best = new.second.get(name), exact.second.get(name)
         if mine is not None and theirs is not None and best is not None:
@@ -361,11 +364,21 @@ def verify_plan(
     """Check every kernel of a plan, once for all layers alike. `inputs` are the model's; None: made for each layer.
 
     Raises:
-        PlanError: a kernel of the plan is only described, or the model is on the meta device.
+        PlanError: a kernel of the plan is only described, or inputs are given for a model on the meta device.
     """
     groups = group(model, plan)
-    for found in groups:
-        _check_can_run(model, found)
+    if described := next(
+        (g.decision.kernel for g in groups if g.decision.kernel and not g.decision.kernel.function), None
+    ):
+        raise PlanError(
+            f"{described.ref} is described, not loaded, so it cannot be checked\n"
+            "  go on      plan on the machine that the model is on"
+        )
+    if inputs is not None and any(parameter.is_meta for parameter in model.parameters()):
+        raise PlanError(
+            "the model is on the meta device, so it cannot run on these inputs\n"
+            "  go on      load the weights first, or give no inputs: both are then made for each layer"
+        )
     samples = {} if inputs is None else capture(model, groups, inputs)
     checks: list[Check] = []
     for found in groups:
@@ -385,26 +398,19 @@ def verify_plan(
     return Checks(plan.target, tuple(checks), notes)
 
 
-def _check_can_run(model: nn.Module, found: Group) -> None:
-    layer, kernel = found.decision.layer, found.decision.kernel
-    if kernel is not None and kernel.function is None:
-        raise PlanError(
-            f"{kernel.ref} is described, not loaded, so it cannot be checked\n"
-            "  go on      plan on the machine that the model is on"
-        )
-    if any(parameter.is_meta for parameter in module_of(model, layer).parameters()):
-        raise PlanError(
-            f"{layer.path} is on the meta device, so its kernel cannot be checked\n"
-            "  go on      load the weights first (from_pretrained, or to_empty and load_state_dict)"
-        )
-
-
 def _made(layer: Layer, module: nn.Module, mode: str, seed: int) -> Sample | None:
+    """Make a sample for a layer; one on the meta device gets random weights of its own, which no other layer holds."""
     first = next(iter(module.parameters()), None)
-    device = first.device if first is not None else torch.device("cuda" if layer.device == "rocm" else layer.device)
     generator = torch.Generator().manual_seed(seed)
-    of_layer = module if layer.function is None else None
-    return make_sample(layer, of_layer, mode, device=device, generator=generator)
+    if first is not None and not first.is_meta:
+        device = first.device
+    else:
+        device = torch.device("cuda" if layer.device == "rocm" else layer.device)
+    if layer.function is not None:
+        return make_sample(layer, None, mode, device=device, generator=generator)
+    if first is not None and first.is_meta:
+        module = bare_copy(module, lambda t: random_weight(torch.empty_like(t, device=device), generator))
+    return make_sample(layer, module, mode, device=device, generator=generator)
 
 
 def _unchecked(found: Group, why: str) -> Check:

@@ -1,0 +1,233 @@
+"""`kw.verify`: what it checks and says, what it leaves alone, and that it rejects nothing that is right."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import gallery
+import pytest
+import torch
+from conftest import checks_of, decision
+from torch import nn
+
+import kernelwise as kw
+from kernelwise._api import current_target
+from kernelwise._capture import capture, group
+from kernelwise._data import STATUSES, Check, Checks, Target, from_json
+from kernelwise._plan import reasons_against
+from kernelwise._verify import Options, check_kernel, own_code
+from kernelwise.sources import builtin_refs, load
+
+LAYERS = (gallery.Norm, gallery.LateNorm, gallery.MLP, gallery.Attention)
+
+
+class OwnRotary(nn.Module):
+    def forward(self, q, k, cos, sin, unsqueeze_dim=1):
+        return gallery.apply_rotary_pos_emb(q, k, cos, sin, unsqueeze_dim)
+
+
+def _assert_nothing_rejected(seed: int, as_kernel: Any) -> None:
+    """Builtin kernels, and the layers' own code as its own kernel, in two dtypes."""
+    for layer in LAYERS:
+        for dtype in (torch.float32, torch.bfloat16):
+            torch.manual_seed(seed)
+            module = layer().to(dtype)
+            own = as_kernel(OwnRotary if layer is gallery.Attention else layer)
+            decided, _ = decision(module, own)
+            op = decided.layer.recognition.op
+            kernels = [own, *(load(ref, device="cpu") for ref in builtin_refs(op, device="cpu"))]
+            for kernel in kernels:
+                if reasons_against(decided.layer, kernel, current_target("cpu"), "inference"):
+                    continue
+                decided, _ = decision(module, kernel)
+                checks = list(checks_of(decided, module, seed=seed))
+                assert [f"{layer.__name__} {dtype} {c}" for c in checks if c.failed] == []
+                assert sum(check.status == "passed" for check in checks) > 15
+
+
+def test_nothing_right_is_rejected(as_kernel):
+    _assert_nothing_rejected(0, as_kernel)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("seed", range(1, 21))
+def test_nothing_right_is_rejected_with_other_seeds(seed, as_kernel):
+    _assert_nothing_rejected(seed, as_kernel)
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = gallery.Norm(64)
+        self.attention = gallery.Attention()
+        self.mlp = gallery.MLP(64, 80)
+
+    def forward(self, x, cos, sin):
+        x = x + self.attention(self.norm(x), cos, sin)
+        return x + self.mlp(x)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList([Block(), Block()])
+
+    def forward(self, x, cos, sin):
+        for block in self.blocks:
+            x = block(x, cos, sin)
+        return x
+
+
+def _inputs(rows: int = 5) -> dict[str, torch.Tensor]:
+    return {"x": torch.randn(2, rows, 64), "cos": torch.randn(1, rows, 16), "sin": torch.randn(1, rows, 16)}
+
+
+def test_verify_checks_each_kind_of_layer_once_and_changes_nothing():
+    model = Model().eval()
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    checks = kw.verify(model, kw.plan(model), _inputs())
+    assert checks.ok, str(checks)
+    assert {check.layer for check in checks.checks} == {
+        "blocks.0.norm", "blocks.0.attention.rotary_pos_emb", "blocks.0.mlp"
+    }  # fmt: skip
+    assert {check.paths for check in checks.checks if check.layer == "blocks.0.norm"} == {
+        ("blocks.0.norm", "blocks.1.norm")
+    }
+    assert {check.modes for check in checks.checks} == {("inference", "training")}
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_checks_print_and_survive_json():
+    model = nn.Sequential(gallery.Norm())
+    checks = kw.verify(model)
+    data = json.loads(json.dumps(checks.to_json(), allow_nan=False))
+    assert data.pop("ok") is True
+    assert from_json(Checks, data) == checks
+    assert "builtin:RMSNorm" in str(checks)
+
+
+def test_layers_of_another_option_are_checked_apart():
+    model = nn.Sequential(gallery.Norm(), gallery.Norm(), gallery.Norm(eps=1e-5))
+    groups = group(model, kw.plan(model))
+    assert [found.paths for found in groups] == [("0", "1"), ("2",)]
+
+
+def test_a_fault_fails_and_the_table_says_what(as_kernel):
+    module = gallery.Norm()
+    decided, _ = decision(module, as_kernel(gallery.IgnoresWeight))
+    checks = Checks(Target("cpu"), tuple(checks_of(decided, module)))
+    assert not checks.ok
+    worst = checks.failures[0]
+    assert (worst.what, worst.status) == ("output 0", "wrong_values")
+    assert len(worst.place) == 3
+    assert float(worst.got) != float(worst.expected)
+    assert worst.ratio > 1000
+    assert "wrong_values" in str(checks)
+    assert "times what is allowed" in str(checks)
+
+
+def test_what_a_layer_is_given_is_captured_with_its_strides_and_within_a_bound():
+    model = Model().eval()
+    groups = group(model, kw.plan(model))
+    inputs = _inputs(rows=50)
+    before = {name: dict(module.__dict__) for name, module in model.named_modules()}
+    samples = capture(model, groups, inputs, rows=8)
+    assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
+    assert torch.equal(samples["blocks.0.norm"].arguments["hidden_states"], inputs["x"][:, :8])
+    rotary = samples["blocks.0.attention.rotary_pos_emb"].arguments
+    assert rotary["q"].shape == (2, 4, 8, 16)
+    assert rotary["q"].stride()[-2:] == (64, 1)  # a transposed view, as the layer makes it
+    assert rotary["q"].untyped_storage().nbytes() == 2 * 4 * 8 * 16 * 4  # what was cut off is not kept
+    assert rotary["cos"].shape == (1, 8, 16)
+    assert capture(model, groups, inputs, memory=10) == {}
+    some = capture(model, groups, inputs, rows=8, memory=5000)
+    assert set(some) == {"blocks.0.norm"}
+
+
+def test_a_model_on_meta_is_checked_layer_by_layer_with_weights_made_for_it():
+    with torch.device("meta"):
+        model = nn.Sequential(gallery.Norm(), gallery.MLP())
+    checks = kw.verify(model, kw.plan(model, device="cpu"))
+    assert checks.ok, str(checks)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    with pytest.raises(kw.PlanError, match="meta"):
+        kw.verify(model, kw.plan(model, device="cpu"), torch.zeros(1))
+
+
+def test_a_plan_for_another_machine_cannot_be_checked():
+    model = nn.Sequential(gallery.Norm())
+    with pytest.raises(kw.PlanError, match="described, not loaded"):
+        kw.verify(model, kw.plan(model, target=Target("cuda", "sm_90")))
+
+
+def test_a_layer_without_inputs_is_no_evidence(as_kernel):
+    class Two(nn.Module):
+        def forward(self, a, b):
+            return a + b
+
+    kw.register_layer(Two, "Two")
+    model = nn.Sequential(Two())
+    decided, _ = decision(model[0], as_kernel(Two))
+    checks = kw.verify(model, kw.Plan(Target("cpu"), (decided,)))
+    assert [check.status for check in checks.checks] == ["skipped"]
+    assert not checks.ok
+    assert "pass inputs" in str(checks)
+    assert not checks.failures
+
+
+def test_an_honest_property_is_a_mark_and_no_fault(as_kernel):
+    class Order(nn.Module):
+        """Adds the rows' contributions in an order that depends on how many there are, and never in the same."""
+
+        def forward(self, hidden_states):
+            calls = gallery.STALE["calls"] = gallery.STALE.get("calls", 0) + 1
+            y = gallery.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+            return y * (1 + 1.2e-7 * (calls % 3 == 0))
+
+    module = gallery.Norm()
+    decided, _ = decision(module, as_kernel(Order))
+    checks = list(checks_of(decided, module))
+    assert [str(check) for check in checks if check.failed] == []
+    assert "results differ between calls" in {mark for check in checks for mark in check.marks}
+
+
+def test_a_kernel_may_refuse_a_width_that_the_model_does_not_have_but_not_compute_it_wrongly(as_kernel):
+    class Refuses(nn.Module):
+        def forward(self, hidden_states):
+            if hidden_states.shape[-1] % 8:
+                raise ValueError("the width must be a multiple of 8")
+            return gallery.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+    decided, module = decision(gallery.Norm(), as_kernel(Refuses))
+    checks = {check.case: check for check in checks_of(decided, module)}
+    assert checks["width 33"].status == "skipped"
+    assert "multiple of 8" in checks["width 33"].detail
+    assert checks["many rows"].status == "passed"
+    assert not any(check.failed for check in checks.values())
+
+
+def test_a_check_refuses_nonsense():
+    fields: dict[str, Any] = {"layer": "a", "paths": ("a",), "kernel": "k", "modes": ("inference",), "case": "c"}
+    with pytest.raises(ValueError, match="cannot pass"):
+        Check(**fields, status="passed", error=2.0, allowed=1.0)
+    with pytest.raises(ValueError, match="a status is one of"):
+        Check(**fields, status="fine")
+    assert {"passed", "timed_out"} < set(STATUSES)
+
+
+def test_captured_inputs_are_what_is_checked(as_kernel):
+    class WrongFromFive(nn.Module):
+        def forward(self, hidden_states):
+            y = gallery.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+            return y + (hidden_states > 1000).to(y.dtype)
+
+    module = gallery.Norm()
+    decided, _ = decision(module, as_kernel(WrongFromFive))
+    own = own_code(module, decided.layer)
+    assert not any(check.failed for check in checks_of(decided, module))
+    groups = group(nn.Sequential(module), kw.Plan(Target("cpu"), (decided,)))
+    samples = capture(nn.Sequential(module), groups, torch.randn(1, 4, 48) * 3000)
+    found = next(c for c in check_kernel(decided, own, samples["0"], options=Options(isolate=False)) if c.failed)
+    assert (found.case, found.status) == ("as given", "wrong_values")
