@@ -61,7 +61,12 @@ def recognize_both(module: nn.Module) -> tuple[Recognition | Unknown, Recognitio
 def _entry(module: nn.Module, forward: Callable[..., Any], training: bool | None) -> Entry:
     """Return the remembered answer for a module, or trace it."""
     _forget_if_operations_changed()
-    known = _modules.setdefault(forward, weakref.WeakKeyDictionary()).setdefault(type(module), {})
+    by_class = _modules.get(forward)
+    if by_class is None:
+        by_class = _modules[forward] = weakref.WeakKeyDictionary()
+    known = by_class.get(type(module))
+    if known is None:
+        known = by_class[type(module)] = {}
     entries = known.setdefault(training, [])
     for entry in entries:
         if entry.holds(module):
