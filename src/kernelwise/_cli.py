@@ -1,4 +1,4 @@
-"""Command line: reads arguments, calls the stages, prints. `kernelwise layers | plan | demo | doctor`.
+"""Command line: reads arguments, calls the stages, prints. `kernelwise layers | plan | verify | demo | doctor`.
 
 Exit codes: 0, 1 for an error of Kernelwise (its message, no traceback) or something that does not fit, 2 for usage.
 """
@@ -133,6 +133,52 @@ def plan_command(
         print(decided)
         for note in notes:
             print(f"note: {note}")
+
+
+@app.command("verify")
+def verify_command(
+    model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)] = None,
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="A kernel mapping in TOML or JSON.")
+    ] = None,
+    kernel: Annotated[
+        str | None,
+        typer.Option(
+            "--kernel",
+            metavar="DIR_OR_REPO:LAYER",
+            help="Check this kernel on every layer that it could serve, in MODEL or in small models of several types.",
+        ),
+    ] = None,
+    trust_remote_code: Annotated[
+        bool,
+        typer.Option("--trust-remote-code", help="Load --kernel from a publisher that the Hub does not vouch for."),
+    ] = False,
+    dtype: DtypeOption = None,
+    compiled: Annotated[bool, typer.Option("--compile", help="Check under torch.compile too (slow).")] = False,
+    seconds: Annotated[float, typer.Option("--seconds", help="The time limit of each case.")] = 60.0,
+    seed: Annotated[int, typer.Option("--seed", help="Of the inputs and weights that are made.")] = 0,
+    as_json: JsonOption = False,
+) -> None:
+    """Check that the kernels for MODEL compute what its layers compute, on inputs made for them. Exit code 1: one does not."""
+    from kernelwise._author import verify_command as run
+
+    if model is None and kernel is None:
+        raise typer.BadParameter("name a MODEL, or a kernel with --kernel")
+    checks = run(
+        model,
+        config,
+        kernel,
+        trust_remote_code=trust_remote_code,
+        dtype=dtype,
+        compiled=compiled,
+        seconds=seconds,
+        seed=seed,
+    )
+    if as_json:
+        _print_json(checks.to_json())
+    else:
+        print(checks)
+    raise typer.Exit(0 if checks.ok else 1)
 
 
 @app.command("demo")

@@ -382,20 +382,25 @@ def verify_plan(
     samples = {} if inputs is None else capture(model, groups, inputs)
     checks: list[Check] = []
     for found in groups:
-        decision = found.decision
-        layer = decision.layer
-        module = module_of(model, layer)
-        own = own_code(module, layer)
-        sample = samples.get(layer.path) or _made(layer, module, decision.mode, options.seed)
-        if sample is None:
-            checks.append(_unchecked(found, "no inputs could be made for it; pass inputs of the model"))
-            on_check(checks[-1])
-            continue
-        for check in check_kernel(decision, own, sample, paths=found.paths, modes=found.modes, options=options):
+        for check in check_group(model, found, samples.get(found.decision.layer.path), options):
             checks.append(check)
             on_check(check)
     notes = () if checks else ("no kernels in the plan: there is nothing to check",)
     return Checks(plan.target, tuple(checks), notes)
+
+
+def check_group(model: nn.Module, found: Group, sample: Sample | None, options: Options) -> Iterator[Check]:
+    """Yield the checks of a group of alike layers. Without a sample, inputs are made."""
+    decision = found.decision
+    module = module_of(model, decision.layer)
+    sample = sample or _made(decision.layer, module, decision.mode, options.seed)
+    if sample is None:
+        kernel = str(decision.kernel.ref) if decision.kernel else ""
+        why = "no inputs could be made for it; pass inputs of the model"
+        yield Check(decision.layer.path, found.paths, kernel, found.modes, "", "skipped", why)
+        return
+    own = own_code(module, decision.layer)
+    yield from check_kernel(decision, own, sample, paths=found.paths, modes=found.modes, options=options)
 
 
 def _made(layer: Layer, module: nn.Module, mode: str, seed: int) -> Sample | None:
@@ -411,16 +416,3 @@ def _made(layer: Layer, module: nn.Module, mode: str, seed: int) -> Sample | Non
     if first is not None and first.is_meta:
         module = bare_copy(module, lambda t: random_weight(torch.empty_like(t, device=device), generator))
     return make_sample(layer, module, mode, device=device, generator=generator)
-
-
-def _unchecked(found: Group, why: str) -> Check:
-    decision = found.decision
-    return Check(
-        decision.layer.path,
-        found.paths,
-        str(decision.kernel.ref) if decision.kernel else "",
-        found.modes,
-        "",
-        "skipped",
-        why,
-    )
