@@ -2,8 +2,8 @@
 
     python benchmarks/gpu_e2e.py [--variants eager,ours,...] [--layers 8] [--seconds 400] [--out FOLDER]
 
-Variants: `eager`; `ours` (the Triton kernels put in by hand: RMS norm, gated MLP, rotary embedding); `ours+add` (the
-second norm of a layer fused with the addition before it as well); `compile` (torch.compile of the model);
+Variants: `eager`; `ours` (`kernelwise.kernelize(model)`: RMS norm, gated MLP, rotary embedding); `ours+add` (and the
+second norm of a layer fused with the addition before it, by hand); `compile` (torch.compile of the model);
 `ours+compile`; `liger` (apply_liger_kernel_to_llama without its fused loss, and with it
 as `liger+loss`). Each measures prefill of 1 x 4096 tokens, decoding with a dynamic cache (a Python loop) and with a
 static cache and the whole step in one CUDA graph, and a training step (forward and backward) of 1 x 4096. Logits, loss
@@ -34,10 +34,8 @@ from gpu_ops import versions
 from transformers import LlamaConfig, StaticCache
 from transformers.models.llama import modeling_llama as llama
 
+import kernelwise
 from kernelwise.kernels.triton.add_rms_norm import add_rms_norm
-from kernelwise.kernels.triton.gated_mlp import gated_mlp
-from kernelwise.kernels.triton.rms_norm import rms_norm
-from kernelwise.kernels.triton.rotary import rotary
 
 START = time.time()
 TOKENS = 4096
@@ -62,30 +60,6 @@ def build(layers: int) -> Any:
     with torch.device("cuda"):
         model = llama.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     return model.eval()
-
-
-def attention_with(rotate: Callable[..., Any]) -> Callable[..., Any]:
-    """LlamaAttention.forward with another rotary function."""
-
-    def forward(
-        self: Any, hidden_states: Any, position_embeddings: Any = None, attention_mask: Any = None,
-        past_key_values: Any = None, **kwargs: Any,
-    ) -> Any:  # fmt: skip
-        shape = hidden_states.shape[:-1]
-        heads = (*shape, -1, self.head_dim)
-        q = self.q_proj(hidden_states).view(heads).transpose(1, 2)
-        k = self.k_proj(hidden_states).view(heads).transpose(1, 2)
-        v = self.v_proj(hidden_states).view(heads).transpose(1, 2)
-        q, k = rotate(q, k, *position_embeddings)
-        if past_key_values is not None:
-            k, v = past_key_values.update(k, v, self.layer_idx)
-        attend = llama.ALL_ATTENTION_FUNCTIONS.get_interface(
-            self.config._attn_implementation, llama.eager_attention_forward
-        )
-        output, weights = attend(self, q, k, v, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs)
-        return self.o_proj(output.reshape(*shape, -1).contiguous()), weights
-
-    return forward
 
 
 def fused_layer(
@@ -114,12 +88,8 @@ def patched(variant: str) -> Iterator[None]:
     classes = {n: getattr(llama, n) for n in names}
     before = {n: c.forward for n, c in classes.items()}
     rotate = llama.apply_rotary_pos_emb
-    if variant.startswith("ours"):
-        llama.LlamaRMSNorm.forward = lambda self, x: rms_norm(x, self.weight, self.variance_epsilon)
-        llama.LlamaMLP.forward = lambda self, x: gated_mlp(x, self.gate_proj, self.up_proj, self.down_proj)
-        llama.LlamaAttention.forward = attention_with(rotary)
-        if "add" in variant:
-            llama.LlamaDecoderLayer.forward = fused_layer
+    if "add" in variant:
+        llama.LlamaDecoderLayer.forward = fused_layer
     elif variant.startswith("liger"):
         from liger_kernel.transformers import apply_liger_kernel_to_llama
 
@@ -200,6 +170,9 @@ def run_variant(variant: str, layers: int, reference: dict[str, Any]) -> dict[st
     found: dict[str, Any] = {}
     compiled = "compile" in variant
     model = build(layers)
+    if variant.startswith("ours"):
+        kernelwise.kernelize(model)
+        found["kernels"] = sorted({row.kernel for row in kernelwise.report(model).rows if row.kernel})
     ids = torch.randint(0, 128256, (1, TOKENS), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
 
     def prepared() -> Any:
