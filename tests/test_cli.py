@@ -113,6 +113,13 @@ def test_explain_shows_every_rejected_candidate(capsys: pytest.CaptureFixture[st
     assert out.count("inference + training: own code") == 2
 
 
+def test_explain_takes_what_is_below_a_path(capsys: pytest.CaptureFixture[str]) -> None:
+    _, out, _ = run(capsys, "plan", "llama", "--device", "cuda", "--json", "--explain", "model.layers.1")
+    paths = {decision["layer"]["path"] for decision in json.loads(out)["decisions"]}
+    assert {"model.layers.1.mlp", "model.layers.1.input_layernorm"} < paths
+    assert all(path.startswith("model.layers.1.") for path in paths)
+
+
 def test_explain_of_an_unknown_path_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:
     code, _, err = run(capsys, "plan", "llama", "--explain", "model.nrm")
     assert code == 1

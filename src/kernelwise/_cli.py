@@ -255,8 +255,7 @@ def _decisions_at(decided: Plan, path: str) -> tuple[Decision, ...]:
     found = tuple(
         decision
         for decision in decided.decisions
-        for place in [decision.layer.paths or (decision.layer.path,)]
-        if any(name == path or name.startswith(f"{path}.") or fnmatchcase(name, path) for name in place)
+        if any(fnmatchcase(place, path) or place.startswith(f"{path}.") for place in _places(decision.layer))
     )
     if not found:
         known = list(dict.fromkeys(decision.layer.path for decision in decided.decisions))
@@ -265,6 +264,10 @@ def _decisions_at(decided: Plan, path: str) -> tuple[Decision, ...]:
             "  go on      kernelwise layers MODEL lists them; what stands elsewhere was neither registered nor recognised"
         )
     return found
+
+
+def _places(layer: Layer) -> tuple[str, ...]:
+    return layer.paths or (layer.path,)
 
 
 def _explanation(decided: Plan) -> str:

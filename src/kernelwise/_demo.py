@@ -22,7 +22,7 @@ from torch import nn
 
 from kernelwise._api import apply, plan, report, unkernelize
 from kernelwise._data import Plan
-from kernelwise._demo_speed import Speed, measure, speed_table
+from kernelwise._demo_speed import DECODE_TOKENS, PREFILL_TOKENS, Speed, measure, speed_table
 from kernelwise._demo_text import TEXT
 from kernelwise._models import load_smollm2
 from kernelwise.kernels.cpu import is_available, isa
@@ -127,7 +127,9 @@ def run(
         has_units = _has_bf16_instructions()
         expected = {} if has_units else {"prefill": 3.0}
         speeds += measure(model, decided, ids, "bfloat16", expected=expected, **timing)
-        screen.head("4  Speed: own code and kernels in turns, medians")
+        screen.head(
+            f"4  Speed: prefill of {PREFILL_TOKENS} tokens, decode of {DECODE_TOKENS}; own code and kernels in turns, medians"
+        )
         console.print(speed_table(speeds))
         screen.say(_about_bf16(decided, has_units))
 
