@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import models
 import torch
-from models import Norm
+from models import Norm, tiny
 from torch import nn
 
 import kernelwise as kw
@@ -31,3 +32,21 @@ def test_discover_finds_the_same_after_kernelize() -> None:
     kw.kernelize(model)
     assert {row.kernel for row in kw.report(model).rows} >= {"builtin:SwiGLUMLP", "builtin:RMSNorm"}
     assert seen(model) == before
+
+
+def test_a_forward_that_the_kernels_library_left_in_place() -> None:
+    """Its `kernelize` writes `forward` on every layer and shared function that it looks at, also where nothing changes."""
+    from kernels import Mode, use_kernel_mapping
+    from kernels import kernelize as library_kernelize
+
+    model = nn.Sequential(GatedMLP(), tiny())
+    before = seen(model)
+    assert "rotary" in str(before)
+    shared = models.apply_rotary_pos_emb
+    with kw.expose_hidden_kernels(model), use_kernel_mapping({}, inherit_mapping=False):
+        library_kernelize(model, mode=Mode.INFERENCE, device="cpu", use_fallback=True)
+    try:
+        assert "forward" in shared.__dict__
+        assert seen(model) == before
+    finally:
+        shared.__dict__.pop("forward", None)

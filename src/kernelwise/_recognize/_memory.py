@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from kernelwise._recognize._trace import MISSING, Reads, is_ours, token
+from kernelwise._recognize._trace import MISSING, Reads, is_own_code, token
 
 
 def plain_function(value: Any) -> types.FunctionType | None:
@@ -37,7 +37,7 @@ def plain_function(value: Any) -> types.FunctionType | None:
 def _wrapped_function(module: nn.Module) -> Any:
     """The function that a module's class does nothing but call: the only value in the closure of its forward."""
     cells: tuple[types.CellType, ...] = getattr(type(module).forward, "__closure__", None) or ()
-    if "forward" in module.__dict__ or len(cells) != 1:
+    if len(cells) != 1 or ("forward" in module.__dict__ and not is_own_code(module, module.__dict__["forward"])):
         return None
     return cells[0].cell_contents
 
@@ -131,7 +131,7 @@ def value_at(module: Any, path: tuple[str, ...]) -> Any:
     for name in path:
         if isinstance(value, nn.Module):
             d = value.__dict__
-            if name in d and not (name == "forward" and is_ours(d[name])):
+            if name in d and not (name == "forward" and is_own_code(value, d[name])):
                 value = d[name]
             elif name in d["_parameters"]:
                 value = d["_parameters"][name]

@@ -266,7 +266,7 @@ def has_hooks(module: nn.Module) -> bool:
         or d["_backward_hooks"]
         or d["_backward_pre_hooks"]
         or d.get("_compiled_call_impl") is not None
-        or ("forward" in d and not is_ours(d["forward"]))
+        or ("forward" in d and not is_own_code(module, d["forward"]))
         or type(module).__call__ is not nn.Module.__call__
     )
 
@@ -349,7 +349,7 @@ class View:
             return object.__getattribute__(stand_in, name)  # a property: it runs on the stand-in
         if name in _INTERNAL:
             raise Untraceable(f"it looks into {name}")
-        if name in d and not is_ours(d[name]):
+        if name in d and not is_own_code(self._module, d[name]):
             value = d[name]
             if isinstance(value, types.MethodType) and value.__self__ is self._module:
                 self._stage.reads.note((*self._path, name), value)
@@ -589,17 +589,23 @@ def innermost_forward(module: nn.Module) -> Callable[..., Any]:
         return type(module).forward
     if "_hf_hook" in module.__dict__:  # accelerate keeps the forward that its hook is around here
         forward = module.__dict__.get("_old_forward", forward)
-    if is_ours(forward):
+    if is_own_code(module, forward):
         return type(module).forward
     if isinstance(forward, types.MethodType) and forward.__self__ is module:
         return forward.__func__
     raise Untraceable("its forward was replaced on this instance")
 
 
-def is_ours(forward: object) -> bool:
-    """Whether a forward on an instance is the one that runs a kernel there: what the module computes is its class's."""
+def is_own_code(module: nn.Module, forward: object) -> bool:
+    """Whether a forward on an instance stands for its class's: it runs a kernel of ours, or it is the class's, bound.
+
+    The `kernels` library leaves the latter on every layer that it looks at, also where it replaces nothing.
+    """
+    if not isinstance(forward, types.MethodType) or forward.__self__ is not module:
+        return False
     # The mark is the function itself: decorators that copy attributes to wrappers copy a mark that is not theirs.
-    return isinstance(forward, types.MethodType) and getattr(forward.__func__, "__kernelwise__", 0) is forward.__func__
+    own = (getattr(forward.__func__, "__kernelwise__", None), type(module).forward)
+    return any(function is forward.__func__ for function in own)
 
 
 def parameters_of(function: Callable[..., Any]) -> dict[str, inspect.Parameter]:
