@@ -36,12 +36,10 @@ def read_reference(text: str, *, trust_remote_code: bool = False) -> KernelRef:
     location, colon, layer = text.rpartition(":")
     if colon and Path(location).expanduser().is_dir():
         text = f"{Path(location).expanduser().resolve()}:{layer}"
-    is_hub = "/" in text and not text.startswith(("/", "package:"))
-    value = (text, {"trust_remote_code": True}) if is_hub and trust_remote_code else text
-    ref = KernelConfig({"Kernel": value}).rules()[0].ref
+    ref = KernelConfig({"Kernel": text}).rules()[0].ref
     if ref is None:
         raise KernelwiseError(f"{text!r} names no kernel\n  go on      write DIR:Layer or org/repo@v1:Layer")
-    return ref
+    return replace(ref, trust_remote_code=True) if trust_remote_code and ref.scheme == "hub" else ref
 
 
 def layers_for(

@@ -280,7 +280,7 @@ class Check:
         value = f"{self.what}{list(self.place) if self.place else ''}" if self.what else ""
         if self.got is not None:
             value += f" is {self.got}, exact {self.expected}"
-        if ratio is not None and self.failed:
+        if ratio is not None and ratio > 1:
             value += f", error {ratio:.3g} times what is allowed"
         return ": ".join(filter(None, (self.case, self.status, value, self.detail)))
 
@@ -331,7 +331,8 @@ class Checks:
                     f"{len(passed)} of {len(checks)}",
                     f"{ratio:.2g}" if ratio is not None else "",
                     ", ".join(dict.fromkeys(mark for check in checks for mark in check.marks)),
-                    "; ".join(map(str, failed)) or ("" if passed else "; ".join(map(str, checks))),
+                    "; ".join(map(str, failed[:2])) + (f"; {len(failed) - 2} more" if len(failed) > 2 else "")
+                    or ("" if passed else "; ".join(map(str, checks[:2]))),
                 )
             )
         headers = ("layer", "alike", "mode", "kernel", "status", "passed", "error / allowed", "marks", "what was found")

@@ -128,12 +128,12 @@ def run(repository: Path, name: str, **limits) -> list:
     ("name", "status", "said"),
     [
         ("Segfaults", "crashed", "SIGSEGV"),
-        ("Aborts", "crashed", "SIGABRT; it printed: the last words"),
+        pytest.param("Aborts", "crashed", "SIGABRT; it printed: the last words", marks=pytest.mark.long),
         ("Exits", "exited", "exit code 0"),
         ("Hangs", "timed_out", "no answer after 1 s"),
-        ("HangsInC", "timed_out", "no answer after 1 s"),
+        pytest.param("HangsInC", "timed_out", "no answer after 1 s", marks=pytest.mark.long),
         ("Hogs", "out_of_memory", ""),
-        ("SegfaultsInBackward", "crashed", "SIGSEGV"),
+        pytest.param("SegfaultsInBackward", "crashed", "SIGSEGV", marks=pytest.mark.long),
     ],
 )
 def test_a_kernel_that_ends_its_process_is_a_status(name, status, said, repository):
@@ -147,7 +147,7 @@ def test_a_kernel_that_ends_its_process_is_a_status(name, status, said, reposito
 @pytest.mark.parametrize(
     ("name", "status", "said"),
     [
-        ("SysExits", "raised", "SystemExit: 3"),
+        pytest.param("SysExits", "raised", "SystemExit: 3", marks=pytest.mark.long),
         ("Unpicklable", "raised", "Odd: (its message cannot be read)"),
         ("AsksForEverything", "out_of_memory", "allocate memory"),
     ],
