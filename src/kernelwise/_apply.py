@@ -226,9 +226,10 @@ def _bind(
 ) -> tuple[Call, Counter[str] | None]:
     """Bind a kernel to one layer, or take the call that an alike layer has. Functions bring a count of their own."""
     own = own_forward(module)
-    key = (id(own), id(kernel), id(layer.signature), id(layer.computes(mode)), hash(layer.function))
+    parameters = tuple(name for name in kernel.reads if name in module._parameters)
+    key = (id(own), id(kernel), id(layer.signature), id(layer.computes(mode)), hash(layer.function), hash(parameters))
     if key not in bound and layer.function is None:
-        bound[key] = layer_call(layer, kernel, mode, own), None
+        bound[key] = layer_call(layer, kernel, mode, own, parameters), None
     elif key not in bound and layer.function is not None:
         fallbacks: Counter[str] = Counter()
         call = function_call(layer, kernel, mode, globals_called(own)[layer.function], fallbacks)

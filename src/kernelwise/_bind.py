@@ -15,6 +15,7 @@ from types import CellType, FunctionType
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kernelwise._data import Binding, Kernel, Layer, Limits, Parameter, Recognition
 from kernelwise._discover import STATE, mark_dispatcher, wrapping
@@ -33,7 +34,7 @@ LOST_GRADIENT = "the kernel gave an output without gradient"
 def needs_grad(module: torch.nn.Module | None, *arguments: Any) -> bool:
     """Return whether a gradient can flow into any of the arguments or into a parameter of the module."""
     for argument in arguments:
-        if isinstance(argument, torch.Tensor):
+        if isinstance(argument, Tensor):
             if argument.requires_grad:
                 return True
         elif isinstance(argument, (tuple, list)):
@@ -41,12 +42,18 @@ def needs_grad(module: torch.nn.Module | None, *arguments: Any) -> bool:
                 return True
         elif isinstance(argument, dict) and needs_grad(None, *argument.values()):
             return True
-    return module is not None and any(parameter.requires_grad for parameter in module.parameters())
+    if module is None:
+        return False
+    # Its own parameters first, and directly: `module.parameters()` costs more than all the rest of a call.
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.requires_grad:
+            return True
+    return bool(module._modules) and any(parameter.requires_grad for parameter in module.parameters())
 
 
 def carries_grad(output: Any) -> bool:
     """Return whether every floating tensor of an output is part of the graph."""
-    if isinstance(output, torch.Tensor):
+    if isinstance(output, Tensor):
         return output.requires_grad or not (output.is_floating_point() or output.is_complex())
     if isinstance(output, dict):
         return all(map(carries_grad, output.values()))
@@ -62,11 +69,11 @@ def run_own(self: torch.nn.Module, why: str | None, *args: Any, **kwargs: Any) -
     return state.run_own(self, why, args, kwargs)
 
 
-def layer_call(layer: Layer, kernel: Kernel, mode: str, own: Call) -> Call:
+def layer_call(layer: Layer, kernel: Kernel, mode: str, own: Call, parameters: tuple[str, ...] = ()) -> Call:
     """Return the function `(self, ...)`, in the layer's own signature, that runs the kernel for this layer.
 
     `own` is the forward of the layer's class. Where its decorators take keywords that its signature does not tell of, a
-    call with such a keyword goes to the own code.
+    call with such a keyword goes to the own code. `parameters` names those of the layer's own that a layer class reads.
 
     Raises:
         ApplyError: the plan was made by hand and the kernel cannot be bound.
@@ -82,7 +89,7 @@ def layer_call(layer: Layer, kernel: Kernel, mode: str, own: Call) -> Call:
         kernel.has_backward,
         kernel.can_torch_compile,
         True,
-        reads=kernel.reads,
+        parameters=parameters,
         takes_more=_takes_any_keyword(own) and all(p.kind != "var_keyword" for p in layer.signature),
     )(run_own)
 
@@ -126,7 +133,7 @@ def _compile(
     has_backward: bool,
     can_torch_compile: bool,
     has_self: bool,
-    reads: tuple[str, ...] = (),
+    parameters: tuple[str, ...] = (),
     takes_more: bool = False,
 ) -> Callable[[Call], Call]:
     """Write and compile one adapter. Returns a function that takes what to run for the layer's own code.
@@ -162,7 +169,7 @@ def _compile(
             raise ApplyError(f"{function.__qualname__} cannot be bound: {'; '.join(reasons)}")
         if has_self:
             arguments = f"self, {arguments}" if arguments else "self"
-        guard = _plain_guard(layer, reads if has_self else ())
+        guard = _plain_guard(layer, parameters)
     if guard:
         lines += [f"    if not ({guard}):", run_own("_kw_INPUT")]
     if not has_backward:
@@ -173,7 +180,9 @@ def _compile(
     if has_backward and recognition is None:
         lines += [
             f"    _kw_output = _kw_kernel({arguments})",
-            f"    if _kw_is_grad_enabled() and not _kw_carries_grad(_kw_output) and _kw_needs_grad({module}, {names}):",
+            # By far the most frequent case first; what looks into the output last, as it costs most.
+            "    if _kw_is_grad_enabled() and not (type(_kw_output) is _kw_Tensor and _kw_output.requires_grad) and "
+            f"_kw_needs_grad({module}, {names}) and not _kw_carries_grad(_kw_output):",
             run_own("_kw_LOST_GRADIENT"),
             "    return _kw_output",
         ]
@@ -236,10 +245,10 @@ def _guard(recognition: Recognition, limits: Limits) -> str:
     return " and ".join([*tests, *map(_is_plain, others)])
 
 
-def _plain_guard(layer: tuple[Parameter, ...], reads: tuple[str, ...]) -> str:
+def _plain_guard(layer: tuple[Parameter, ...], parameters: tuple[str, ...]) -> str:
     """The condition under which a layer class may see its input: no tensor of a subclass, given or read from the module."""
     given = [_is_plain(p.name) for p in layer if not p.kind.startswith("var_")]
-    read = [f'type(self._parameters.get("{name}")) in _kw_plain_or_none' for name in reads]
+    read = [f'type(self._parameters.get("{name}")) in _kw_plain_or_none' for name in parameters]
     return " and ".join([*given, *read])
 
 
