@@ -85,7 +85,7 @@ def test_the_commands_of_the_docs_run(tmp_path: Path, capsys: pytest.CaptureFixt
 def test_every_command_and_option_is_in_the_docs() -> None:
     text = (ROOT / "docs" / "cli.md").read_text()
     commands = [command.name for command in app.registered_commands]
-    assert commands == ["layers", "plan", "demo", "doctor"]
+    assert {"layers", "plan", "demo", "doctor"} <= set(commands)
     for command in commands:
         assert f"kernelwise {command}" in text
     source = (ROOT / "src" / "kernelwise" / "_cli.py").read_text()
