@@ -802,3 +802,38 @@ def test_layouts_of_rotary(function, op, chosen):
 
 def test_part_that_is_turned_matters():
     assert answer_for(partial_in_a_way_nobody_knows) is None
+
+
+class Grouped(nn.Module):
+    def __init__(self, group_size: int = 8) -> None:
+        super().__init__()
+        self.weight, self.eps, self.size, self.decoy = nn.Parameter(torch.ones(24)), 1e-6, group_size, group_size
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        y = x.float()
+        if gate is not None:
+            y = y * F.silu(gate.float())
+        y = y.view(*x.shape[:-1], -1, self.size)
+        y = (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.eps)).view(x.shape)
+        return self.weight * y.to(x.dtype)
+
+
+class IgnoresItsGate(Grouped):
+    """Without a gate it is no norm at all."""
+
+    def forward(self, x: Tensor, gate: Tensor | None = None) -> Tensor:
+        return super().forward(x, gate) if gate is not None else x
+
+
+def test_groups_of_a_gated_norm():
+    answer = recognize(Grouped())
+    assert isinstance(answer, Recognition), answer
+    assert answer.op == "rms_norm_gated_grouped"
+    assert {role: b.value for role, b in answer.roles} == {
+        "x": "x", "gate": "gate", "weight": "weight", "eps": "eps", "group_size": "size",
+    }  # fmt: skip
+    again = recognize(Grouped(4))
+    assert again == answer
+    answer = recognize(IgnoresItsGate())
+    assert isinstance(answer, Unknown)
+    assert "not without gate" in answer.reason

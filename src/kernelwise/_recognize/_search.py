@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import itertools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -122,19 +123,32 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
     for op in OPERATIONS.values():
         if op.function or len(_arguments(op)) != len(needed) + len(optional) or not _may_be(op, graph):
             continue
-        for variant in op.variants:
-            found = _compare(op, variant, {}, graph, FIRST, None)
+        for variant, fixed in itertools.product(op.variants, _integers(op, reads)):
+            found = _compare(op, variant, fixed, graph, FIRST, None)
             if found is None:
                 continue
-            problem = _prove(op, variant, {}, candidate, found.roles, ROUNDS)
-            problem = problem or _prove_without(op, variant, candidate, found.roles, optional)
+            problem = _prove(op, variant, fixed, candidate, found.roles, ROUNDS)
+            problem = problem or _prove_without(op, variant, fixed, candidate, found.roles, optional)
             if problem is None:
-                roles = _bindings(op, variant, candidate, found.roles)
+                roles = _bindings(op, variant, fixed, candidate, found.roles)
                 if roles is not None:
                     return Finding(Recognition(op.name, roles, variant.options), None, None, reads)
                 problem = f"looks like {op.name}, but a role is filled by something a kernel cannot be given"
             near = near or problem
     return Finding(None, near or "no known operation has this graph", str(graph), reads)
+
+
+def _integers(op: Operation, reads: Reads) -> list[dict[str, int]]:
+    """The values that the integer role of an operation may have: those of the attributes that the forward reads."""
+    if not op.choices:
+        return [{}]
+    (role,) = op.choices
+    values = [value[1] for path, value in reads.tokens.items() if _is_integer(path, value)]
+    return [{role: value} for value in dict.fromkeys(values)]
+
+
+def _is_integer(path: tuple[str, ...], value: Any) -> bool:
+    return len(path) == 1 and isinstance(value, tuple) and value[0] is int and value[1] > 0
 
 
 def first_graph(module: nn.Module, *, training: bool | None) -> tuple[Graph, int]:
@@ -478,7 +492,12 @@ def _prove(
 
 
 def _prove_without(
-    op: Operation, variant: Variant, candidate: Candidate, roles: dict[str, Bound], optional: tuple[str, ...]
+    op: Operation,
+    variant: Variant,
+    fixed: dict[str, int],
+    candidate: Candidate,
+    roles: dict[str, Bound],
+    optional: tuple[str, ...],
 ) -> str | None:
     """Return why a layer is not this variant where arguments that may be None are None, or None."""
     for role, bound in roles.items():
@@ -489,13 +508,13 @@ def _prove_without(
         except Untraceable:
             continue
         rest = {name: filled for name, filled in roles.items() if name != role}
-        if _compare(op, variant, {}, graph, replace(FIRST, absent=frozenset({role})), rest) is None:
+        if _compare(op, variant, fixed, graph, replace(FIRST, absent=frozenset({role})), rest) is None:
             return f"is {op.name} {dict(variant.options)}, but not without {bound.name}"
     return None
 
 
 def _bindings(
-    op: Operation, variant: Variant, candidate: Candidate, roles: dict[str, Bound]
+    op: Operation, variant: Variant, fixed: dict[str, int], candidate: Candidate, roles: dict[str, Bound]
 ) -> tuple[tuple[str, Binding], ...] | None:
     """The roles in the order of the operation, numbers traced back to attributes; None where a kind does not fit."""
     constants = dict(variant.constants)
@@ -506,29 +525,39 @@ def _bindings(
             continue
         filled = roles[role.name]
         if isinstance(filled, float):
-            bound.append((role.name, _number(op, variant, candidate, role.name, filled, roles)))
+            marker = markers(("any",))["any"]
+            name = _attribute_of(op, variant, fixed, candidate, {**roles, role.name: marker}, filled, marker)
+            bound.append((role.name, Binding("attribute", name) if name else Binding("constant", filled)))
         elif filled.kind != role.kind or ("." in filled.name and filled.kind == "attribute"):
             return None
         else:
             bound.append((role.name, Binding(role.kind, filled.name)))  # type: ignore[arg-type]
+    for role_name, value in fixed.items():  # 1 divides every width, so a layer with groups can be traced with it
+        name = _attribute_of(op, variant, {role_name: 1}, candidate, roles, value, 1) if value != 1 else None
+        bound.append((role_name, Binding("attribute", name) if name else Binding("constant", value)))
     return tuple(bound)
 
 
-def _number(
-    op: Operation, variant: Variant, candidate: Candidate, role: str, value: float, roles: dict[str, Bound]
-) -> Binding:
-    """Bind a number to the attribute it comes from: the one that, changed, changes it."""
-    marker = markers(("any",))["any"]
-    for path, (kind, *rest) in [(p, t) for p, t in candidate.reads.tokens.items() if isinstance(t, tuple) and t]:
-        if len(path) != 1 or kind not in (float, int) or not _close(rest[0], value):
+def _attribute_of(
+    op: Operation,
+    variant: Variant,
+    fixed: dict[str, int],
+    candidate: Candidate,
+    roles: dict[str, Bound],
+    value: float,
+    other: float,
+) -> str | None:
+    """Return the attribute that a number comes from: the one that, set to `other`, makes the number `other`."""
+    for path, read in list(candidate.reads.tokens.items()):
+        if len(path) != 1 or not isinstance(read, tuple) or read[0] not in (float, int) or not _close(read[1], value):
             continue
         try:
-            graph = candidate.graph(FIRST, overrides={path[0]: marker})
+            graph = candidate.graph(FIRST, overrides={path[0]: other})
         except Untraceable:
             continue
-        if _compare(op, variant, {}, graph, FIRST, {**roles, role: marker}) is not None:
-            return Binding("attribute", path[0])
-    return Binding("constant", value)
+        if _compare(op, variant, fixed, graph, FIRST, roles) is not None:
+            return path[0]
+    return None
 
 
 def _close(a: float, b: float) -> bool:

@@ -44,7 +44,8 @@ class Operation:
     operation if its canonical graph is that of the reference. `forms` are other ways to write the same: functions with
     the arguments of `reference` that agree with it in exact arithmetic and to the rounding of one operation.
     `operators` holds canonical operators without which no graph can be this operation: each tuple needs one of its own.
-    `choices` names integer roles with the values that are tried (`unsqueeze_dim`).
+    `choices` names one integer role with the values that are tried for a function (`unsqueeze_dim`); for a module the
+    values are those of the integer attributes that its forward reads (`group_size`).
     """
 
     name: str

@@ -13,21 +13,23 @@ from kernelwise.ops._operation import Operation, Role, Variant
 def rms_norm(x: Tensor, weight: Tensor | None, eps: float, *, offset: float = 0.0, cast: str = "before") -> Tensor:
     """Return `x / sqrt(mean(x ** 2, -1) + eps)`, computed in float32, times `offset + weight`.
 
-    x: [..., H]; weight: [H] or None. `cast` says where the result of the division is rounded:
-    "before" the weight to the dtype of x, "after" the weight to the dtype of x, "weight": before the weight to its
-    dtype if that is narrow, else not at all, "to_weight": before the weight to its dtype, whatever it is.
+    x: [..., H]; weight: [H] or None. `cast` says where numbers are rounded: "before" the weight to the dtype of x;
+    "after" the weight to the dtype of x; "after_offset" the same, with the offset added in the weight's own dtype;
+    "weight": before the weight to its dtype if that is narrow, else not at all; "to_weight": before the weight to its
+    dtype, whatever it is; "root": the root to the dtype of x, and the division is done in it.
     """
     wide = x.to(torch.float32)
-    hat = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    root = torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + eps)
+    hat = x * root.to(x.dtype) if cast == "root" else wide * root
     if weight is None:
         return hat.to(x.dtype)
-    if cast == "after":
-        scale = weight.float()
-        return ((offset + scale if offset else scale) * hat).to(x.dtype)
+    if cast in ("after", "after_offset"):
+        scale = weight if cast == "after_offset" else weight.float()
+        return ((offset + scale if offset else scale).float() * hat).to(x.dtype)
     scale = offset + weight if offset else weight
     if cast == "before":
-        return scale * hat.to(x.dtype)
-    if cast == "to_weight" or weight.dtype in (torch.float16, torch.bfloat16):
+        hat = hat.to(x.dtype)
+    elif cast == "to_weight" or (cast == "weight" and weight.dtype in (torch.float16, torch.bfloat16)):
         hat = hat.to(weight.dtype)
     return scale * hat
 
@@ -45,6 +47,7 @@ RMS_NORM = Operation(
             Variant((("offset", offset), ("cast", cast)))
             for offset, cast in itertools.product((0.0, 1.0), ("before", "after", "weight", "to_weight", "root"))
         ),
+        Variant((("offset", 1.0), ("cast", "after_offset"))),
         *(Variant((("offset", 0.0), ("cast", cast)), (("weight", None),)) for cast in ("before", "root")),
     ),
     operators=(("rsqrt",), ("mean",), ("add",)),

@@ -58,3 +58,31 @@ RMS_NORM_GATED = Operation(
     operators=(("rsqrt",), ("mean",), ("silu", "sigmoid")),
     layer_names={(): "RMSNormGated"},
 )
+
+
+def rms_norm_gated_grouped(
+    x: Tensor, gate: Tensor | None, weight: Tensor, eps: float, *, group_size: int, activation: str = "silu"
+) -> Tensor:
+    """Return `rms_norm_gated` with the gate first and the cast before the weight, each group of elements normed alone."""
+    wide = x.to(torch.float32)
+    if gate is not None:
+        wide = wide * _GATES[activation](gate.to(torch.float32))
+    groups = wide.view(*x.shape[:-1], x.shape[-1] // group_size, group_size)
+    hat = groups * torch.rsqrt(groups.pow(2).mean(-1, keepdim=True) + eps)
+    return weight * hat.view(x.shape).to(x.dtype)
+
+
+RMS_NORM_GATED_GROUPED = Operation(
+    name="rms_norm_gated_grouped",
+    reference=rms_norm_gated_grouped,
+    roles=(
+        Role("x", "argument", lambda n: (n["B"], n["S"], 3 * n["group_size"])),
+        Role("gate", "argument", lambda n: (n["B"], n["S"], 3 * n["group_size"])),
+        Role("weight", "attribute", lambda n: (3 * n["group_size"],)),
+        Role("eps", "number"),
+    ),
+    variants=tuple(Variant((("activation", activation),)) for activation in _GATES),
+    operators=RMS_NORM_GATED.operators,
+    layer_names={(): "GroupedRMSNormGated"},
+    choices={"group_size": ()},
+)

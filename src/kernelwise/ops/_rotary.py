@@ -17,6 +17,9 @@ def _turned(x: Tensor, layout: str) -> Tensor:
     if layout == "half":
         half = x.shape[-1] // 2
         return torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    if layout == "half_backwards":
+        half = x.shape[-1] // 2
+        return torch.cat((x[..., half:], -x[..., :half]), dim=-1)
     return torch.stack((-x[..., 1::2], x[..., ::2]), dim=-1).flatten(-2)
 
 
@@ -49,19 +52,23 @@ def rotary_one(
     """Return x with its pairs of elements turned by the angles that cos and sin belong to.
 
     unsqueeze_dim 1: x [B, H, S, D]; 2: [B, S, H, D]. cos, sin: [B, S, R].
-    layout: pairs are elements i and i + D/2 ("half"), or 2i and 2i + 1 ("interleaved"), or those and the result in the
-    half layout ("interleaved_to_half"). angles: cos and sin hold one value for each element ("full"); one for each pair
-    ("half"); their first half does ("first_half"); their first half does, repeated for its pair ("doubled").
+    layout: pairs are elements i and i + D/2 ("half", or "half_backwards" where they turn the other way), or 2i and
+    2i + 1 ("interleaved"), or those and the result in the half layout ("interleaved_to_half").
+    angles: cos and sin hold one value for each element ("full"); one for each pair ("half"); their first half does
+    ("first_half"); their first half does, repeated for its pair ("doubled").
     dtype: computed as PyTorch promotes ("promoted"), that rounded to the dtype of x ("result"), or all of it in float32
-    and rounded to the dtype of x ("float32"). part: every element of x is turned ("all"), or only the first R ("first").
+    and rounded to the dtype of x ("float32").
+    part: every element of x is turned ("all"), or only the first R ("first") or the last R of them ("last").
     """
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
     own = x.dtype
     if dtype == "float32":
         x = x.float()
+    width = cos.shape[-1] * (2 if angles == "half" else 1)
     if part == "first":
-        width = cos.shape[-1]
         y = torch.cat((_rotate(x[..., :width], cos, sin, layout, angles), x[..., width:]), dim=-1)
+    elif part == "last":
+        y = torch.cat((x[..., :-width], _rotate(x[..., -width:], cos, sin, layout, angles)), dim=-1)
     else:
         y = _rotate(x, cos, sin, layout, angles)
     return y if dtype == "promoted" else y.to(own)
@@ -118,7 +125,7 @@ def _heads(name: str) -> Any:
 
 
 def _width(n: Mapping[str, Any]) -> int:
-    width: int = n["R"] if n.get("part") == "first" else n["D"]
+    width: int = n["D"] if n.get("part", "all") == "all" else n["R"]
     return width // 2 if n.get("angles") == "half" else width
 
 
@@ -145,6 +152,8 @@ _VARIANTS = _variants(
     ("interleaved", "doubled", "promoted", "all"),
     ("interleaved", "doubled", "float32", "all"),
     ("interleaved", "half", "promoted", "all"),
+    ("interleaved", "half", "float32", "last"),
+    ("half_backwards", "full", "promoted", "all"),
 )
 _NAMES: dict[tuple[tuple[str, Scalar], ...], str] = {
     (): "rotary_pos_emb_variant",
