@@ -193,7 +193,8 @@ def _decide(
             return kernel, tuple(rejected), None, asked_by, is_demand
         rejected.append((str(ref), reasons))
     if rejected:
-        reason = "; ".join(dict.fromkeys(reason for _, reasons in rejected for reason in reasons))
+        alone = len(rejected) == 1
+        reason = "; ".join(("" if alone else f"{ref} ") + ", ".join(reasons) for ref, reasons in rejected)
     elif found is None:
         reason = "no rule asks for it, and what it computes was not recognised"
     else:
