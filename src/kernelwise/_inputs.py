@@ -122,6 +122,7 @@ def cases(layer: Layer, sample: Sample, mode: str, *, generator: torch.Generator
         yield Case("odd number of rows", _cut(given, named, {"B": 1, "S": 3}), module, fill=NAN)
         yield Case("no rows", _cut(given, named, {"S": 0} if _has(named, "S") else {"B": 0}), module)
     yield Case("NaN and infinity", _with_specials(given, found), module, grad="none")
+    yield Case("backward twice over one graph", given, module, retain=True)
     yield Case("second gradients", given, module, second=True)
     if found is not None:
         for sizes in (*_SIZES, _MANY_ROWS):

@@ -32,7 +32,8 @@ class Case:
     """What a kernel is tried on: the arguments of the forward by name, and the module whose weights it reads.
 
     `grad` says which leaves need a gradient. `repeat` runs forward and backward once more without clearing the gradients,
-    `second` takes second gradients, `fill` is what new memory holds (NaN or 0; None: whatever it held), `how` wraps the call.
+    `retain` runs backward twice over one graph, `second` takes second gradients, `fill` is what new memory holds (NaN or 0;
+    None: whatever it held), `how` wraps the call.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Case:
     module: nn.Module | None
     grad: Literal["all", "inputs", "weights", "none"] = "all"
     repeat: bool = False
+    retain: bool = False
     second: bool = False
     fill: float | None = None
     how: Literal["eager", "compile", "cuda graph"] = "eager"
@@ -193,7 +195,7 @@ def observe(call: Call, case: Case, *, wide: bool = False) -> Observed:
     except Exception:
         if wide or not given.overwritten():  # an input that was written to explains most of what goes wrong after it
             raise
-    seen.overwritten = [] if wide else given.overwritten()
+    seen.overwritten = [] if wide else [*given.overwritten(), *seen.overwritten]
     return seen
 
 
@@ -217,10 +219,19 @@ def _run(call: Call, case: Case, given: _Given) -> Observed:
         _second(seen, roots, upstream, given.leaves)
         return seen
     if roots:
-        torch.autograd.backward(roots, upstream)
+        torch.autograd.backward(roots, upstream, retain_graph=case.retain)
+        # The gradient of an output may be that of another tensor too: a residual stream hands one to both its branches.
+        seen.overwritten = [
+            f"the gradient of output {index}"
+            for index, (output, handed) in enumerate(zip(roots, upstream, strict=True))
+            if not _same_bits(handed, _upstream(output, index))
+        ]
+        if case.retain:
+            torch.autograd.backward(roots, [_upstream(output, index) for index, output in enumerate(roots)])
         if case.repeat:
             again = [v for v in tree_flatten(call(given.module, **given.arguments))[0] if isinstance(v, torch.Tensor)]
-            torch.autograd.backward([output for output in again if output.requires_grad], upstream)
+            again = [output for output in again if output.requires_grad]
+            torch.autograd.backward(again, [_upstream(output, index) for index, output in enumerate(again)])
     seen.gradients = {name: leaf.grad for name, leaf in given.leaves.items()}
     return seen
 

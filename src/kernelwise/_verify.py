@@ -33,6 +33,7 @@ NOT_DETERMINISTIC = "results differ between calls"
 NOT_BATCH_INVARIANT = "a row's result depends on the batch"
 NO_SECOND = "no second gradients"
 NO_BACKWARD = "no backward"
+ONE_BACKWARD = "one backward for each forward"
 
 
 class _Runner(Protocol):
@@ -136,7 +137,7 @@ def _all_cases(
     for index, case in enumerate(cases(layer, sample, decision.mode, generator=generator)):
         if not kernel.has_backward and case.grad != "none":
             case = _without_gradients(case)
-            if case.name == "second gradients" or case.name.startswith("only"):
+            if case.second or case.retain or case.name.startswith("only"):
                 continue
         check = _one_case(runner, call, case, base, repeated=index == 0)
         if index == 0 and not kernel.has_backward:
@@ -187,6 +188,10 @@ def _one_case(runner: _Runner, call: Any, case: Case, base: Check, *, repeated: 
     except WorkerError as error:
         if error.status == "raised" and case.name.startswith(_FREE_TO_REFUSE):
             return replace(base, status="skipped", detail=f"the kernel refuses it: {error.detail}")
+        if error.status == "raised" and case.retain:
+            return replace(
+                base, status="skipped", detail=f"the kernel refuses it: {error.detail}", marks=(ONE_BACKWARD,)
+            )
         return replace(base, status=error.status, detail=error.detail)
     check = _judge(base, case, own, exact, new)
     if check.status == "non_finite" and case.fill is not None:

@@ -344,6 +344,50 @@ class WritesInputInBackward(nn.Module):
         return _Given.apply(hidden_states, self.weight, self.variance_epsilon, change)
 
 
+class WritesUpstreamGradient(nn.Module):
+    """Saves memory as Liger does in place: the gradient that it is given holds its result afterwards."""
+
+    def forward(self, hidden_states):
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, weight, eps):
+                ctx.save_for_backward(x, weight)
+                ctx.eps = eps
+                return rms_norm(x, weight, eps)
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx, grad):
+                x, weight = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+                with torch.enable_grad():
+                    dx, dw = torch.autograd.grad(rms_norm(x, weight, ctx.eps), (x, weight), grad)
+                grad.detach().copy_(dx)
+                return grad, dw, None
+
+        return Function.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+class OverwritesWhatItSaved(nn.Module):
+    def forward(self, hidden_states):
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, weight, eps):
+                ctx.saved = x.detach().clone(), weight.detach().clone()
+                ctx.eps = eps
+                return rms_norm(x, weight, eps)
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx, grad):
+                x, weight = (t.detach().clone().requires_grad_() for t in ctx.saved)
+                with torch.enable_grad():
+                    dx, dw = torch.autograd.grad(rms_norm(x, weight, ctx.eps), (x, weight), grad)
+                ctx.saved[0].copy_(dx)
+                return dx, dw, None
+
+        return Function.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
 class LeavesOneUnwritten(nn.Module):
     def forward(self, hidden_states):
         y = rms_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -529,6 +573,8 @@ FAULTS: list[tuple[type[nn.Module], type[nn.Module], str, str]] = [
     *_norm(ClearsGradients, status="wrong_gradient"),
     *_norm(NoWeightGradient, NoInputGradient, NoBackward, NoGradientForFrozenWeight, status="missing_gradient"),
     *_norm(WritesInput, WritesWeight, WritesBeyondTheRow, WritesInputInBackward, status="input_overwritten"),
+    *_norm(WritesUpstreamGradient, status="input_overwritten"),
+    *_norm(OverwritesWhatItSaved, status="wrong_gradient"),
     *_norm(LeavesOneUnwritten, LeavesGradientUnwritten, status="not_written"),
     *_norm(Races, status="not_repeatable"),
     *_norm(ReturnsFloat64, status="wrong_dtype"),

@@ -8,7 +8,7 @@ import time
 import gallery
 import pytest
 import torch
-from conftest import checks_of, decision
+from checking import checks_of, decision
 from torch import nn
 
 import kernelwise as kw

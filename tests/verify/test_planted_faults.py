@@ -5,7 +5,7 @@ from __future__ import annotations
 import gallery
 import pytest
 import torch
-from conftest import checks_of, decision
+from checking import checks_of, decision
 
 from kernelwise._verify import NO_BACKWARD, Options
 

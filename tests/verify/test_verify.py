@@ -9,7 +9,7 @@ from typing import Any
 import gallery
 import pytest
 import torch
-from conftest import checks_of, decision
+from checking import checks_of, decision
 from torch import nn
 
 import kernelwise as kw

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import gallery
 import pytest
-from conftest import checks_of, decision
+from checking import checks_of, decision
 
 from kernelwise import KernelRef
 from kernelwise._verify import Options

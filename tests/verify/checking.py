@@ -1,0 +1,32 @@
+"""What the tests of verify share: one layer with one kernel, checked."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import gallery
+from torch import nn
+
+from kernelwise import discover, register_layer
+from kernelwise._data import Check, Decision, Kernel, Layer
+from kernelwise._verify import Options, _made, check_kernel, own_code
+
+for cls, name in ((gallery.Norm, "RMSNorm"), (gallery.LateNorm, "RMSNorm"), (gallery.Clone, "Clone")):
+    register_layer(cls, name)
+
+
+def decision(module: nn.Module, kernel: Kernel, *, mode: str = "inference") -> tuple[Decision, nn.Module]:
+    """The decision for the first layer of a module that has a name."""
+    model = nn.Sequential(module)
+    wanted = [layer for layer in discover(model) if layer.name != "Linear" and layer.path.startswith("0")]
+    return Decision(wanted[0], mode, kernel, "test"), module
+
+
+HERE = Options(isolate=False)
+
+
+def checks_of(decided: Decision, module: nn.Module, *, seed: int = 0, options: Options = HERE) -> Iterator[Check]:
+    layer: Layer = decided.layer
+    sample = _made(layer, module, decided.mode, seed)
+    assert sample is not None
+    return check_kernel(decided, own_code(module, layer), sample, options=options)
