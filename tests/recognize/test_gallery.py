@@ -838,3 +838,18 @@ def test_groups_of_a_gated_norm():
     answer = recognize(IgnoresItsGate())
     assert isinstance(answer, Unknown)
     assert "not without gate" in answer.reason
+
+
+class OnGpuOtherwise(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return self.helped(x)
+
+    def helped(self, x: Tensor) -> Tensor:
+        y = super().forward(x)
+        return y * 2 if x.is_cuda else y
+
+
+def test_branch_on_the_device_is_unknown():
+    answer = recognize(OnGpuOtherwise())
+    assert isinstance(answer, Unknown)
+    assert "is_cuda" in answer.reason

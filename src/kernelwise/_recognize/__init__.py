@@ -18,7 +18,7 @@ from torch import nn
 
 from kernelwise._data import Recognition
 from kernelwise._recognize._explain import NearMiss, near_miss
-from kernelwise._recognize._memory import Entry, global_names, is_library, plain_function
+from kernelwise._recognize._memory import Entry, device_names, global_names, is_library, plain_function
 from kernelwise._recognize._search import Finding, find_function, find_module, forget_references
 from kernelwise._recognize._trace import Reads, Untraceable, innermost_forward
 from kernelwise.ops import OPERATIONS, Operation
@@ -72,7 +72,7 @@ def _entry(module: nn.Module, forward: Callable[..., Any], training: bool | None
         if entry.holds(module):
             return entry
     finding = find_module(module, training=training)
-    entry = Entry(_answer(finding), finding.reads, (forward,))
+    entry = Entry(_answer(finding, forward), finding.reads, (forward,))
     entries.insert(0, entry)
     del entries[_MOST_ENTRIES:]
     return entry
@@ -123,7 +123,7 @@ def _recognize_function(function: types.FunctionType) -> Recognition | Unknown:
         entry = _functions.get(function)
         if entry is None or not entry.holds(None):
             finding = find_function(function)
-            entry = _functions[function] = Entry(_answer(finding), Reads(), (function,))
+            entry = _functions[function] = Entry(_answer(finding, function), Reads(), (function,))
         return _known(entry)
 
 
@@ -136,8 +136,13 @@ def _forget_if_operations_changed() -> None:
         _operations[0] = now
 
 
-def _answer(finding: Finding) -> Recognition | Unknown:
-    return finding.recognition or Unknown(finding.reason or "no known operation has this graph", finding.graph)
+def _answer(finding: Finding, function: Callable[..., Any]) -> Recognition | Unknown:
+    if finding.recognition is None:
+        return Unknown(finding.reason or "no known operation has this graph", finding.graph)
+    asked = device_names(finding.reads, (function,))
+    if asked:  # the trace runs as on a CPU
+        return Unknown(f"what it computes may depend on the device ({', '.join(asked)})")
+    return finding.recognition
 
 
 def _known(entry: Entry) -> Recognition | Unknown:

@@ -114,8 +114,7 @@ class Entry:
         self.answer = answer
         self._reads = tuple(reads.tokens.items())
         self.reads_training = any(path[-1] == "training" for path in reads.tokens)
-        called = (value() for value in reads.tokens.values() if isinstance(value, weakref.ref))
-        self._code = tuple(_dependencies((*functions, *called)))
+        self._code = tuple(_dependencies((*functions, *_methods(reads))))
 
     def holds(self, module: nn.Module | None) -> bool:
         """Whether a trace of `module` would read the same values and run the same functions."""
@@ -152,6 +151,17 @@ def value_at(module: Any, path: tuple[str, ...]) -> Any:
 
 def _dependencies(functions: Iterable[Any]) -> Iterator[_Global | _Cell]:
     """Every global and closure variable that the code of these functions, and of those they can call, looks up."""
+    for function in _reached(functions):
+        for index in range(len(function.__closure__ or ())):
+            yield _Cell(weakref.ref(function), index, _contents(function, index))
+        space = function.__globals__
+        for name in global_names(function.__code__):
+            if name in space and not hasattr(builtins, name):
+                yield _Global(space, name, _pin(space[name]))
+
+
+def _reached(functions: Iterable[Any]) -> Iterator[types.FunctionType]:
+    """These functions and those that they can call by a global name, without PyTorch's own."""
     stack = [plain_function(function) for function in functions]
     seen: set[Callable[..., Any]] = set()
     while stack:
@@ -159,10 +169,22 @@ def _dependencies(functions: Iterable[Any]) -> Iterator[_Global | _Cell]:
         if function is None or function in seen or is_library(function):
             continue
         seen.add(function)
-        for index in range(len(function.__closure__ or ())):
-            yield _Cell(weakref.ref(function), index, _contents(function, index))
-        for name in global_names(function.__code__):
-            space = function.__globals__
-            if name in space and not hasattr(builtins, name):
-                yield _Global(space, name, _pin(space[name]))
-                stack.append(plain_function(space[name]))
+        yield function
+        space = function.__globals__
+        names = global_names(function.__code__)
+        stack.extend(plain_function(space[name]) for name in names if name in space and not hasattr(builtins, name))
+
+
+_DEVICE_NAMES = frozenset({"is_cuda", "is_cpu", "is_mps", "is_xpu"})
+
+
+def device_names(reads: Reads, functions: Iterable[Any]) -> tuple[str, ...]:
+    """The names through which code that a trace has run, or may have run, asks what device it runs on."""
+    named: set[str] = set()
+    for function in _reached((*functions, *_methods(reads))):
+        named |= _DEVICE_NAMES & global_names(function.__code__)
+    return tuple(sorted(named))
+
+
+def _methods(reads: Reads) -> list[Any]:
+    return [value() for value in reads.tokens.values() if isinstance(value, weakref.ref)]
