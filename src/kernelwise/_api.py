@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from kernelwise import _apply, _discover, _plan, _verify, sources
+from kernelwise import _apply, _discover, _plan, _prove, _verify, sources
 from kernelwise._config import KernelConfig
 from kernelwise._data import DEVICE_TYPES, MODES, Checks, Kernel, KernelRef, Layer, Plan, Target
 from kernelwise._errors import KernelLoadError, PlanError
@@ -156,18 +156,28 @@ def kernelize(
     mode: object = None,
     device: str | torch.device | None = None,
     on_miss: str | None = None,
+    verify: bool | str = False,
 ) -> Model:
     """Put a kernel into every layer that has one, and return the model.
 
     Everything is decided, loaded and bound before the first module changes; an error leaves the model as it was. Arguments
     and errors are those of `plan`, and `ApplyError` where the model cannot be changed (its weights are on meta).
 
+    `verify="auto"` (or True) checks every kernel that is not builtin on inputs made for its layer before it goes in, once
+    on this machine for each version of it; one that fails is treated as one that cannot run the layer.
+
     >>> import torch, kernelwise
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     >>> kernelwise.kernelize(model) is model
     True
     """
-    _apply.apply(model, plan(model, config, mode=mode, device=device, on_miss=on_miss))
+    if verify not in (True, False, "auto"):
+        raise PlanError(f'verify is "auto" or False, got {verify!r}')
+    decided = plan(model, config, mode=mode, device=device, on_miss=on_miss)
+    if verify:
+        in_config = config.on_miss if isinstance(config, KernelConfig) else "raise"
+        decided = _prove.prove(model, decided, on_miss=on_miss or in_config)
+    _apply.apply(model, decided)
     return model
 
 

@@ -22,6 +22,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernelwise._cache import cache_directory as cache_directory
 from kernelwise._errors import KernelwiseError, MissingDependencyError
 from kernelwise._reference import nearest
 
@@ -61,15 +62,6 @@ class NamedModel:
 
     model: nn.Module
     notes: tuple[str, ...] = ()
-
-
-def cache_directory() -> Path:
-    """Return where Kernelwise keeps files between runs: `KERNELWISE_CACHE`, else `kernelwise` in the user's cache."""
-    chosen = os.environ.get("KERNELWISE_CACHE")
-    if chosen:
-        return Path(chosen).expanduser()
-    base = os.environ.get("XDG_CACHE_HOME")
-    return (Path(base) if base else Path.home() / ".cache") / "kernelwise"
 
 
 def load_model(spec: str, *, dtype: str | None = None) -> NamedModel:

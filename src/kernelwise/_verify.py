@@ -7,7 +7,7 @@ it is not. What both gave and did is compared, and the first thing that is wrong
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -394,7 +394,9 @@ def verify_plan(
     return Checks(plan.target, tuple(checks), notes)
 
 
-def check_group(model: nn.Module, found: Group, sample: Sample | None, options: Options) -> Iterator[Check]:
+def check_group(
+    model: nn.Module, found: Group, sample: Sample | None, options: Options
+) -> Generator[Check, None, None]:
     """Yield the checks of a group of alike layers. Without a sample, inputs are made."""
     decision = found.decision
     module = module_of(model, decision.layer)
