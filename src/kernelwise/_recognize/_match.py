@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from kernelwise._recognize._graph import Graph, Node
-from kernelwise._recognize._trace import Source
+from kernelwise._recognize._record import Source
 
 _COMMUTATIVE = frozenset({"add", "mul"})
 Bound = Source | float

@@ -17,7 +17,7 @@ from typing import Any
 
 from torch import nn
 
-from kernelwise._recognize._trace import MISSING, Reads, is_own_code, token
+from kernelwise._recognize._reads import MISSING, Reads, is_own_code, token
 
 
 def plain_function(value: Any) -> types.FunctionType | None:

@@ -22,18 +22,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernelwise._data import Binding, Recognition
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound, Match, markers, match
-from kernelwise._recognize._trace import (
-    Reads,
-    Recorder,
-    Source,
-    Stage,
-    Untraceable,
-    Widths,
-    innermost_forward,
-    make_stand_in,
-    parameters_of,
-    trace,
-)
+from kernelwise._recognize._reads import Reads
+from kernelwise._recognize._record import Recorder, Source, Untraceable, Widths
+from kernelwise._recognize._stand_in import Stage, make_stand_in
+from kernelwise._recognize._trace import innermost_forward, parameters_of, trace
 from kernelwise.ops import OPERATIONS, Operation, Role, Variant
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

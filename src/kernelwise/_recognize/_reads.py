@@ -1,0 +1,100 @@
+"""What a forward reads from its module: what an answer that is remembered depends on."""
+
+from __future__ import annotations
+
+import enum
+import functools
+import types
+import weakref
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import nn
+
+MISSING = "<missing>"
+Token = Any
+_SCALARS = frozenset({bool, int, float, str, type(None)})
+PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, type)
+CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial)
+
+
+@dataclass(slots=True)
+class Reads:
+    """The attributes that a traced forward has read, and what stood there: what a cached answer depends on.
+
+    A path is a tuple of names, from the module (`("config", "eps")`, `("act_fn", "training")`).
+    """
+
+    tokens: dict[tuple[str, ...], Token] = field(default_factory=dict)
+
+    def note(self, path: tuple[str, ...], value: Any) -> None:
+        """Note that the forward has read `value` at `path`."""
+        self.tokens.setdefault(path, token(value))
+
+
+def token(value: Any) -> Token:
+    """Return what a trace can see of `value`, as something that can be compared and that keeps nothing alive."""
+    kind = type(value)
+    if kind in _SCALARS:
+        return (kind, value)
+    if isinstance(value, torch.Tensor):
+        floating = value.dtype.is_floating_point
+        return ("tensor", None if floating else value.dtype, value.shape)
+    if isinstance(value, nn.Module):
+        return child_token(value)
+    if isinstance(value, (tuple, list)):
+        return (kind, tuple(token(item) for item in value))
+    if isinstance(value, dict):
+        return (kind, tuple((key, token(item)) for key, item in value.items()))
+    if isinstance(value, types.MethodType):
+        return ("method", weakref.ref(value.__func__))
+    if isinstance(value, functools.partial):
+        return ("partial", token(value.func), token(value.args), token(value.keywords))
+    if isinstance(value, (type, types.FunctionType)):
+        return weakref.ref(value)
+    if isinstance(value, (*PLAIN, *CODE)):
+        return value
+    return ("object", weakref.ref(kind))
+
+
+def child_token(module: nn.Module) -> Token:
+    """What decides how a trace goes on at a child: its class, and whether it is a function or a leaf."""
+    return (weakref.ref(type(module)), is_function(module))
+
+
+def has_hooks(module: nn.Module) -> bool:
+    """Whether anything but the class's own forward runs when this module is called."""
+    d = module.__dict__
+    return bool(
+        d["_forward_hooks"]
+        or d["_forward_pre_hooks"]
+        or d["_backward_hooks"]
+        or d["_backward_pre_hooks"]
+        or d.get("_compiled_call_impl") is not None
+        or ("forward" in d and not is_own_code(module, d["forward"]))
+        or type(module).__call__ is not nn.Module.__call__
+    )
+
+
+def is_function(module: nn.Module) -> bool:
+    """Whether a module is nothing but a function: no parameters, no buffers, nothing around its forward."""
+    d = module.__dict__
+    return (
+        all(value is None for value in d["_parameters"].values())
+        and all(value is None for value in d["_buffers"].values())
+        and not has_hooks(module)
+        and all(child is None or is_function(child) for child in d["_modules"].values())
+    )
+
+
+def is_own_code(module: nn.Module, forward: object) -> bool:
+    """Whether a forward on an instance stands for its class's: it runs a kernel of ours, or it is the class's, bound.
+
+    The `kernels` library leaves the latter on every layer that it looks at, also where it replaces nothing.
+    """
+    if not isinstance(forward, types.MethodType) or forward.__self__ is not module:
+        return False
+    # The mark is the function itself: decorators that copy attributes to wrappers copy a mark that is not theirs.
+    own = (getattr(forward.__func__, "__kernelwise__", None), type(module).forward)
+    return any(function is forward.__func__ for function in own)
