@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 from kernelwise._bind import Call, dispatcher, function_call, layer_call, rebuild
-from kernelwise._data import Decision, Kernel, Layer, Plan
+from kernelwise._data import Decision, Layer, Plan
 from kernelwise._discover import (
     OURS,
     STATE,
@@ -178,26 +178,55 @@ def _prepare(model: nn.Module, plan: Plan, token: Token) -> list[tuple[nn.Module
     by_layer: dict[tuple[str, str | None], list[Decision]] = {}
     for decision in plan.decisions:
         by_layer.setdefault((decision.layer.path, decision.layer.function), []).append(decision)
-    bound: dict[tuple[int, ...], tuple[Call, Counter[str] | None]] = {}  # alike layers share their call
+    bound: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # alike layers share their calls
     prepared: list[tuple[nn.Module, Entry]] = []
     for decisions in by_layer.values():
         layer = decisions[0].layer
-        has_kernel = any(decision.kernel is not None for decision in decisions)
-        if not has_kernel and all(decision.asked_by == "default" for decision in decisions):
+        has_kernel = bool([d for d in decisions if d.kernel is not None])
+        if not has_kernel and all(d.asked_by == "default" for d in decisions):
             continue
         module = _find(model, layer)
         if not has_kernel and STATE not in module.__dict__:
             continue
-        calls: dict[str, Call | None] = {}
-        fallbacks: Counter[str] | None = None
-        for decision in decisions:
-            calls[decision.mode] = None
-            if decision.kernel is not None:
-                calls[decision.mode], fallbacks = _bind(module, layer, decision.kernel, decision.mode, bound)
-        inference, training = _in_both_modes(layer, calls)
-        asked = _modes(len(decisions) == 1, *(d.mode for d in decisions if d.asked_by != "default"))
-        prepared.append((module, Entry(token, layer, tuple(decisions), inference, training, asked, fallbacks)))
+        key = _what_binds(module, layer, decisions)
+        if key not in bound:
+            bound[key] = _bind(module, layer, decisions)
+        prepared.append((module, Entry(token, layer, tuple(decisions), *bound[key])))
     return prepared
+
+
+def _what_binds(module: nn.Module, layer: Layer, decisions: Sequence[Decision]) -> tuple[Any, ...]:
+    """Everything that the calls of a layer depend on; what `discover` shares between layers stands by its identity."""
+    return (
+        id(own_forward(module)),
+        id(layer.signature),
+        id(layer.recognition),
+        id(layer.recognition_in_training),
+        layer.function,
+        *module._parameters,
+        *((id(d.kernel), d.mode, d.asked_by) for d in decisions),
+    )
+
+
+def _bind(
+    module: nn.Module, layer: Layer, decisions: Sequence[Decision]
+) -> tuple[Call | None, Call | None, frozenset[str], Counter[str] | None]:
+    """Bind the kernels of one layer: what `eval()` and `train()` run, the modes that a rule asked for, a function's counts."""
+    own = own_forward(module)
+    calls: dict[str, Call | None] = {}
+    fallbacks: Counter[str] | None = Counter() if layer.function is not None else None
+    for decision in decisions:
+        calls[decision.mode] = None
+        if decision.kernel is not None and layer.function is not None and fallbacks is not None:
+            original = globals_called(own)[layer.function]
+            call = function_call(layer, decision.kernel, decision.mode, original, fallbacks)
+            _rebuilt(type(module).__name__, own, {layer.function: call})  # what cannot be is known before any change
+            calls[decision.mode] = call
+        elif decision.kernel is not None:
+            parameters = tuple(name for name in decision.kernel.reads if name in module._parameters)
+            calls[decision.mode] = layer_call(layer, decision.kernel, decision.mode, own, parameters)
+    asked = _modes(len(decisions) == 1, *(d.mode for d in decisions if d.asked_by != "default"))
+    return *_in_both_modes(layer, calls), asked, fallbacks
 
 
 @lru_cache(maxsize=64)
@@ -215,29 +244,6 @@ def _in_both_modes(layer: Layer, calls: dict[str, Call | None]) -> tuple[Call | 
     ((mode, call),) = calls.items()
     other = call if layer.recognition == layer.recognition_in_training else None
     return (other, call) if mode.startswith("training") else (call, other)
-
-
-def _bind(
-    module: nn.Module,
-    layer: Layer,
-    kernel: Kernel,
-    mode: str,
-    bound: dict[tuple[int, ...], tuple[Call, Counter[str] | None]],
-) -> tuple[Call, Counter[str] | None]:
-    """Bind a kernel to one layer, or take the call that an alike layer has. Functions bring a count of their own."""
-    own = own_forward(module)
-    parameters = tuple(name for name in kernel.reads if name in module._parameters)
-    key = (id(own), id(kernel), id(layer.signature), id(layer.computes(mode)), hash(layer.function), hash(parameters))
-    if key not in bound and layer.function is None:
-        bound[key] = layer_call(layer, kernel, mode, own, parameters), None
-    elif key not in bound and layer.function is not None:
-        fallbacks: Counter[str] = Counter()
-        call = function_call(layer, kernel, mode, globals_called(own)[layer.function], fallbacks)
-        _rebuilt(
-            type(module).__name__, own, {layer.function: call}
-        )  # what cannot be rebuilt is known before any change
-        bound[key] = call, fallbacks
-    return bound[key]
 
 
 def _find(model: nn.Module, layer: Layer) -> nn.Module:

@@ -81,36 +81,64 @@ def discover(model: nn.Module) -> tuple[Layer, ...]:
         places.setdefault(module, []).append(path)
     fallback_device = model_device(model) or "cpu"
     layers: list[Layer] = []
+    classes: dict[type[nn.Module], _Class] = {}
     for module, paths in places.items():
-        layers.extend(_layers_of(module, tuple(paths), fallback_device))
+        facts = classes.get(type(module))
+        if facts is None:
+            facts = classes[type(module)] = _facts_of(module)
+        layers.extend(_layers_of(module, facts, tuple(paths), fallback_device))
     return tuple(layers)
 
 
-def _layers_of(module: nn.Module, paths: tuple[str, ...], fallback_device: str) -> Iterator[Layer]:
-    registered = _inherited(type(module), lambda cls: cls.__dict__.get("kernel_layer_name"))
-    named = None if registered else _inherited(type(module), _named.get)
+@dataclass(frozen=True, slots=True)
+class _Class:
+    """What all modules of one class have in common, looked up once for a model."""
+
+    registered: str | None
+    named: str | None
+    signature: tuple[Parameter, ...]
+    shared: str | None
+    condition: Callable[[nn.Module], Any] | None
+    functions: tuple[tuple[str, Recognition], ...]
+
+
+def _facts_of(module: nn.Module) -> _Class:
+    cls: Any = type(module)
+    registered = _inherited(cls, lambda base: base.__dict__.get("kernel_layer_name"))
+    return _Class(
+        registered=registered,
+        named=None if registered else _inherited(cls, _named.get),
+        signature=signature(own_forward(module)),
+        shared=_shared_function(module),
+        condition=getattr(cls, "kernel_condition", None),
+        functions=recognize_functions(module),
+    )
+
+
+def _layers_of(module: nn.Module, facts: _Class, paths: tuple[str, ...], fallback_device: str) -> Iterator[Layer]:
     replaced = _replaced_forward(module)
     in_inference, in_training = _recognized(module) if replaced is None else (None, None)
     found = in_inference or in_training
-    name = registered or named or (ops.layer_name(found) if found else None)
+    name = facts.registered or facts.named or (ops.layer_name(found) if found else None)
     if name is not None:
         device, dtypes = _device_and_dtypes(module)
         yield Layer(
             path=paths[0],
             name=name,
             class_name=class_name(module),
-            how="registered" if registered else "named" if named else "recognised",
+            how="registered" if facts.registered else "named" if facts.named else "recognised",
             device=device or fallback_device,
             dtypes=dtypes,
             paths=paths,
-            signature=signature(own_forward(module)),
+            signature=facts.signature,
             attributes=_attributes(module),
             recognition=in_inference,
             recognition_in_training=in_training,
-            blocked=replaced or _shared_function(module),
-            excluded=_condition(module),
+            blocked=replaced or facts.shared,
+            excluded=_condition(module) if facts.condition is not None else None,
         )
-    yield from _functions_of(module, paths, fallback_device, replaced)
+    if facts.functions or "_kernel_funcs" in module.__dict__ or "_hidden_kernels" in module.__dict__:
+        yield from _functions_of(module, facts.functions, paths, fallback_device, replaced)
 
 
 def _recognized(module: nn.Module) -> tuple[Recognition | None, Recognition | None]:
@@ -122,7 +150,11 @@ def _recognized(module: nn.Module) -> tuple[Recognition | None, Recognition | No
 
 
 def _functions_of(
-    module: nn.Module, paths: tuple[str, ...], fallback_device: str, replaced: str | None
+    module: nn.Module,
+    functions: tuple[tuple[str, Recognition], ...],
+    paths: tuple[str, ...],
+    fallback_device: str,
+    replaced: str | None,
 ) -> Iterator[Layer]:
     """Yield the functions that a module's forward calls: the registered wrappers first, then the recognised ones."""
     wrappers: dict[int, nn.Module] = {}
@@ -130,7 +162,7 @@ def _functions_of(
         for wrapper in (module.__dict__.get(attribute) or {}).values():
             if isinstance(wrapper, nn.Module) and hasattr(type(wrapper), "kernel_layer_name"):
                 wrappers[id(wrapper)] = wrapper
-    recognised = dict(recognize_functions(module)) if replaced is None else {}
+    recognised = dict(functions) if replaced is None else {}
     if not wrappers and not recognised:
         return
     called = globals_called(own_forward(module))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dis
 import inspect
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from types import CodeType, FunctionType
 from typing import Any
 
@@ -69,6 +70,7 @@ def signature(function: Callable[..., Any]) -> tuple[Parameter, ...]:
     return tuple(Parameter(p.name, p.kind.name.lower(), p.default is not p.empty) for p in parameters)
 
 
+@lru_cache(maxsize=1024)
 def attributes_read(forward: Callable[..., Any]) -> tuple[str, ...]:
     """Return the names that a forward needs on `self`, sorted, as its bytecode shows them.
 

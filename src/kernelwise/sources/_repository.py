@@ -12,6 +12,7 @@ import hashlib
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 
 from kernelwise.sources import _kernels_compat
@@ -162,9 +163,19 @@ def _binds_layers(file: Path) -> bool:
 
 def _parse(file: Path) -> ast.Module | None:
     try:
-        return ast.parse(file.read_bytes(), filename=str(file))
+        return _tree(file.read_bytes())
     except (OSError, SyntaxError, ValueError):
         return None
+
+
+@lru_cache(maxsize=256)
+def _tree(source: bytes) -> ast.Module:
+    return ast.parse(source)
+
+
+@lru_cache(maxsize=256)
+def _rebinds(tree: ast.Module) -> bool:
+    return any(isinstance(node, ast.Name) and node.id in _REBINDING for node in ast.walk(tree))
 
 
 def _scope(file: Path, *, seen: frozenset[Path]) -> _Scope:
@@ -173,7 +184,7 @@ def _scope(file: Path, *, seen: frozenset[Path]) -> _Scope:
     if tree is None or file in seen:
         scope.open_ended = True
         return scope
-    scope.open_ended = any(isinstance(node, ast.Name) and node.id in _REBINDING for node in ast.walk(tree))
+    scope.open_ended = _rebinds(tree)
     for node in _statements(tree.body):
         if isinstance(node, ast.ClassDef):
             scope.classes[node.name] = node
