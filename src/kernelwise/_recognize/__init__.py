@@ -17,11 +17,12 @@ from typing import Any
 from torch import nn
 
 from kernelwise._data import Recognition
+from kernelwise._recognize._compare import forget_references
 from kernelwise._recognize._explain import NearMiss, near_miss
 from kernelwise._recognize._memory import Entry, device_names, global_names, is_library, plain_function
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Untraceable
-from kernelwise._recognize._search import Finding, find_function, find_module, forget_references
+from kernelwise._recognize._search import Finding, find_function, find_module
 from kernelwise._recognize._trace import innermost_forward
 from kernelwise.ops import OPERATIONS, Operation
 

@@ -8,9 +8,10 @@ from dataclasses import dataclass
 
 from torch import nn
 
+from kernelwise._recognize._compare import reference_graphs
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._record import Untraceable
-from kernelwise._recognize._search import first_graph, reference_graphs
+from kernelwise._recognize._search import first_graph
 
 _NEAR = 0.6  # share of operators two graphs have in common from which on they are worth a look
 
