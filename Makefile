@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TORCH := torch==2.13.0
+# For a CPU build where pip's default brings CUDA: make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
+TORCH_ARGS ?=
 # transformers 5.23 does not accept the kernels library that 5.22 does: tests run against both.
 OTHER_TRANSFORMERS := 5.23.0
 OTHER := $(VENV)/other/transformers-$(OTHER_TRANSFORMERS)
@@ -12,12 +14,12 @@ OTHER := $(VENV)/other/transformers-$(OTHER_TRANSFORMERS)
 # torch comes before anything else: any other torch brings several GB of CUDA packages.
 $(VENV)/.torch:
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	$(BIN)/python -m pip install -q $(TORCH)
+	$(BIN)/python -m pip install -q $(TORCH_ARGS) $(TORCH)
 	$(BIN)/python -m pip install -q "setuptools>=77" wheel ninja
 	@touch $@
 
 # The C++ kernels are built against that torch, so without build isolation.
-$(VENV)/.ready: $(VENV)/.torch pyproject.toml setup.py $(wildcard src/kernelwise/kernels/cpu/*.cpp src/kernelwise/kernels/cpu/*.h)
+$(VENV)/.ready: $(VENV)/.torch pyproject.toml setup.py $(wildcard src/kernelwise/kernels/cpu/csrc/*)
 	$(BIN)/python -m pip install -q --no-build-isolation -e ".[dev]"
 	@touch $@
 

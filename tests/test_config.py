@@ -113,7 +113,7 @@ def test_an_unknown_layer_is_told_the_nearest_one():
     (line,) = problems_of(KernelConfig({"RMSNrom": HUB}), Model())
     assert line == "rule 1 ('RMSNrom'): the model has no layer 'RMSNrom'; did you mean 'RMSNorm'?"
     (line,) = problems_of(KernelConfig({"Experts@model.*": HUB}), Model())
-    assert line.endswith("the model has no layer 'Experts'; known: RMSNorm, SiLU")
+    assert line.endswith("the model has no layer 'Experts'; known: LinearActivation, RMSNorm, SiLU")
 
 
 def test_the_layers_may_be_given_instead_of_discovered():

@@ -16,7 +16,7 @@ from torch import nn
 from kernelwise import _apply, _discover, _plan, _prove, _verify, sources
 from kernelwise._config import KernelConfig
 from kernelwise._data import DEVICE_TYPES, MODES, Checks, Kernel, KernelRef, Layer, Plan, Target
-from kernelwise._errors import KernelLoadError, PlanError
+from kernelwise._errors import ApplyError, KernelLoadError, PlanError
 from kernelwise._mapping import Rule, mode_name
 from kernelwise._report import Report, make_row
 
@@ -183,8 +183,24 @@ def kernelize(
 
 def apply(model: Model, decided: Plan) -> Model:
     """Put the kernels of a plan into the model it was made for, and return the model. Raises `ApplyError`."""
+    _check_same_layers(model, decided)
     _apply.apply(model, decided)
     return model
+
+
+def _check_same_layers(model: nn.Module, decided: Plan) -> None:
+    """A kernel by roles was chosen for what a layer computed when the plan was made: it must compute the same now."""
+    found = {(layer.path, layer.function): layer for layer in _discover.discover(model)}
+    for decision in decided.decisions:
+        layer = found.get((decision.layer.path, decision.layer.function))
+        if decision.kernel is None or decision.kernel.op is None or layer is None:
+            continue  # a layer that is missing altogether is named by _apply
+        planned, now = decision.layer.computes(decision.mode), layer.computes(decision.mode)
+        if planned != now:
+            raise ApplyError(
+                f"{layer.path} computes something else than the plan was made for\n"
+                f"  planned    {planned}\n  now        {now}\n  go on      plan again for this model"
+            )
 
 
 def verify(

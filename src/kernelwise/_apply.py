@@ -75,6 +75,7 @@ class ModuleState:
         self.plans: dict[Token, Plan] = {}
         self.attributes: dict[str, Any] = {}  # what stood in attributes that `set_attribute` changed
         self.fallbacks: dict[str, int] = {}
+        self.pins: tuple[tuple[str, Any], ...] = ()  # what the recognition of the layer depends on, as it was
 
     def refresh(self, module: nn.Module) -> None:
         """Choose what runs in each mode: the newest kernelization that speaks of it, else the module's own code."""
@@ -119,6 +120,7 @@ class ModuleState:
         copied.found, copied.installed = copy.deepcopy(self.found, memo), self.installed
         copied.entries, copied.plans = list(self.entries), dict(self.plans)
         copied.attributes = copy.deepcopy(self.attributes, memo)
+        copied.pins = copy.deepcopy(self.pins, memo)
         copied.inference, copied.training = self.inference, self.training
         return copied
 
@@ -281,12 +283,16 @@ def _state_of(module: nn.Module) -> ModuleState:
         module.__dict__[STATE] = state
         module.__dict__["__reduce_ex__"] = MethodType(_reduce_clean, module)
         module.__dict__["__deepcopy__"] = MethodType(_deepcopy, module)
+        module.__dict__["_replicate_for_data_parallel"] = MethodType(_replicate, module)
     return state
 
 
 def _put_in(module: nn.Module, entry: Entry) -> None:
     state = _state_of(module)
     state.entries.append(entry)
+    found = entry.layer.recognition or entry.layer.recognition_in_training
+    if found is not None and found.depends and entry.layer.function is None:
+        state.pins = tuple((name, module._modules.get(name, module.__dict__.get(name))) for name in found.depends)
     if not state.installed:
         slot = innermost_slot(module)
         state.found = module.__dict__.get(slot)
@@ -399,6 +405,15 @@ def _reduce_clean(self: nn.Module, protocol: int) -> Any:
             else:
                 kept[slot] = found
     return (*reduced[:2], kept, *reduced[3:])
+
+
+def _replicate(self: nn.Module) -> nn.Module:
+    """Replicate for `nn.DataParallel`: the replica's bound methods are its own, so that they read its weights."""
+    replica: nn.Module = type(self)._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
+    for name, value in replica.__dict__.items():
+        if isinstance(value, MethodType) and value.__self__ is self:
+            replica.__dict__[name] = MethodType(value.__func__, replica)
+    return replica
 
 
 def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:

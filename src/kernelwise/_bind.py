@@ -27,6 +27,8 @@ Call = Callable[..., Any]
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 INPUT = "the input has a dtype, device or tensor class that the kernel does not take"
 MORE = "it was called with a keyword that only its decorator takes"
+CHANGED = "what decides the computation was replaced or hooked since the kernel went in; kernelize again"
+REFUSED = "the kernel refused the input"
 NO_BACKWARD = "a gradient was needed and the kernel has no backward"
 LOST_GRADIENT = "the kernel gave an output without gradient"
 
@@ -58,6 +60,24 @@ def carries_grad(output: Any) -> bool:
     if isinstance(output, dict):
         return all(map(carries_grad, output.values()))
     return not isinstance(output, (tuple, list)) or all(map(carries_grad, output))
+
+
+def unchanged(self: torch.nn.Module) -> bool:
+    """Return whether everything that a layer's recognition depends on still is what it was when its kernel went in."""
+    state = self.__dict__.get(STATE)
+    if state is None:  # undone while the call was under way
+        return False
+    for name, value in state.pins:
+        now = self._modules[name] if name in self._modules else self.__dict__.get(name)
+        if now is not value and not (
+            type(now) is type(value) and isinstance(now, (bool, int, float, str)) and now == value
+        ):
+            return False
+        if isinstance(now, torch.nn.Module) and (
+            now._forward_hooks or now._forward_pre_hooks or now._backward_hooks or now._backward_pre_hooks
+        ):
+            return False
+    return True
 
 
 def run_own(self: torch.nn.Module, why: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -172,6 +192,8 @@ def _compile(
         guard = _plain_guard(layer, parameters)
     if guard:
         lines += [f"    if not ({guard}):", run_own("_kw_INPUT")]
+    if recognition is not None and recognition.depends and has_self:
+        lines += ["    if not _kw_unchanged(self):", run_own("_kw_CHANGED")]
     if not has_backward:
         lines += [
             f"    if _kw_is_grad_enabled() and _kw_needs_grad({module}, {names}):",
@@ -186,6 +208,10 @@ def _compile(
             run_own("_kw_LOST_GRADIENT"),
             "    return _kw_output",
         ]
+    elif recognition is not None:
+        # Kernels by roles never write their inputs, so the own code can run after one that does not take them.
+        lines += ["    try:", f"        return _kw_kernel({arguments})", "    except _kw_OutOfMemory:", "        raise"]
+        lines += ["    except _kw_refusals:", "        pass", run_own("_kw_REFUSED").removeprefix("    ")]
     else:
         lines += [f"    return _kw_kernel({arguments})"]
     body = "\n".join("    " + line for line in lines)
@@ -199,6 +225,11 @@ def _compile(
         "_kw_is_grad_enabled": torch.is_grad_enabled,
         "_kw_needs_grad": needs_grad,
         "_kw_carries_grad": carries_grad,
+        "_kw_unchanged": unchanged,
+        "_kw_OutOfMemory": torch.OutOfMemoryError,
+        "_kw_refusals": (RuntimeError, ValueError, NotImplementedError),
+        "_kw_CHANGED": CHANGED,
+        "_kw_REFUSED": REFUSED,
         "_kw_INPUT": INPUT,
         "_kw_MORE": MORE,
         "_kw_NO_BACKWARD": NO_BACKWARD,

@@ -88,11 +88,16 @@ class Binding:
 
 @dataclass(frozen=True, slots=True)
 class Recognition:
-    """What a layer computes: an operation of `kernelwise.ops`, its roles bound to this layer's names, its options."""
+    """What a layer computes: an operation of `kernelwise.ops`, its roles bound to this layer's names, its options.
+
+    `depends` names the layer's attributes and children that fill no role but decide the answer (`act_fn`): what is put in
+    holds only as long as they are the same objects.
+    """
 
     op: str
     roles: tuple[tuple[str, Binding], ...]
     options: tuple[tuple[str, Scalar], ...] = ()
+    depends: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

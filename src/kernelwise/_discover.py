@@ -27,7 +27,7 @@ from kernelwise._recognize import recognize_both, recognize_functions
 STATE = "_kernelwise"
 """The one attribute in which Kernelwise keeps what it knows about a module it changed."""
 
-OURS = (STATE, "__reduce_ex__", "__deepcopy__")
+OURS = (STATE, "__reduce_ex__", "__deepcopy__", "_replicate_for_data_parallel")
 """All that stands in the `__dict__` of a module it changed, besides the forward."""
 
 _named: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
@@ -105,10 +105,14 @@ class _Class:
 def _facts_of(module: nn.Module) -> _Class:
     cls: Any = type(module)
     registered = _inherited(cls, lambda base: base.__dict__.get("kernel_layer_name"))
+    try:
+        parameters = signature(own_forward(module))
+    except AttributeError:  # a scripted module's class has no forward to look at
+        parameters = ()
     return _Class(
         registered=registered,
         named=None if registered else _inherited(cls, _named.get),
-        signature=signature(own_forward(module)),
+        signature=parameters,
         shared=_shared_function(module),
         condition=getattr(cls, "kernel_condition", None),
         functions=recognize_functions(module),
@@ -370,12 +374,21 @@ def _attributes(module: nn.Module) -> frozenset[str]:
 
 
 def _device_and_dtypes(module: nn.Module) -> tuple[str | None, tuple[str, ...]]:
-    """Return the device type of a module and the dtypes of its parameters; what most layers have is read directly."""
-    if not module._modules and len(module._parameters) == 1 and "_hf_hook" not in module.__dict__:
-        (parameter,) = module._parameters.values()
-        if parameter is not None:
-            return _device_name(parameter.device), (_dtype_name(parameter.dtype),)
-    return model_device(module), tuple(dict.fromkeys(_dtype_name(parameter.dtype) for parameter in module.parameters()))
+    """Return the device type of a module and the dtypes of its parameters, its children's included."""
+    device: torch.device | None = None
+    dtypes: dict[torch.dtype, None] = {}
+    stack = [module]
+    while stack:  # `parameters()` would do, at several times the cost
+        current = stack.pop()
+        for parameter in current._parameters.values():
+            if parameter is not None:
+                device = device or parameter.device
+                dtypes[parameter.dtype] = None
+        if current._modules:
+            stack.extend(child for child in reversed(current._modules.values()) if child is not None)
+    if device is None or device.type == "meta":
+        return model_device(module), tuple(map(_dtype_name, dtypes))
+    return _device_name(device), tuple(map(_dtype_name, dtypes))
 
 
 @lru_cache(maxsize=64)

@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 
 from kernelwise._data import Binding, Kernel, Layer, Parameter
-from kernelwise._discover import STATE
+from kernelwise._discover import OURS
 from kernelwise._exact import NARROW_DTYPES, float64_mode
 from kernelwise._signature import bind, source
 
@@ -104,7 +104,7 @@ def bare_copy(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]
         if id(found) in memo:
             return memo[id(found)]
         new = memo[id(found)] = found.__class__.__new__(found.__class__)
-        left_out = (STATE, "forward", "_old_forward", "_hf_hook", "__reduce_ex__", "__deepcopy__")
+        left_out = (*OURS, "forward", "_old_forward", "_hf_hook")
         for name, value in found.__dict__.items():
             if name not in left_out:
                 new.__dict__[name] = OrderedDict() if name.endswith("_hooks") and isinstance(value, dict) else value

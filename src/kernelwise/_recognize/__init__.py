@@ -11,7 +11,7 @@ import threading
 import types
 import weakref
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from torch import nn
@@ -75,10 +75,21 @@ def _entry(module: nn.Module, forward: Callable[..., Any], training: bool | None
         if entry.holds(module):
             return entry
     finding = find_module(module, training=training)
-    entry = Entry(_answer(finding, forward), finding.reads, (forward,))
+    answer = _answer(finding, forward)
+    if isinstance(answer, Recognition):
+        answer = replace(answer, depends=_depends(module, answer, finding.reads))
+    entry = Entry(answer, finding.reads, (forward,))
     entries.insert(0, entry)
     del entries[_MOST_ENTRIES:]
     return entry
+
+
+def _depends(module: nn.Module, answer: Recognition, reads: Reads) -> tuple[str, ...]:
+    """Return what the trace has read of the module itself, besides what fills a role."""
+    bound = {binding.value for _, binding in answer.roles if binding.kind in ("attribute", "child")}
+    own = {name for name in module.__dict__ if not name.startswith("_")} | module._modules.keys()
+    ignored = {"training", "forward"}
+    return tuple(sorted({str(path[0]) for path in reads.tokens if path and path[0] in own} - bound - ignored))
 
 
 def recognize_functions(module: nn.Module) -> tuple[tuple[str, Recognition], ...]:

@@ -39,11 +39,12 @@ _MEND = {
 }
 
 _SILU = (("activation", ("silu",)),)
+_RMS = (("cast", ("before", "after")), ("offset", (0.0, 1.0)))
 _ROTARY = (("layout", ("half",)), ("angles", ("full",)), ("dtype", ("promoted",)), ("part", ("all",)))
 _GELU = (("activation", ("gelu", "gelu_tanh")),)
 
 CATALOGUE: tuple[_Entry, ...] = (
-    *(_Entry("RMSNorm", "rms_norm", backend) for backend in ("cpu", "triton")),
+    *(_Entry("RMSNorm", "rms_norm", backend, _RMS) for backend in ("cpu", "triton")),
     *(_Entry("SwiGLUMLP", "gated_mlp", backend, _SILU) for backend in ("cpu", "triton")),
     *(_Entry("GEGLUMLP", "gated_mlp", backend, _GELU) for backend in ("cpu", "triton")),
     *(_Entry("rotary_pos_emb", "rotary", backend, _ROTARY) for backend in ("cpu", "triton")),

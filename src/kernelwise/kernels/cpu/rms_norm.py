@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch.autograd.function import once_differentiable
 
+from .._layout import inverse, leading_order
 from ._library import load
 
 _ops = load()
@@ -28,12 +29,14 @@ def rms_norm(
     `x` is [..., H] in float32, bfloat16 or float16 with any strides (copied where rows are not evenly spaced); `weight`
     is [H] in x's dtype or float32, or None. `cast` says when the normalised numbers are rounded to x's dtype: "before"
     the weight is applied (the result then has the dtype to which PyTorch promotes x and weight) or "after".
-    The result is contiguous. Raises RuntimeError for other shapes and dtypes.
+    The result lies in memory in the order of x. Raises RuntimeError for other shapes and dtypes.
 
     >>> x, weight = torch.randn(2, 8), torch.rand(8)
     >>> torch.allclose(rms_norm(x, weight, 1e-6), torch.nn.functional.rms_norm(x, (8,), weight, 1e-6))
     True
     """
+    if not x.is_contiguous() and (order := leading_order(x)) is not None:
+        return rms_norm(x.permute(order), weight, eps, offset=offset, cast=cast).permute(inverse(order))
     if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         y: torch.Tensor = _RmsNorm.apply(x, weight, eps, offset, _CAST_AFTER[cast])  # type: ignore[no-untyped-call]
     elif offset == 0.0 and cast == "before":

@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 import triton
 
+from .._layout import inverse, leading_order
 from ._launch import (
     NAMESPACE,
     Launcher,
@@ -325,8 +326,10 @@ def rms_norm(
     With xhat = x / sqrt(mean(x^2) + eps): `cast="before"` gives (offset + weight) * xhat.to(x.dtype), in the dtype to
     which PyTorch promotes x and weight (Llama); `cast="after"` gives ((offset + weight) * xhat).to(x.dtype) (Gemma with
     offset 1). `weight` is [H], of the dtype of x or float32, or None for xhat alone. x is float32, bfloat16 or float16
-    with H <= 32768 and any strides; the result is contiguous. Raises ValueError for anything else.
+    with H <= 32768 and any strides; the result lies in memory in the order of x. Raises ValueError for anything else.
     """
+    if not x.is_contiguous() and (order := leading_order(x)) is not None:
+        return rms_norm(x.permute(order), weight, eps, offset=offset, cast=cast).permute(inverse(order))
     if watched(x, weight):
         y: torch.Tensor = _operation(x, weight, eps, offset, cast)[0]
         return y
