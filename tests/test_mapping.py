@@ -8,7 +8,8 @@ import pytest
 from kernels import Mode
 
 from kernelwise._data import DEVICE_TYPES, MODES, KernelRef
-from kernelwise._mapping import Rule, mode_name, nearest, parse_mapping, read_keys
+from kernelwise._mapping import Rule, mode_name, parse_mapping, read_keys
+from kernelwise._reference import nearest
 
 HUB = KernelRef("hub", "org/repo", "Layer", version=1)
 METADATA = {"version": 1}

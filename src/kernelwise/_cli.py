@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -17,8 +17,9 @@ import typer
 
 from kernelwise._data import DEVICE_TYPES, MODES, Decision, Layer, Plan, Target, to_json
 from kernelwise._errors import KernelwiseError
+from kernelwise._mapping import DEVICE_HINTS, MISS_HINTS, MODE_HINTS
 from kernelwise._models import DTYPES, NamedModel, load_model
-from kernelwise._reference import nearest
+from kernelwise._reference import did_you_mean, nearest
 from kernelwise._table import render
 
 app = typer.Typer(
@@ -30,10 +31,10 @@ app = typer.Typer(
 )
 
 
-def _one_of(names: Sequence[str]) -> Callable[[str | None], str | None]:
+def _one_of(names: Sequence[str], hints: Mapping[str, str] | None = None) -> Callable[[str | None], str | None]:
     def check(value: str | None) -> str | None:
         if value is not None and value not in names:
-            raise typer.BadParameter(f"{value!r} is not one of {', '.join(names)}{nearest(value, names)}")
+            raise typer.BadParameter(f"{value!r} is not one of {', '.join(names)}{did_you_mean(value, names, hints)}")
         return value
 
     return check
@@ -74,7 +75,7 @@ def plan_command(
         typer.Option(
             "--device",
             metavar="DEVICE",
-            callback=_one_of(DEVICE_TYPES),
+            callback=_one_of(DEVICE_TYPES, DEVICE_HINTS),
             help=f"Plan for {', '.join(DEVICE_TYPES)}, on this machine or not. Default: cpu, or where the factory put it.",
         ),
     ] = None,
@@ -83,7 +84,7 @@ def plan_command(
         typer.Option(
             "--mode",
             metavar="MODE",
-            callback=_one_of(MODES),
+            callback=_one_of(MODES, MODE_HINTS),
             help=f"{', '.join(MODES)}. Default: inference and training.",
         ),
     ] = None,
@@ -93,7 +94,7 @@ def plan_command(
         typer.Option(
             "--on-miss",
             metavar="raise|keep",
-            callback=_one_of(("raise", "keep")),
+            callback=_one_of(("raise", "keep"), MISS_HINTS),
             help="Where a kernel that the config asks for cannot be had: fail, or keep the layer's own code.",
         ),
     ] = None,

@@ -21,8 +21,8 @@ from kernelwise._data import DEVICE_TYPES, KernelRef, Layer
 from kernelwise._discover import device_type, discover, model_device
 from kernelwise._errors import KernelConfigError, Problem
 from kernelwise._kernels_mapping import kernels_mapping
-from kernelwise._mapping import Key, Rule, parse_mapping, read_keys
-from kernelwise._reference import nearest, show
+from kernelwise._mapping import DEVICE_HINTS, MISS_HINTS, Key, Rule, parse_mapping, read_keys
+from kernelwise._reference import did_you_mean, nearest, show
 from kernelwise.sources._repository import all_variants, layer_names
 
 _OPTIONS = {"use_local_kernel": False, "inherit_mapping": True, "on_miss": "raise"}
@@ -192,7 +192,8 @@ class KernelConfig:
             for name in flags
         ]
         if self.on_miss not in ("raise", "keep"):
-            wrong.append(Problem(where, f"on_miss is {show(self.on_miss)}", 'write "raise" or "keep"'))
+            guess = did_you_mean(str(self.on_miss), ("raise", "keep"), MISS_HINTS)
+            wrong.append(Problem(where, f"on_miss is {show(self.on_miss)}{guess}", 'write "raise" or "keep"'))
         return rules, [*wrong, *problems]
 
     def _options(self) -> dict[str, Any]:
@@ -287,6 +288,7 @@ def _device_of(model: nn.Module, device: object) -> str:
     else:
         found = device_type(device) if isinstance(device, torch.device) else show(device)
     if found not in DEVICE_TYPES:
-        what = f"the device type {show(found)} is not one that kernels are for{nearest(found, DEVICE_TYPES)}"
+        guess = did_you_mean(found, DEVICE_TYPES, DEVICE_HINTS)
+        what = f"the device type {show(found)} is not one that kernels are for{guess}"
         raise KernelConfigError([Problem("the device", what, f"use one of {', '.join(DEVICE_TYPES)}")])
     return found

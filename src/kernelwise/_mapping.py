@@ -9,14 +9,21 @@ from __future__ import annotations
 import enum
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import PurePath
 
 from kernelwise._data import DEVICE_TYPES, MODES, KernelRef
 from kernelwise._errors import Problem
-from kernelwise._reference import Fault, read_metadata, read_reference, show
-from kernelwise._reference import nearest as nearest
+from kernelwise._reference import Fault, did_you_mean, read_metadata, read_reference, show
 
-# What people write for a device type, where the nearest spelling would mislead ("gpu" is one letter from "npu").
-_DEVICE_HINTS = {"gpu": "'cuda' or 'rocm'", "nvidia": "'cuda'", "hip": "'rocm'", "amd": "'rocm'", "metal": "'mps'"}
+# What people write, where the nearest spelling would mislead ("gpu" is one letter from "npu") or there is none.
+DEVICE_HINTS = {"gpu": "'cuda' or 'rocm'", "nvidia": "'cuda'", "hip": "'rocm'", "amd": "'rocm'", "metal": "'mps'"}
+MODE_HINTS = {
+    "eval": "'inference'",
+    "evaluation": "'inference'",
+    "train": "'training'",
+    "compile": "'inference+compile'",
+}
+MISS_HINTS = {"skip": "'keep'", "ignore": "'keep'", "warn": "'keep'", "error": "'raise'", "fail": "'raise'"}
 
 _MAPPING_FORMS = '{"RMSNorm": "org/repo:Layer"} or {"RMSNorm": {"cuda": "org/repo@v1:Layer", "cpu": None}}'
 _VALUE_FORMS = (
@@ -93,7 +100,10 @@ def parse_mapping(
     """
     if not isinstance(mapping, dict):
         what = f"is {_describe(mapping)}, and must be a dict from layer name to kernel"
-        return (), (Problem(file or "the mapping", what, f"write {_MAPPING_FORMS}"),)
+        fix = f"write {_MAPPING_FORMS}"
+        if isinstance(mapping, PurePath) or (isinstance(mapping, str) and mapping.endswith((".toml", ".json"))):
+            fix = f'to read a file, write KernelConfig.load("{mapping}")'
+        return (), (Problem(file or "the mapping", what, fix),)
     rules: list[Rule] = []
     problems: list[Problem] = []
     claims: dict[object, str] = {}
@@ -244,8 +254,7 @@ def _key_fault(key: object, as_mode: str | None, device: str | None, mode: str |
     fix = f"device types: {', '.join(DEVICE_TYPES)}; modes: {', '.join(MODES)}"
     if not isinstance(key, str):
         return f"{show(key)} is neither a device type nor a mode", fix
-    hint = _DEVICE_HINTS.get(key.lower())
-    guess = f"; did you mean {hint}?" if hint else nearest(key, (*DEVICE_TYPES, *MODES))
+    guess = did_you_mean(key, (*DEVICE_TYPES, *MODES), DEVICE_HINTS | MODE_HINTS)
     return f"{show(key)} is neither a device type nor a mode{guess}", fix
 
 

@@ -10,7 +10,7 @@ import difflib
 import keyword
 import re
 import reprlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from pathlib import PurePath, PurePosixPath, PureWindowsPath
 
@@ -40,11 +40,21 @@ def show(value: object) -> str:
 def nearest(name: str, known: Iterable[str]) -> str:
     """Return what to append to a message about an unknown name: the nearest known one, or all when they are few."""
     names = sorted(set(known))
-    folded = {item.casefold(): item for item in names}
-    close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
-    if close:
-        return f"; did you mean {folded[close[0]]!r}?"
-    return f"; known: {', '.join(names)}" if 0 < len(names) <= 10 else ""
+    few = f"; known: {', '.join(names)}" if 0 < len(names) <= 10 else ""
+    return did_you_mean(name, names) or few
+
+
+def did_you_mean(name: str, known: Iterable[str], hints: Mapping[str, str] | None = None) -> str:
+    """Return what to append to a message that lists the known names itself: the nearest one, or nothing.
+
+    `hints` are for what people write where the nearest spelling would mislead; they come first.
+    """
+    folded = {item.casefold(): item for item in known}
+    meant = (hints or {}).get(name.casefold())
+    if meant is None:
+        close = difflib.get_close_matches(name.casefold(), folded, n=1, cutoff=0.6)
+        meant = repr(folded[close[0]]) if close else None
+    return f"; did you mean {meant}?" if meant else ""
 
 
 def read_reference(text: str, *, local: bool = False) -> tuple[KernelRef | None, list[Fault]]:
