@@ -145,6 +145,20 @@ def test_usage_errors_exit_with_2(capsys: pytest.CaptureFixture[str], arguments:
     assert "Usage" in err
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "meant"),
+    [("--device", "gpu", "'cuda' or 'rocm'"), ("--mode", "eval", "'inference'"), ("--on-miss", "skip", "'keep'")],
+)
+def test_usage_errors_name_what_is_meant_and_the_choices_once(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, option: str, value: str, meant: str
+) -> None:
+    monkeypatch.setenv("COLUMNS", "300")
+    _, _, err = run(capsys, "plan", "llama", option, value)
+    assert f"did you mean {meant}?" in err
+    assert "known:" not in err
+    assert err.count("training+compile") == (option == "--mode")
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert run(capsys, "--version")[:2] == (0, f"{__version__}\n")
 
@@ -185,6 +199,23 @@ def test_a_model_that_is_not_there_is_one_error(capsys: pytest.CaptureFixture[st
     assert code == 1
     assert said in err
     assert "go on" in err
+
+
+@pytest.mark.parametrize(
+    "model", ["./nope", "../nope", "/nope", "~/nope", "~nobody-here/x", "nope/", "a/b/c", "a\\\\b"]
+)
+def test_a_directory_that_is_not_there_is_no_hub_id(capsys: pytest.CaptureFixture[str], model: str) -> None:
+    code, _, err = run(capsys, "plan", model)
+    assert code == 1
+    assert "no such directory" in err
+    assert "go on" in err
+
+
+def test_a_file_is_no_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    code, _, err = run(capsys, "plan", str(tmp_path / "config.json"))
+    assert code == 1
+    assert "must be a directory" in err
 
 
 def write_config(directory: Path, **changes: Any) -> None:

@@ -34,6 +34,8 @@ _FORMS = (
     "             transformers (llama, qwen3 ...), which is built small with random weights"
 )
 
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
 # How large a small model is, by the name of a config field. The first match counts; a smaller default stays.
 _SMALL: tuple[tuple[re.Pattern[str], int], ...] = tuple(
     (re.compile(rf".*({names})"), size)
@@ -76,13 +78,23 @@ def load_model(spec: str, *, dtype: str | None = None) -> NamedModel:
         KernelwiseError: there is no such model, or it cannot be built; the message says what was tried.
         MissingDependencyError: the model needs transformers, which is not installed.
     """
-    if Path(spec).expanduser().is_dir():
-        return _from_config(str(Path(spec).expanduser()), dtype)
+    place = Path(os.path.expanduser(spec))
+    if place.is_dir():
+        return _from_config(str(place), dtype)
+    if spec.startswith(("./", "../", "/", "~", ".\\", "..\\")):
+        raise _no_directory(spec, place)
     if ":" in spec:
         return _from_factory(spec, dtype)
-    if "/" in spec:
+    if _HUB_ID.fullmatch(spec):
         return _from_config(spec, dtype)
+    if "/" in spec or "\\" in spec:
+        raise _no_directory(spec, place)
     return _small(spec, dtype)
+
+
+def _no_directory(spec: str, place: Path) -> KernelwiseError:
+    what = "it is a file, and must be a directory" if place.exists() else "no such directory"
+    return KernelwiseError(f"cannot read {spec!r}: {what}\n{_FORMS}")
 
 
 def _from_factory(spec: str, dtype: str | None) -> NamedModel:
