@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -102,6 +103,81 @@ def test_the_ways_to_name_a_device(device: Any) -> None:
     model = models.Activation()
     kw.kernelize(model, only({"Activation": kernel(models.MarkedActivation)}), device=device)
     assert marked(model(X))
+
+
+@pytest.mark.parametrize("call", [kw.kernelize, lambda model, **options: kw.kernelized(model, **options).__enter__()])
+def test_kernels_for_a_device_that_the_model_is_not_on_are_refused(call: Any) -> None:
+    model = tiny()
+    before = Snapshot(model)
+    with pytest.raises(kw.PlanError, match=r"(?s)is on cpu, not on (cuda|rocm).*model\.to\("):
+        call(model, device="cuda")
+    assert before.differences(model) == []
+    assert kw.plan(model, device="cuda", on_miss="keep").target.device in ("cuda", "rocm")
+
+
+def test_on_rocm_a_model_is_moved_to_what_torch_calls_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", "6.0")
+    with pytest.raises(kw.PlanError, match=r'(?s)not on rocm.*model\.to\("cuda"\)'):
+        kw.kernelize(tiny(), device="cuda:0")
+
+
+def test_a_device_for_a_model_spread_over_several_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    from kernelwise import _discover
+
+    model = tiny()
+    kinds = itertools.cycle(["cpu", "xpu"])  # every other parameter
+    monkeypatch.setattr(_discover, "device_type", lambda device: device if isinstance(device, str) else next(kinds))
+    with pytest.raises(kw.PlanError, match=r"(?s)cpu and xpu, not on cpu alone.*leave device out"):
+        kw.kernelize(model, device="cpu")
+
+
+@pytest.mark.parametrize("layer", [nn.LazyLinear(4), nn.LazyBatchNorm1d()])
+def test_a_lazy_layer_is_named_before_its_first_input(layer: nn.Module) -> None:
+    model = nn.Sequential(layer)
+    with pytest.raises(kw.PlanError, match=rf"(?s)0 \({type(layer).__name__}\).*run one batch first"):
+        kw.plan(model)
+    model(torch.ones(2, 8))
+    kw.plan(model)
+
+
+def test_what_is_no_model_no_plan_and_no_target_is_refused() -> None:
+    for call in (kw.report, kw.unkernelize):
+        for value in (None, "model", nn.Linear):
+            with pytest.raises(kw.PlanError, match=r"takes a torch\.nn\.Module"):
+                call(value)  # type: ignore[operator]
+    with pytest.raises(kw.PlanError, match=r"takes a torch\.nn\.Module"), kw.expose_hidden_kernels(None):  # type: ignore[type-var]
+        pass
+    model = tiny()
+    for arguments in ((model, None), (model, model), (None, kw.plan(model))):
+        with pytest.raises(kw.ApplyError, match=r"apply\(model, plan\(model\)\)"):
+            kw.apply(*arguments)  # type: ignore[type-var]
+    with pytest.raises(kw.PlanError, match=r'Target\("xpu"\)'):
+        kw.plan(model, target="xpu")  # type: ignore[arg-type]
+    with pytest.raises(kw.PlanError, match=r"(?s)did you mean 'cuda' or 'rocm'.*neuron"):
+        kw.plan(model, target=Target("gpu"))
+
+
+@pytest.mark.parametrize("file", ["kernels.toml", Path("conf/kernels.json"), Path("kernels")])
+def test_a_file_in_place_of_a_config_says_how_to_load_it(file: Any) -> None:
+    for call in (kw.kernelize, kw.plan):
+        with pytest.raises(kw.KernelConfigError) as error:
+            call(tiny(), file)
+        assert f'KernelConfig.load("{file}")' in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("options", "meant"),
+    [
+        ({"mode": "eval"}, "'inference'"),
+        ({"mode": "train"}, "'training'"),
+        ({"device": "gpu"}, "'cuda' or 'rocm'"),
+        ({"device": "cudda"}, "'cuda'"),
+        ({"on_miss": "skip"}, "'keep'"),
+    ],
+)
+def test_a_word_that_is_not_known_gets_the_one_that_is_meant(options: Any, meant: str) -> None:
+    with pytest.raises(kw.PlanError, match=rf"(?s)did you mean {meant}\?.*\n  go on      "):
+        kw.kernelize(tiny(), **options)
 
 
 def test_a_model_without_parameters_asks_for_a_device() -> None:
@@ -207,6 +283,37 @@ def test_inherit_mapping_false_uses_only_what_the_config_names() -> None:
     model = tiny()
     kw.kernelize(model, only({"RMSNorm@norm": kernel(models.MarkedNorm)}))
     assert {row.path for row in kw.report(model).rows if row.kernel} == {"norm"}
+
+
+@pytest.mark.parametrize(
+    ("mapping", "error", "said"),
+    [
+        ({"RMSNorm@blocks.*": "X", "RMSNorm@*.norm1": "X"}, kw.PlanError, "two rules claim blocks.0.norm1"),
+        ({"RMSNorm@norm": "X", "RMSNorm@nowhere": "X"}, kw.PlanError, "no RMSNorm stands at nowhere"),
+        ({"RMSNorm@norm": "X", "RMSNorm@blocks.*": "builtin:Nope"}, kw.KernelLoadError, "Nope"),
+    ],
+)
+def test_what_is_wrong_with_rules_is_found_before_a_kernel_is_loaded(
+    monkeypatch: pytest.MonkeyPatch, mapping: dict[str, str], error: Any, said: str
+) -> None:
+    from kernelwise import sources
+
+    asked: list[str] = []
+    load = sources.load
+    monkeypatch.setattr(sources, "load", lambda ref, *, device: (asked.append(str(ref)), load(ref, device=device))[1])
+    mapping = {key: kernel(models.MarkedNorm) if value == "X" else value for key, value in mapping.items()}
+    with pytest.raises(error, match=said):
+        kw.plan(tiny(), only(mapping))
+    assert kernel(models.MarkedNorm) not in asked
+    with pytest.raises(error, match=said):  # a plan for another machine finds the same
+        kw.plan(tiny(), only(mapping), target=Target("cuda", "sm_90"))
+
+
+def test_without_defaults_the_plan_says_that_nobody_asked() -> None:
+    for mapping in ({}, {"RMSNorm@norm": "none"}):
+        plan = kw.plan(tiny(), only(mapping))
+        others = {d.reason for d in plan.decisions if d.layer.path != "norm"}
+        assert others == {"no rule asks for it (inherit_mapping=False)"}
 
 
 # --------------------------------------------------------------------------------------------------------------- plans

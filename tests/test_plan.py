@@ -343,3 +343,13 @@ def test_deciding_imports_no_torch() -> None:
     folder = str(kernelwise._plan.__file__).rpartition("/")[0]
     done = subprocess.run([sys.executable, "-c", code, folder], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_a_config_without_defaults_says_so_where_nothing_is_asked_for() -> None:
+    known = layer("a", recognition=NORM, recognition_in_training=NORM)
+    for defaults, said in (
+        ({}, "no kernel for rms_norm on cpu"),
+        (None, "no rule asks for it (inherit_mapping=False)"),
+    ):
+        plan = make_plan([known], (), {}, target=CPU, modes=BOTH, defaults=defaults)
+        assert {decision.reason for decision in plan.decisions} == {said}

@@ -12,12 +12,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
+from torch.nn.parameter import UninitializedTensorMixin
 
 from kernelwise import _apply, _discover, _plan, _prove, _verify, sources
 from kernelwise._config import KernelConfig
 from kernelwise._data import DEVICE_TYPES, MODES, Checks, Kernel, KernelRef, Layer, Plan, Target
 from kernelwise._errors import ApplyError, KernelLoadError, PlanError
-from kernelwise._mapping import Rule, mode_name
+from kernelwise._mapping import DEVICE_HINTS, MISS_HINTS, MODE_HINTS, Rule, mode_name
+from kernelwise._reference import did_you_mean
 from kernelwise._report import Report, make_row
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -54,20 +56,32 @@ def plan(
 
     Raises:
         KernelConfigError: the mapping is wrong. KernelLoadError: a kernel that the mapping asks for cannot be loaded.
-        PlanError: no kernel can run a layer that the mapping asks one for.
+        PlanError: no kernel can run a layer that the mapping asks one for, two of its rules claim one layer, an argument is
+            wrong, or a lazy layer has no shape yet.
+
+    Rules are checked against the model before the first kernel is loaded.
     """
     config = config if isinstance(config, KernelConfig) else KernelConfig(config)  # type: ignore[arg-type]
+    if isinstance(model, nn.Module):
+        _check_shapes(model)
     layers = _discover.discover(model) if isinstance(model, nn.Module) else ()
     config.sanitize_kernel_mapping(model, layers=layers)
     on_miss = config.on_miss if on_miss is None else on_miss
     if on_miss not in ("raise", "keep"):
-        raise PlanError(f'on_miss is "raise" or "keep", got {on_miss!r}')
+        raise PlanError(
+            f'on_miss is "raise" or "keep", got {on_miss!r}{did_you_mean(str(on_miss), ("raise", "keep"), MISS_HINTS)}\n'
+            '  go on      on_miss="keep" leaves a layer its own code where its kernel cannot be had'
+        )
+    if target is not None:
+        _check_target(target)
     rules = config.rules()
     wanted = target.device if target else _device(model, device)
     if wanted is not None and (target is not None or device is not None):
         layers = tuple(replace(layer, device=wanted) for layer in layers)
     modes = ("inference", "training") if mode is None else (_one_mode(mode),)
     devices = {layer.device for layer in layers}
+    for_machine = target or current_target(wanted)
+    _plan.check_rules(layers, rules, target=for_machine, modes=modes, on_miss=on_miss)
     defaults: dict[tuple[str, str], Sequence[KernelRef]] = {}
     if config.inherit_mapping:
         for layer in layers:
@@ -76,14 +90,58 @@ def plan(
                     defaults[found.op, layer.device] = sources.builtin_refs(found.op, device=layer.device)
     kernels = _load(layers, rules, defaults, devices, modes, describe=target is not None, on_miss=on_miss)
     return _plan.make_plan(
-        layers, rules, kernels, target=target or current_target(wanted), modes=modes, defaults=defaults, on_miss=on_miss
+        layers,
+        rules,
+        kernels,
+        target=for_machine,
+        modes=modes,
+        defaults=defaults if config.inherit_mapping else None,
+        on_miss=on_miss,
+    )
+
+
+def _check_model(model: object, function: str) -> None:
+    if not isinstance(model, nn.Module):
+        raise PlanError(
+            f"{function} takes a torch.nn.Module, got {model!r}\n  go on      pass the model that has the kernels"
+        )
+
+
+def _check_shapes(model: nn.Module) -> None:
+    """Refuse layers such as `LazyLinear` before their first input: what they compute is open until then."""
+    for path, module in model.named_modules():
+        for tensor in (*module._parameters.values(), *module._buffers.values()):
+            if isinstance(tensor, UninitializedTensorMixin):
+                place = f"{path} ({type(module).__name__})" if path else f"the model, a {type(module).__name__},"
+                raise PlanError(
+                    f"{place} has no shape yet: a lazy layer takes it from its first input\n"
+                    "  go on      run one batch first: model(batch)"
+                )
+
+
+def _check_target(target: object) -> None:
+    if not isinstance(target, Target):
+        device = target if isinstance(target, str) and target in DEVICE_TYPES else "cuda"
+        raise PlanError(f'target is a kernelwise.Target, got {target!r}\n  go on      target=Target("{device}")')
+    if target.device not in DEVICE_TYPES:
+        raise _unknown_device(target.device)
+
+
+def _unknown_device(device: str) -> PlanError:
+    guess = did_you_mean(device, DEVICE_TYPES, DEVICE_HINTS)
+    return PlanError(
+        f"{device!r} is no device type that kernels are for{guess}\n  go on      use one of {', '.join(DEVICE_TYPES)}"
     )
 
 
 def _one_mode(mode: object) -> str:
     name = mode_name(mode)
     if name is None:
-        raise PlanError(f"mode is one of {', '.join(MODES)} or a kernels.Mode with INFERENCE or TRAINING, got {mode!r}")
+        guess = did_you_mean(mode, MODES, MODE_HINTS) if isinstance(mode, str) else ""
+        raise PlanError(
+            f"mode is one of {', '.join(MODES)} or a kernels.Mode with INFERENCE or TRAINING, got {mode!r}{guess}\n"
+            "  go on      name one of them, or leave it out: train() and eval() then switch"
+        )
     return name
 
 
@@ -100,8 +158,29 @@ def _device(model: nn.Module, device: str | torch.device | None) -> str:
             '  go on      say which: kernelize(model, device="cuda") (one of ' + ", ".join(DEVICE_TYPES) + ")"
         )
     if found not in DEVICE_TYPES and (device is not None or found != "meta"):
-        raise PlanError(f"device is one of {', '.join(DEVICE_TYPES)}, got {found!r}")
+        raise _unknown_device(found)
     return found
+
+
+def _check_place(model: object, device: str | torch.device | None) -> None:
+    """Refuse a device that the model is not on: kernels for it would never run, or fail when they do."""
+    if device is None or not isinstance(model, nn.Module):
+        return
+    wanted = _device(model, device)
+    places = {_discover.device_type(p.device) for p in model.parameters() if not p.is_meta}
+    if places <= {wanted}:
+        return
+    here = " and ".join(sorted(places))
+    if wanted in places:
+        raise PlanError(
+            f"the model is on {here}, not on {wanted} alone\n"
+            "  go on      leave device out: each layer then gets a kernel for where it is"
+        )
+    name = "cuda" if wanted == "rocm" else wanted  # as torch calls it
+    raise PlanError(
+        f"the model is on {here}, not on {wanted}\n"
+        f'  go on      move it first, model.to("{name}"), or only look: plan(model, device="{name}")'
+    )
 
 
 def _load(
@@ -117,7 +196,7 @@ def _load(
     """Load every kernel that a rule or a default offers here. What a rule asks for and cannot be loaded is an error."""
     names = {layer.name for layer in layers}
     kernels: dict[tuple[KernelRef, str], Kernel | str] = {}
-    for rule in rules:
+    for rule in sorted(rules, key=lambda rule: not _is_no_builtin(rule.ref, devices)):
         if (
             rule.ref is None
             or rule.fuses
@@ -137,9 +216,21 @@ def _load(
     return kernels
 
 
+def _is_no_builtin(ref: KernelRef | None, devices: set[str]) -> bool:
+    """Say whether a reference names a builtin kernel that does not exist: it is refused before another is loaded."""
+    return (
+        ref is not None
+        and ref.scheme == "builtin"
+        and any(sources.describe(ref, device=device) is None for device in devices)
+    )
+
+
 def _load_one(ref: KernelRef, device: str, describe: bool, *, must: bool, where: str = "") -> Kernel | str:
     if describe:
-        return sources.describe(ref, device=device) or Kernel(ref, can_torch_compile=True)
+        known = sources.describe(ref, device=device)
+        if known is not None or ref.scheme != "builtin":
+            return known or Kernel(ref, can_torch_compile=True)
+        # No builtin kernel of that name is for the device: loading it imports nothing, and says what there is.
     try:
         return sources.load(ref, device=device)
     except KernelLoadError as error:
@@ -161,7 +252,8 @@ def kernelize(
     """Put a kernel into every layer that has one, and return the model.
 
     Everything is decided, loaded and bound before the first module changes; an error leaves the model as it was. Arguments
-    and errors are those of `plan`, and `ApplyError` where the model cannot be changed (its weights are on meta).
+    and errors are those of `plan`, `PlanError` where `device` is not the one that the model is on, and `ApplyError` where the
+    model cannot be changed (its weights are on meta).
 
     `verify="auto"` (or True) checks every kernel that is not builtin on inputs made for its layer before it goes in, once
     on this machine for each version of it; one that fails is treated as one that cannot run the layer.
@@ -173,6 +265,7 @@ def kernelize(
     """
     if verify not in (True, False, "auto"):
         raise PlanError(f'verify is "auto" or False, got {verify!r}')
+    _check_place(model, device)
     decided = plan(model, config, mode=mode, device=device, on_miss=on_miss)
     if verify:
         in_config = config.on_miss if isinstance(config, KernelConfig) else "raise"
@@ -183,6 +276,12 @@ def kernelize(
 
 def apply(model: Model, decided: Plan) -> Model:
     """Put the kernels of a plan into the model it was made for, and return the model. Raises `ApplyError`."""
+    for value, kind, name in ((model, nn.Module, "torch.nn.Module"), (decided, Plan, "kernelwise.Plan")):
+        if not isinstance(value, kind):
+            raise ApplyError(
+                f"apply takes a model and its plan: a {name} was expected, got {value!r}\n"
+                "  go on      apply(model, plan(model))"
+            )
     _check_same_layers(model, decided)
     _apply.apply(model, decided)
     return model
@@ -243,8 +342,9 @@ def unkernelize(model: Model, *, paths: Sequence[str] | None = None) -> Model:
     and passes every call on to the layer's own code.
 
     Raises:
-        PlanError: one of `paths` has no kernel at or below it.
+        PlanError: one of `paths` has no kernel at or below it, or `model` is no model.
     """
+    _check_model(model, "unkernelize")
     if paths is not None:
         known = _apply.kernelized_paths(model)
         for path in [paths] if isinstance(paths, str) else paths:
@@ -259,6 +359,7 @@ def unkernelize(model: Model, *, paths: Sequence[str] | None = None) -> Model:
 @contextmanager
 def kernelized(model: Model, config: Config = None, **options: Any) -> Iterator[Model]:
     """Kernelize for the length of a `with` block. Takes the arguments of `kernelize`; blocks may nest and overlap."""
+    _check_place(model, options.get("device"))
     token = _apply.apply(model, plan(model, config, **options))
     try:
         yield model
@@ -269,8 +370,9 @@ def kernelized(model: Model, config: Config = None, **options: Any) -> Iterator[
 def report(model: nn.Module) -> Report:
     """Say of every layer what runs in it now: its kernel, or the reason for none, and how many calls fell back.
 
-    A model that was never kernelized gives a report that says so.
+    A model that was never kernelized gives a report that says so. Raises `PlanError` for what is no model.
     """
+    _check_model(model, "report")
     decided, notes = _apply.decided(model)
     rows = [
         make_row(decision, counts)
@@ -289,6 +391,7 @@ def expose_hidden_kernels(model: Model) -> Iterator[Model]:
 
     For versions of the `kernels` library whose own `kernelize` looks at submodules alone.
     """
+    _check_model(model, "expose_hidden_kernels")
     added: list[tuple[nn.Module, str]] = []
     try:
         for module in list(model.modules()):

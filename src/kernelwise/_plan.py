@@ -109,14 +109,15 @@ def make_plan(
     *,
     target: Target,
     modes: Sequence[str],
-    defaults: Mapping[tuple[str, str], Sequence[KernelRef]],
+    defaults: Mapping[tuple[str, str], Sequence[KernelRef]] | None,
     on_miss: str = "raise",
 ) -> Plan:
     """Decide every layer in every mode.
 
     Args:
         kernels: each reference of `rules` and `defaults` with its loaded kernel, or the reason why it did not load.
-        defaults: the references that are offered for an operation on a device type without being asked for.
+        defaults: the references that are offered for an operation on a device type without being asked for; None where
+            the config does not want any (`inherit_mapping=False`).
         on_miss: `"raise"`, or `"keep"` to let a layer keep its own code where a demand cannot be met.
 
     Raises:
@@ -143,11 +144,37 @@ def make_plan(
             if is_demand and kernel is None:
                 unmet.setdefault((asked_by, rejected), []).append(layer)
     idle = [rule for rule in rules if rule not in used]
-    devices = {layer.device for layer in layers} | {target.device}
-    missed = [rule for rule in idle if rule.device in (None, *devices) and (rule.mode is None or rule.mode in modes)]
+    missed = _missed(idle, layers, target, modes)
     if on_miss == "raise" and (unmet or missed):
         raise PlanError(_explain(unmet, missed, layers, target))
     return Plan(target, tuple(decisions), tuple(_note(rule, target, modes, layers) for rule in idle))
+
+
+def check_rules(
+    layers: Sequence[Layer], rules: Sequence[Rule], *, target: Target, modes: Sequence[str], on_miss: str = "raise"
+) -> None:
+    """Find what is wrong with rules for these layers whatever their kernels are, so that nothing is loaded in vain.
+
+    Raises:
+        PlanError: two rules of one kind claim one layer; or, with `on_miss="raise"`, a rule for this target decides none.
+    """
+    by_name: dict[str, list[Rule]] = {}
+    for rule in rules:
+        by_name.setdefault(rule.layer, []).append(rule)
+    claimed = [layer for layer in layers if layer.name in by_name]
+    chosen = [
+        choose_rule(layer, by_name[layer.name], device=layer.device, mode=mode) for layer in claimed for mode in modes
+    ]
+    used = set(chosen)
+    missed = _missed([rule for rule in rules if rule not in used], layers, target, modes)
+    if missed and on_miss == "raise":
+        raise PlanError(_explain({}, missed, layers, target))
+
+
+def _missed(idle: Sequence[Rule], layers: Sequence[Layer], target: Target, modes: Sequence[str]) -> list[Rule]:
+    """Of the rules that decide no layer, return those for this target and these modes: demands that nothing meets."""
+    devices = {layer.device for layer in layers} | {target.device}
+    return [rule for rule in idle if rule.device in (None, *devices) and (rule.mode is None or rule.mode in modes)]
 
 
 def _what_decides(layer: Layer, by_place: set[str]) -> tuple[Any, ...]:
@@ -176,14 +203,14 @@ def _decide(
     rule: Rule | None,
     kernels: Loaded,
     target: Target,
-    defaults: Mapping[tuple[str, str], Sequence[KernelRef]],
+    defaults: Mapping[tuple[str, str], Sequence[KernelRef]] | None,
 ) -> _Outcome:
     """Try the kernel that the rule names, or without a rule every default in turn."""
     if rule is not None and rule.ref is None:
         return None, (), "the rule keeps the model's own code", rule.where, False
     found = layer.computes(mode)
     op = found.op if found else ""
-    refs = (rule.ref,) if rule is not None and rule.ref is not None else defaults.get((op, layer.device), ())
+    refs = (rule.ref,) if rule is not None and rule.ref is not None else (defaults or {}).get((op, layer.device), ())
     asked_by, is_demand = (rule.where, not layer.excluded) if rule is not None else ("default", False)
     rejected: list[tuple[str, tuple[str, ...]]] = []
     for ref in refs:
@@ -195,6 +222,8 @@ def _decide(
     if rejected:
         alone = len(rejected) == 1
         reason = "; ".join(("" if alone else f"{ref} ") + ", ".join(reasons) for ref, reasons in rejected)
+    elif defaults is None:
+        reason = "no rule asks for it (inherit_mapping=False)"
     elif found is None:
         reason = "no rule asks for it, and what it computes was not recognised"
     else:
