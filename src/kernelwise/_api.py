@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from kernelwise import _apply, _discover, _plan, _prove, _verify, sources
 from kernelwise._config import KernelConfig
@@ -110,13 +110,12 @@ def _check_model(model: object, function: str) -> None:
 def _check_shapes(model: nn.Module) -> None:
     """Refuse layers such as `LazyLinear` before their first input: what they compute is open until then."""
     for path, module in model.named_modules():
-        for tensor in (*module._parameters.values(), *module._buffers.values()):
-            if isinstance(tensor, UninitializedTensorMixin):
-                place = f"{path} ({type(module).__name__})" if path else f"the model, a {type(module).__name__},"
-                raise PlanError(
-                    f"{place} has no shape yet: a lazy layer takes it from its first input\n"
-                    "  go on      run one batch first: model(batch)"
-                )
+        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
+            place = f"{path} ({type(module).__name__})" if path else f"the model, a {type(module).__name__},"
+            raise PlanError(
+                f"{place} has no shape yet: a lazy layer takes it from its first input\n"
+                "  go on      run one batch first: model(batch)"
+            )
 
 
 def _check_target(target: object) -> None:
