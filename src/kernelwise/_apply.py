@@ -75,7 +75,7 @@ class ModuleState:
         self.plans: dict[Token, Plan] = {}
         self.attributes: dict[str, Any] = {}  # what stood in attributes that `set_attribute` changed
         self.fallbacks: dict[str, int] = {}
-        self.pins: tuple[tuple[str, Any], ...] = ()  # what the recognition of the layer depends on, as it was
+        self.pins: dict[str, Any] = {}  # what the recognition of the layer depends on, as it was
 
     def refresh(self, module: nn.Module) -> None:
         """Choose what runs in each mode: the newest kernelization that speaks of it, else the module's own code."""
@@ -206,6 +206,7 @@ def _what_binds(module: nn.Module, layer: Layer, decisions: Sequence[Decision]) 
         id(layer.recognition_in_training),
         layer.function,
         *module._parameters,
+        *module._modules,
         *((id(d.kernel), d.mode, d.asked_by) for d in decisions),
     )
 
@@ -226,7 +227,9 @@ def _bind(
             calls[decision.mode] = call
         elif decision.kernel is not None:
             parameters = tuple(name for name in decision.kernel.reads if name in module._parameters)
-            calls[decision.mode] = layer_call(layer, decision.kernel, decision.mode, own, parameters)
+            calls[decision.mode] = layer_call(
+                layer, decision.kernel, decision.mode, own, parameters, tuple(module._modules)
+            )
     asked = _modes(len(decisions) == 1, *(d.mode for d in decisions if d.asked_by != "default"))
     return *_in_both_modes(layer, calls), asked, fallbacks
 
@@ -292,7 +295,7 @@ def _put_in(module: nn.Module, entry: Entry) -> None:
     state.entries.append(entry)
     found = entry.layer.recognition or entry.layer.recognition_in_training
     if found is not None and found.depends and entry.layer.function is None:
-        state.pins = tuple((name, module._modules.get(name, module.__dict__.get(name))) for name in found.depends)
+        state.pins.update({name: module._modules.get(name, module.__dict__.get(name)) for name in found.depends})
     if not state.installed:
         slot = innermost_slot(module)
         state.found = module.__dict__.get(slot)

@@ -67,7 +67,7 @@ def unchanged(self: torch.nn.Module) -> bool:
     state = self.__dict__.get(STATE)
     if state is None:  # undone while the call was under way
         return False
-    for name, value in state.pins:
+    for name, value in state.pins.items():
         now = self._modules[name] if name in self._modules else self.__dict__.get(name)
         if now is not value and not (
             type(now) is type(value) and isinstance(now, (bool, int, float, str)) and now == value
@@ -89,11 +89,19 @@ def run_own(self: torch.nn.Module, why: str | None, *args: Any, **kwargs: Any) -
     return state.run_own(self, why, args, kwargs)
 
 
-def layer_call(layer: Layer, kernel: Kernel, mode: str, own: Call, parameters: tuple[str, ...] = ()) -> Call:
+def layer_call(
+    layer: Layer,
+    kernel: Kernel,
+    mode: str,
+    own: Call,
+    parameters: tuple[str, ...] = (),
+    children: tuple[str, ...] = (),
+) -> Call:
     """Return the function `(self, ...)`, in the layer's own signature, that runs the kernel for this layer.
 
     `own` is the forward of the layer's class. Where its decorators take keywords that its signature does not tell of, a
-    call with such a keyword goes to the own code. `parameters` names those of the layer's own that a layer class reads.
+    call with such a keyword goes to the own code. `parameters` names those of the layer's own that a layer class reads,
+    `children` its submodules.
 
     Raises:
         ApplyError: the plan was made by hand and the kernel cannot be bound.
@@ -111,6 +119,7 @@ def layer_call(layer: Layer, kernel: Kernel, mode: str, own: Call, parameters: t
         True,
         parameters=parameters,
         takes_more=_takes_any_keyword(own) and all(p.kind != "var_keyword" for p in layer.signature),
+        children=children,
     )(run_own)
 
 
@@ -155,6 +164,7 @@ def _compile(
     has_self: bool,
     parameters: tuple[str, ...] = (),
     takes_more: bool = False,
+    children: tuple[str, ...] = (),
 ) -> Callable[[Call], Call]:
     """Write and compile one adapter. Returns a function that takes what to run for the layer's own code.
 
@@ -192,8 +202,17 @@ def _compile(
         guard = _plain_guard(layer, parameters)
     if guard:
         lines += [f"    if not ({guard}):", run_own("_kw_INPUT")]
-    if recognition is not None and recognition.depends and has_self:
-        lines += ["    if not _kw_unchanged(self):", run_own("_kw_CHANGED")]
+    if recognition is not None and has_self:
+        for name in recognition.depends:
+            if name in children:  # by far the most frequent case, without a call
+                lines += [
+                    f"    _kw_state, _kw_child = self.__dict__.get({STATE!r}), self._modules.get({name!r})",
+                    f"    if _kw_state is None or _kw_child is not _kw_state.pins.get({name!r}) or _kw_child._forward_hooks or "
+                    "_kw_child._forward_pre_hooks or _kw_child._backward_hooks or _kw_child._backward_pre_hooks:",
+                    run_own("_kw_CHANGED"),
+                ]
+        if set(recognition.depends) - set(children):
+            lines += ["    if not _kw_unchanged(self):", run_own("_kw_CHANGED")]
     if not has_backward:
         lines += [
             f"    if _kw_is_grad_enabled() and _kw_needs_grad({module}, {names}):",

@@ -375,6 +375,10 @@ def _attributes(module: nn.Module) -> frozenset[str]:
 
 def _device_and_dtypes(module: nn.Module) -> tuple[str | None, tuple[str, ...]]:
     """Return the device type of a module and the dtypes of its parameters, its children's included."""
+    if not module._modules and len(module._parameters) == 1:  # a norm, of which models have most
+        (only,) = module._parameters.values()
+        if only is not None and not only.is_meta:
+            return _device_name(only.device), (_dtype_name(only.dtype),)
     device: torch.device | None = None
     dtypes: dict[torch.dtype, None] = {}
     stack = [module]

@@ -94,7 +94,12 @@ class CastToTheWeight(Norm):
 
 @pytest.mark.parametrize(
     ("cls", "offset", "cast"),
-    [(CastAfter, 0.0, "after"), (OnePlus, 1.0, "after"), (OnePlusBefore, 1.0, "before"), (CastToTheWeight, 0.0, "weight")],
+    [
+        (CastAfter, 0.0, "after"),
+        (OnePlus, 1.0, "after"),
+        (OnePlusBefore, 1.0, "before"),
+        (CastToTheWeight, 0.0, "weight"),
+    ],
 )
 def test_variants_of_a_norm(cls, offset, cast):
     assert options(recognize(cls())) == {"offset": offset, "cast": cast}
@@ -405,7 +410,15 @@ def test_second_instance_with_another_activation(activation, name):
 
 @pytest.mark.parametrize(
     "activation",
-    [nn.LeakyReLU(0.3), nn.ELU(0.7), nn.Identity(), lambda x: x * torch.sigmoid(1.7 * x), nn.PReLU(), nn.Softplus(), nn.SiLU],
+    [
+        nn.LeakyReLU(0.3),
+        nn.ELU(0.7),
+        nn.Identity(),
+        lambda x: x * torch.sigmoid(1.7 * x),
+        nn.PReLU(),
+        nn.Softplus(),
+        nn.SiLU,
+    ],
 )
 def test_unknown_activation(activation):
     if activation is nn.SiLU:  # somebody watches this one

@@ -41,7 +41,11 @@ MODELS = {
 }
 EXTRA = {
     "gpt_oss": {"num_local_experts": 4},
-    "nemotron_h": {"num_hidden_layers": 2, "hybrid_override_pattern": "M*", "layers_block_type": ["mamba", "attention"]},
+    "nemotron_h": {
+        "num_hidden_layers": 2,
+        "hybrid_override_pattern": "M*",
+        "layers_block_type": ["mamba", "attention"],
+    },
 }
 
 
