@@ -151,6 +151,8 @@ def test_what_is_no_model_no_plan_and_no_target_is_refused() -> None:
     for arguments in ((model, None), (model, model), (None, kw.plan(model))):
         with pytest.raises(kw.ApplyError, match=r"apply\(model, plan\(model\)\)"):
             kw.apply(*arguments)  # type: ignore[type-var]
+    with pytest.raises(kw.PlanError, match=r"verify\(model, plan\(model\), inputs\)"):
+        kw.verify(model, IDS)  # type: ignore[arg-type]
     with pytest.raises(kw.PlanError, match=r'Target\("xpu"\)'):
         kw.plan(model, target="xpu")  # type: ignore[arg-type]
     with pytest.raises(kw.PlanError, match=r"(?s)did you mean 'cuda' or 'rocm'.*neuron"):

@@ -330,6 +330,11 @@ def verify(
     >>> print(kernelwise.verify(torch.nn.Sequential(torch.nn.Linear(4, 4))).ok)
     True
     """
+    if decided is not None and not isinstance(decided, Plan):
+        raise PlanError(
+            f"verify takes a model and its plan, got the {type(decided).__name__} {decided!r}\n"
+            "  go on      verify(model, plan(model), inputs)"
+        )
     options = _verify.Options(compile=compile, seconds=seconds, memory=memory, seed=seed)
     return _verify.verify_plan(model, plan(model) if decided is None else decided, inputs, options=options)
 
