@@ -50,6 +50,7 @@ def test_added_operation_is_recognised_at_once():
                 ("slope", Binding("attribute", "rate")),
             ),
             (("squared", False),),
+            depends=("squared",),
         )
         assert ops.layer_name(answer) == "Squash"
         assert "Squash" in ops.layer_names()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -129,4 +130,6 @@ def _kernel(ref: KernelRef, entry: _Entry, function: Callable[..., Any] | None =
 @lru_cache(maxsize=len(_DEVICES))
 def _backend_hash(backend: str) -> str:
     """The hash over all of a backend's files: its kernels share helpers, and on the CPU one built library."""
-    return content_hash(Path(__file__).parents[1] / "kernels" / backend)
+    kernels = Path(__file__).parents[1] / "kernels"
+    files = content_hash(kernels / backend).encode() + (kernels / "_layout.py").read_bytes()
+    return hashlib.sha256(files).hexdigest()
