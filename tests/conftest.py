@@ -7,6 +7,11 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+# PyTorch notes which functions `with torch.device(...)` is about when it is first used. Were that inside code that has
+# replaced one of them for a while (libraries do, to build models without weights), later tests would not get their device.
+with torch.device("meta"):
+    torch.empty(0)
+
 
 @pytest.fixture(autouse=True)
 def seed() -> None:
