@@ -240,7 +240,11 @@ def _about_bf16(decided: Plan, has_units: bool) -> str:
     units = "this CPU has instructions for bf16" if has_units else "this CPU has no instructions for bf16"
     if num_replaced:
         also = f"In bfloat16, as models are published, {num_replaced} linear layers have a kernel too; {units}"
-        return f"{also}, so torch is fast there itself and no speed is expected." if has_units else f"{also}."
+        return (
+            f"{also}, so torch's own product gains from them too, and no ratio is asked for."
+            if has_units
+            else f"{also}."
+        )
     why = "; ".join(dict.fromkeys(decision.reason for decision in linear if decision.reason))
     return f"In bfloat16 the linear layers are left to torch ({why or 'none was recognised'}); {units}."
 
