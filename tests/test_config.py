@@ -127,11 +127,13 @@ def test_problems_of_form_of_layer_and_of_path_are_listed_together(tmp_path):
         "SiLU": f"{tmp_path / 'missing'}:SiLU",
         "RMSNorm": {"gpu": HUB},
     }
-    lines = problems_of(KernelConfig(mapping, use_local_kernel="yes", inherit_mapping=0, on_miss="ignore"), Model())
+    config = KernelConfig(mapping, use_local_kernel="yes", inherit_mapping=0, on_miss="ignore", verify="no")
+    lines = problems_of(config, Model())
     for said in (
         "use_local_kernel is 'yes', and must be a bool",
         "inherit_mapping is 0, and must be a bool",
         "on_miss is 'ignore'",
+        "verify is 'no'",
         "did you mean 'version'?",
         "has no layer 'RMSNrom'; did you mean 'RMSNorm'?",
         "does not exist",

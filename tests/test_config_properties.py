@@ -86,7 +86,14 @@ mappings = st.dictionaries(
         len({frozenset(key) for key in mapping if isinstance(key, tuple)}) == sum(isinstance(k, tuple) for k in mapping)
     )
 )
-configs = st.builds(KernelConfig, mappings, st.just(False), st.booleans(), on_miss=st.sampled_from(["raise", "keep"]))
+configs = st.builds(
+    KernelConfig,
+    mappings,
+    st.just(False),
+    st.booleans(),
+    on_miss=st.sampled_from(["raise", "keep"]),
+    verify=st.sampled_from(["auto", False]),
+)
 
 quick = settings(
     max_examples=100, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.filter_too_much]
@@ -179,6 +186,7 @@ PLANTED = [
     {"kernels": {"A@": "a/b:L"}},
     {"kernels": {"A@b@c": "a/b:L"}},
     {"on_miss": "ignore"},
+    {"verify": "always"},
     {"use_local_kernel": 1},
     {"inherit_mapping": "no"},
     {"fuse": {}},

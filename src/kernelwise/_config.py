@@ -25,7 +25,7 @@ from kernelwise._mapping import DEVICE_HINTS, MISS_HINTS, Key, Rule, parse_mappi
 from kernelwise._reference import did_you_mean, nearest, show
 from kernelwise.sources._repository import all_variants, layer_names
 
-_OPTIONS = {"use_local_kernel": False, "inherit_mapping": True, "on_miss": "raise"}
+_OPTIONS = {"use_local_kernel": False, "inherit_mapping": True, "on_miss": "raise", "verify": "auto"}
 
 
 class KernelConfig:
@@ -37,6 +37,7 @@ class KernelConfig:
             with it a name that is no absolute path is an error.
         inherit_mapping: also offer the kernels that a layer gets by default where the mapping does not name it.
         on_miss: `"raise"` where a kernel that the mapping asks for cannot be had, or `"keep"` the model's own code.
+        verify: `"auto"`, or False to put in kernels that were never proven on this machine without checking them first.
 
     What is wrong with the arguments is said when the config is checked or used, all of it at once.
 
@@ -52,11 +53,13 @@ class KernelConfig:
         inherit_mapping: bool = True,
         *,
         on_miss: str = "raise",
+        verify: bool | str = "auto",
     ) -> None:
         self.kernel_mapping: Any = {} if kernel_mapping is None else kernel_mapping
         self.use_local_kernel = use_local_kernel
         self.inherit_mapping = inherit_mapping
         self.on_miss = on_miss
+        self.verify = verify
         self.file: Path | None = None
         """The file that the config was loaded from."""
 
@@ -194,6 +197,8 @@ class KernelConfig:
         if self.on_miss not in ("raise", "keep"):
             guess = did_you_mean(str(self.on_miss), ("raise", "keep"), MISS_HINTS)
             wrong.append(Problem(where, f"on_miss is {show(self.on_miss)}{guess}", 'write "raise" or "keep"'))
+        if self.verify is not False and self.verify != "auto":
+            wrong.append(Problem(where, f"verify is {show(self.verify)}", 'write "auto" or False'))
         return rules, [*wrong, *problems]
 
     def _options(self) -> dict[str, Any]:

@@ -204,11 +204,15 @@ class Decision:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """All decisions for one model on one target. Entries of a mapping that did not apply stand in `notes`."""
+    """All decisions for one model on one target. Entries of a mapping that did not apply stand in `notes`.
+
+    `proofs` says of each kernel that is not builtin, by its reference, whether it is proven; empty where nobody has looked.
+    """
 
     target: Target
     decisions: tuple[Decision, ...]
     notes: tuple[str, ...] = ()
+    proofs: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """Return the plan as plain dicts, lists and scalars (functions are left out)."""

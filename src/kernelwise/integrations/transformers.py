@@ -59,8 +59,9 @@ class KernelConfig(_config.KernelConfig, transformers.KernelConfig):  # type: ig
         inherit_mapping: bool = True,
         *,
         on_miss: str = "raise",
+        verify: bool | str = "auto",
     ) -> None:
-        super().__init__(kernel_mapping, use_local_kernel, inherit_mapping, on_miss=on_miss)
+        super().__init__(kernel_mapping, use_local_kernel, inherit_mapping, on_miss=on_miss, verify=verify)
         self.registered_layer_names: dict[str, str] = {}
         """Layer names by module path: those that a mapping for the model can name, registered or recognised."""
 
