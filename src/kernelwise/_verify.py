@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields, replace
 from typing import Any, Protocol
 
@@ -102,10 +103,11 @@ def check_kernel(
     paths: Sequence[str] = (),
     modes: Sequence[str] = (),
     options: Options = Options(),
+    worker: Worker | None = None,
 ) -> Iterator[Check]:
     """Yield a check for every case of one layer and the kernel decided for it, as each is done.
 
-    `own` is what `own_code` returns. After the process that runs the kernel has died, no further case is tried.
+    `own` is what `own_code` returns. `worker` runs this kernel already; None: one is started where one is needed. After the process that runs the kernel has died, no further case is tried.
     """
     kernel = decision.kernel
     assert kernel is not None
@@ -123,7 +125,11 @@ def check_kernel(
     if not isolate:
         yield from _all_cases(_Here(decision.layer, kernel, decision.mode), decision, own, sample, base, options)
         return
-    with Worker(decision.layer, kernel, decision.mode, seconds=options.seconds, memory=options.memory) as worker:
+    with ExitStack() as stack:
+        if worker is None:
+            worker = Worker(kernel, decision.layer.device, seconds=options.seconds, memory=options.memory)
+            stack.enter_context(worker)
+        worker.serve(decision.layer, decision.mode)
         yield from _all_cases(worker, decision, own, sample, base, options)
 
 
@@ -386,18 +392,24 @@ def verify_plan(
         )
     samples = {} if inputs is None else capture(model, groups, inputs)
     checks: list[Check] = []
+    by_kernel: dict[tuple[Kernel | None, str], list[Group]] = {}
     for found in groups:
-        for check in check_group(model, found, samples.get(found.decision.layer.path), options):
-            checks.append(check)
-            on_check(check)
+        by_kernel.setdefault((found.decision.kernel, found.decision.layer.device), []).append(found)
+    for (kernel, device), alike in by_kernel.items():
+        assert kernel is not None
+        with Worker(kernel, device, seconds=options.seconds, memory=options.memory) as worker:
+            for found in alike:
+                for check in check_group(model, found, samples.get(found.decision.layer.path), options, worker):
+                    checks.append(check)
+                    on_check(check)
     notes = () if checks else ("no kernels in the plan: there is nothing to check",)
     return Checks(plan.target, tuple(checks), notes)
 
 
 def check_group(
-    model: nn.Module, found: Group, sample: Sample | None, options: Options
+    model: nn.Module, found: Group, sample: Sample | None, options: Options, worker: Worker | None = None
 ) -> Generator[Check, None, None]:
-    """Yield the checks of a group of alike layers. Without a sample, inputs are made."""
+    """Yield the checks of a group of alike layers. Without a sample, inputs are made. `worker` is for its kernel."""
     decision = found.decision
     module = module_of(model, decision.layer)
     sample = sample or _made(decision.layer, module, decision.mode, options.seed)
@@ -407,7 +419,7 @@ def check_group(
         yield Check(decision.layer.path, found.paths, kernel, found.modes, "", "skipped", why)
         return
     own = own_code(module, decision.layer)
-    yield from check_kernel(decision, own, sample, paths=found.paths, modes=found.modes, options=options)
+    yield from check_kernel(decision, own, sample, paths=found.paths, modes=found.modes, options=options, worker=worker)
 
 
 def _made(layer: Layer, module: nn.Module, mode: str, seed: int) -> Sample | None:

@@ -44,18 +44,18 @@ class WorkerError(Exception):
 
 
 class Worker:
-    """A process that runs one kernel. Use it as a context manager; it starts at the first request.
+    """A process that runs one kernel, for one layer after the other. Use it as a context manager.
 
-    `seconds` limits each request, `memory` (bytes) how far the process may grow above what it needs to start.
+    It starts, and imports the kernel, at `start` or at the first request; where it has ended, the next request starts it
+    anew. `seconds` limits each request, `memory` (bytes) how far the process may grow above what it needs to start.
     """
 
-    def __init__(
-        self, layer: Layer, kernel: Kernel, mode: str, *, seconds: float = SECONDS, memory: int = MEMORY
-    ) -> None:
-        self._start_message = {"layer": to_json(_plain(layer)), "kernel": to_json(kernel), "mode": mode}
-        self._reads = _reads(layer, kernel, mode)
+    def __init__(self, kernel: Kernel, device: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> None:
+        self.kernel, self._device = kernel, device
         self._seconds, self._memory = seconds, memory
         self._process: subprocess.Popen[bytes] | None = None
+        self._layer: tuple[Layer, str] | None = None
+        self._sent: tuple[Layer, str] | None = None  # what the process has
         self._module: nn.Module | None = None  # what the process has
         self._base = 0  # its memory before it loaded anything
         self._tail = b""
@@ -65,6 +65,29 @@ class Worker:
 
     def __exit__(self, *error: object) -> None:
         self.close()
+
+    def serve(self, layer: Layer, mode: str) -> None:
+        """Say which layer the next requests are about."""
+        self._layer = layer, mode
+
+    def start(self) -> None:
+        """Start the process and import the kernel there. Raises `WorkerError`."""
+        path = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), *filter(None, sys.path)])
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "kernelwise._worker"],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+            start_new_session=True,
+        )
+        threading.Thread(target=self._drain, args=(self._process.stderr,), daemon=True).start()
+        self._exchange({"memory": self._memory}, starting=True)
+        try:
+            self._ask({"kernel": to_json(self.kernel), "device": self._device})
+        except WorkerError:
+            self.close()
+            raise
 
     def observe(self, case: Case) -> Observed:
         """Run the kernel on a case. Raises `WorkerError`."""
@@ -77,7 +100,7 @@ class Worker:
 
     def close(self) -> None:
         """End the process and everything it started."""
-        process, self._process, self._module = self._process, None, None
+        process, self._process, self._sent, self._module = self._process, None, None, None
         if process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
@@ -88,13 +111,18 @@ class Worker:
                         pipe.close()
 
     def _message(self, case: Case) -> dict[str, Any]:
-        """The request of a case, without the module where the process has it already."""
+        """The request of a case, without the layer and the module where the process has them already."""
+        assert self._layer is not None
         if self._process is None:
-            self._start()
+            self.start()
+        layer, mode = self._layer
         message = {f.name: getattr(case, f.name) for f in fields(case) if f.name != "module"}
-        if case.module is None or case.module is not self._module:
-            message["module"] = None if case.module is None else _described(case.module, self._reads)
-            self._module = case.module
+        if self._sent != self._layer:
+            message |= {"layer": to_json(_plain(layer)), "mode": mode}
+        if case.module is None or case.module is not self._module or self._sent != self._layer:
+            reads = _reads(layer, self.kernel, mode)
+            message["module"] = None if case.module is None else _described(case.module, reads)
+        self._sent, self._module = self._layer, case.module
         return message
 
     def _ask(self, message: dict[str, Any]) -> Any:
@@ -105,23 +133,6 @@ class Worker:
         if "failed" in answer:
             raise WorkerError(*answer["failed"])
         return answer["ok"]
-
-    def _start(self) -> None:
-        path = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), *filter(None, sys.path)])
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "kernelwise._worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
-            start_new_session=True,
-        )
-        threading.Thread(target=self._drain, args=(self._process.stderr,), daemon=True).start()
-        self._exchange({"memory": self._memory}, starting=True)
-        answer = self._exchange(self._start_message)
-        if "failed" in answer:
-            self.close()
-            raise WorkerError(*answer["failed"])
 
     def _drain(self, pipe: BinaryIO) -> None:
         """Read what the kernel prints, however much it is, and keep the end."""
@@ -142,7 +153,7 @@ class Worker:
             raise WorkerError("skipped", f"its arguments cannot be sent to another process: {_text(error)}") from error
         try:
             _send(process.stdin, buffer)
-            data = b"".join(_read_within(process.stdout, process.pid, limit, memory))
+            data = b"".join(_read_within(process, limit, memory))
         except BrokenPipeError:
             data = b""
         except _LimitError as error:
@@ -179,16 +190,20 @@ class _LimitError(Exception):
         self.status, self.detail = status, detail
 
 
-def _read_within(pipe: Any, pid: int, limit: float, memory: int | None) -> Iterator[bytes]:
+def _read_within(process: subprocess.Popen[bytes], limit: float, memory: int | None) -> Iterator[bytes]:
     """Yield a whole answer, nothing where the process ended; watch time and memory meanwhile."""
-    start, fd, missing, header = time.monotonic(), pipe.fileno(), 8, b""
+    assert process.stdout is not None
+    start, fd, missing, header = time.monotonic(), process.stdout.fileno(), 8, b""
     with selectors.DefaultSelector() as selector:
         selector.register(fd, selectors.EVENT_READ)
         while missing:
-            ready = selector.select(_POLL)
-            if memory is not None and (used := _resident(pid)) > memory:
+            ended = process.poll() is not None
+            ready = selector.select(0 if ended else _POLL)
+            if memory is not None and (used := _resident(process.pid)) > memory:
                 raise _LimitError("out_of_memory", f"the process took {used >> 20} MiB")
             if not ready:
+                if ended:  # a child that it left behind may still hold the pipe
+                    return
                 if time.monotonic() > limit:
                     raise _LimitError("timed_out", f"no answer after {time.monotonic() - start:.0f} s")
                 continue
@@ -308,22 +323,23 @@ def main() -> None:
     _limit(_receive(incoming)["memory"])
     _write(outgoing, {"ok": True})
     start = _receive(incoming)
-    call: Any = None
-    module: nn.Module | None = None
-    layer, mode = from_json(Layer, start["layer"]), start["mode"]
     try:
-        kernel = _load(from_json(Kernel, start["kernel"]), layer.device)
-        call = kernel_call(layer, kernel, mode)
+        kernel = _load(from_json(Kernel, start["kernel"]), start["device"])
         _write(outgoing, {"ok": True})
     except BaseException as error:
         _write(outgoing, {"failed": ["load_failed", _text(error)]})
         return
+    call: Any = None
+    module: nn.Module | None = None
+    process = os.getpid()
     while True:
         try:
             message = _receive(incoming)
         except EOFError:
             return
         try:
+            if "layer" in message:
+                call = kernel_call(from_json(Layer, message.pop("layer")), kernel, message.pop("mode"))
             if "module" in message:
                 described = message.pop("module")
                 module = None if described is None else _built(described, stub=True)
@@ -334,10 +350,13 @@ def main() -> None:
                 answer: Any = {f.name: getattr(seen, f.name) for f in fields(seen)}
             else:
                 answer = list(growth(call, case))
-            _write(outgoing, {"ok": answer})
+            answer = {"ok": answer}
         except BaseException as error:
             failed = failure_of(error)
-            _write(outgoing, {"failed": [failed.status, failed.detail]})
+            answer = {"failed": [failed.status, failed.detail]}
+        if os.getpid() != process:  # a copy that the kernel has made of this process: the channel is not its
+            os._exit(1)
+        _write(outgoing, answer)
 
 
 def _receive(incoming: BinaryIO) -> Any:

@@ -10,6 +10,7 @@ from torch import nn
 from kernelwise import discover, register_layer
 from kernelwise._data import Check, Decision, Kernel, Layer
 from kernelwise._verify import Options, _made, check_kernel, own_code
+from kernelwise._worker import Worker
 
 for cls, name in ((gallery.Norm, "RMSNorm"), (gallery.LateNorm, "RMSNorm"), (gallery.Clone, "Clone")):
     register_layer(cls, name)
@@ -25,8 +26,12 @@ def decision(module: nn.Module, kernel: Kernel, *, mode: str = "inference") -> t
 HERE = Options(isolate=False)
 
 
-def checks_of(decided: Decision, module: nn.Module, *, seed: int = 0, options: Options = HERE) -> Iterator[Check]:
+def checks_of(
+    decided: Decision, module: nn.Module, *, seed: int = 0, options: Options = HERE, worker: Worker | None = None
+) -> Iterator[Check]:
     layer: Layer = decided.layer
     sample = _made(layer, module, decided.mode, seed)
     assert sample is not None
-    return check_kernel(decided, own_code(module, layer), sample, options=options)
+    if worker is not None:
+        options = Options(isolate=True, seed=seed)
+    return check_kernel(decided, own_code(module, layer), sample, options=options, worker=worker)

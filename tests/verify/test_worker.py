@@ -98,6 +98,31 @@ class Unpicklable(nn.Module):
         raise Odd
 
 
+class Forks(nn.Module):
+    # The copy of the process would answer and take requests too.
+
+    def forward(self, hidden_states):
+        os.fork()
+        return norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class LeavesAChildAndExits(nn.Module):
+    # The child holds the channel open after its parent has gone.
+
+    def forward(self, hidden_states):
+        if os.fork() == 0:
+            time.sleep(1000)
+        os._exit(7)
+
+
+class LeavesAChild(nn.Module):
+    def forward(self, hidden_states):
+        if os.fork() == 0:
+            while True:
+                time.sleep(1)
+        return norm(hidden_states, self.weight, self.variance_epsilon)
+
+
 class SegfaultsInBackward(nn.Module):
     def forward(self, hidden_states):
         y = norm(hidden_states, self.weight, self.variance_epsilon)
@@ -130,6 +155,7 @@ def run(repository: Path, name: str, **limits) -> list:
         ("Segfaults", "crashed", "SIGSEGV"),
         pytest.param("Aborts", "crashed", "SIGABRT; it printed: the last words", marks=pytest.mark.long),
         ("Exits", "exited", "exit code 0"),
+        ("LeavesAChildAndExits", "exited", "exit code 7"),
         ("Hangs", "timed_out", "no answer after 1 s"),
         pytest.param("HangsInC", "timed_out", "no answer after 1 s", marks=pytest.mark.long),
         ("Hogs", "out_of_memory", ""),
@@ -158,7 +184,34 @@ def test_whatever_a_kernel_raises_is_a_status(name, status, said, repository):
     assert said in check.detail
 
 
-@pytest.mark.parametrize("name", ["Loud", "ReadsInput"])
+def _members(group: int) -> list[int]:
+    """The processes of a group, as far as the system tells."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            state, _, pgrp = (folder / "stat").read_text().rpartition(")")[2].split()[:3]
+        except OSError:  # it has ended meanwhile
+            continue
+        if int(pgrp) == group and state != "Z":
+            found.append(int(folder.name))
+    return found
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="processes are counted in /proc")
+def test_children_that_a_kernel_leaves_end_with_its_worker(repository):
+    decided, module = decision(gallery.Norm(), load(KernelRef("path", str(repository), "LeavesAChild"), device="cpu"))
+    with Worker(decided.kernel, "cpu") as worker:
+        checks = checks_of(decided, module, worker=worker)
+        assert [next(checks).status for _ in range(3)] == ["passed"] * 3
+        group = worker._process.pid
+        assert len(_members(group)) > 3
+    deadline = time.monotonic() + 10
+    while _members(group) and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert _members(group) == []
+
+
+@pytest.mark.parametrize("name", ["Loud", "ReadsInput", "Forks"])
 def test_the_channel_is_not_the_kernels(name, repository):
     kernel = load(KernelRef("path", str(repository), name), device="cpu")
     decided, module = decision(gallery.Norm(), kernel)
@@ -182,10 +235,8 @@ def test_a_kernel_whose_files_change_is_not_checked_as_the_one_that_was_loaded(r
 
 
 def test_the_process_ends_with_its_worker(repository):
-    kernel = load(KernelRef("path", str(repository), "Hangs"), device="cpu")
-    decided, _ = decision(gallery.Norm(), kernel)
-    with Worker(decided.layer, kernel, "inference") as worker:
-        worker._start()
+    with Worker(load(KernelRef("path", str(repository), "Hangs"), device="cpu"), "cpu") as worker:
+        worker.start()
         pid = worker._process.pid
         os.kill(pid, 0)
     with pytest.raises(ProcessLookupError):
