@@ -90,7 +90,7 @@ def arguments_of(op: Operation) -> list[Role]:
 def reference_graphs(num_arguments: int) -> Iterator[tuple[Operation, Variant, Graph]]:
     """Every variant of every operation of modules that takes so many tensors, with its graph at sizes of its own."""
     for op in OPERATIONS.values():
-        if not op.function and len(arguments_of(op)) == num_arguments:
+        if not op.function and not op.norms and len(arguments_of(op)) == num_arguments:
             for variant in op.variants:
                 graph = _reference_graph(op.name, op.reference, variant, (), FIRST, None)
                 if isinstance(graph, Graph):
@@ -175,6 +175,9 @@ def _reference_graph(
             given[role.name] = numbers[role.name]
         else:
             shape = role.shape(sizes) if known is None else known.get(role.name)
+            if shape is None and at.absent:  # what belongs to an absent argument need not be there
+                given[role.name] = None
+                continue
             if shape is None:
                 return f"nothing fills {role.name}"
             source = Source("role", role.name)
@@ -211,9 +214,9 @@ class _RoleChild:
         self._stage, self._source, self._shape = stage, source, shape
         self.weight = stage.fake((1, 1), stage.widths.parameters)
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+    def __call__(self, x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
         return self._stage.recorder.call(
-            self._source, (x,), self._stage.fake(self._shape, self._stage.widths.leaves or x.dtype)
+            self._source, (x, *more), self._stage.fake(self._shape, self._stage.widths.leaves or x.dtype)
         )
 
 

@@ -20,6 +20,10 @@ class Untraceable(Exception):  # noqa: N818
     """The forward does something that a graph cannot say; the message is the reason."""
 
 
+class Refused(Untraceable):
+    """The forward itself raises an exception for what it was given."""
+
+
 @dataclass(frozen=True, slots=True)
 class Source:
     """Where an input of a graph comes from: `("argument", "x")`, `("attribute", "weight")`, `("child", "up")`."""

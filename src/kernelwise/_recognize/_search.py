@@ -67,7 +67,7 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
         return Finding(None, str(reason), None, reads)
     near = None
     for op in OPERATIONS.values():
-        if op.function or len(arguments_of(op)) != len(needed) + len(optional) or not may_be(op, graph):
+        if op.function or op.norms or len(arguments_of(op)) != len(needed) + len(optional) or not may_be(op, graph):
             continue
         for variant, fixed in itertools.product(op.variants, _integers(op, reads)):
             found = compare(op, variant, fixed, graph, FIRST, None)
@@ -124,7 +124,7 @@ def _first_trace(
 ) -> tuple[Candidate, Graph]:
     """Trace with the first width that the module takes, and return how to trace it again."""
     reason: Untraceable | None = None
-    for width in _widths_of(module):
+    for width in widths_of(module):
 
         def run(stage: Stage, at: Round, width: int = width) -> Graph:
             stand_in = make_stand_in(module, stage)
@@ -146,7 +146,7 @@ def _first_trace(
     raise reason
 
 
-def _widths_of(module: nn.Module) -> list[int]:
+def widths_of(module: nn.Module) -> list[int]:
     """Widths that the last dimension of the input may have, the likeliest first."""
     widths: list[int] = []
     for child in module.children():

@@ -8,6 +8,7 @@ the user's module is called or written.
 from __future__ import annotations
 
 import contextlib
+import dis
 import functools
 import logging
 import threading
@@ -22,14 +23,15 @@ from torch import nn
 from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
 
 from kernelwise._recognize._reads import CODE, MISSING, PLAIN, Reads, has_hooks, is_function, is_own_code
-from kernelwise._recognize._record import Recorder, Source, Untraceable, Widths
+from kernelwise._recognize._record import Recorder, Refused, Source, Untraceable, Widths
 
 
 @dataclass(slots=True)
 class Stage:
     """Everything one trace shares: the recorder, the fake mode, dtypes, what is read, and what is replaced.
 
-    `overrides` replaces plain attributes of the module by name, to see what depends on them.
+    `overrides` replaces plain attributes of the module by name, to see what depends on them. `call_child` answers a call
+    of a child module at a path, or leaves it to the stand-in with NotImplemented.
     """
 
     recorder: Recorder
@@ -38,6 +40,7 @@ class Stage:
     training: bool | None = None
     reads: Reads = field(default_factory=Reads)
     overrides: Mapping[str, Any] = field(default_factory=dict)
+    call_child: Callable[[Child, nn.Module, tuple[str, ...], tuple[Any, ...], dict[str, Any]], Any] | None = None
 
     def fake(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A fake tensor of this shape; one that can have a gradient does."""
@@ -59,6 +62,12 @@ class _StandIn:
                 raise Untraceable("it looks into its own __dict__")
             return object.__getattribute__(self, name)
         return view.get(self, name)
+
+    def __getattr__(self, name: str) -> Any:  # not that of nn.Module, which looks into __dict__
+        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+
+    def __repr__(self) -> str:  # messages of exceptions name the module
+        return type(self).__name__
 
     def __setattr__(self, name: str, value: Any) -> None:
         raise Untraceable(f"it writes to its attribute {name}")
@@ -226,6 +235,10 @@ class Child:
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         module, stage, path = self.__dict__["_kernelwise"]
+        if stage.call_child is not None:
+            answer = stage.call_child(self, module, path, args, kwargs)
+            if answer is not NotImplemented:
+                return answer
         if type(module) is nn.Sequential and not has_hooks(module):
             (value,) = args
             for child in self:
@@ -236,9 +249,9 @@ class Child:
         tensors = [item for item in (*args, *kwargs.values()) if isinstance(item, torch.Tensor)]
         if len(tensors) != 1 or len(args) != 1 or kwargs:
             raise Untraceable(f"it calls its child {'.'.join(path)} with more than one tensor")
-        return stage.recorder.call(Source("child", ".".join(path)), args, self._result(args[0]))
+        return stage.recorder.call(Source("child", ".".join(path)), args, self.result(args[0]))
 
-    def _result(self, x: torch.Tensor) -> torch.Tensor:
+    def result(self, x: torch.Tensor) -> torch.Tensor:
         """A fake tensor of the shape that the child gives. Only a shape: what the child computes stays unknown."""
         module, path = self.__dict__["_kernelwise"][0], self.__dict__["_kernelwise"][2]
         stage: Stage = self.__dict__["_kernelwise"][1]
@@ -282,10 +295,22 @@ def run(stage: Stage, function: Callable[..., Any], args: tuple[Any, ...], kwarg
         raise Untraceable("its control flow or its shapes depend on data") from None
     except Exception as error:
         line = str(error).splitlines()[0] if str(error) else ""
+        if _says_no(error):
+            raise Refused(f"it raises {type(error).__name__}: {line[:120]}") from None
         raise Untraceable(f"it does not run on tensors without data ({type(error).__name__}: {line[:120]})") from None
     finally:
         if torch.get_default_dtype() != default:
             torch.set_default_dtype(default)
+
+
+def _says_no(error: Exception) -> bool:
+    """Whether an exception comes from a `raise` in the code that was traced, not from PyTorch or from here."""
+    end = error.__traceback__
+    while end is not None and end.tb_next is not None:
+        end = end.tb_next
+    if end is None or str(end.tb_frame.f_globals.get("__name__")).partition(".")[0] in ("torch", "kernelwise"):
+        return False
+    return end.tb_frame.f_code.co_code[end.tb_lasti] == dis.opmap["RAISE_VARARGS"]
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ from typing import Any
 
 from kernelwise._data import Recognition, Scalar
 from kernelwise.ops._activations import ACTIVATION
+from kernelwise.ops._decoder_layer import LAYERS
 from kernelwise.ops._gated_mlp import (
     GATED_MLP,
     GATED_MLP_CAST,
@@ -30,7 +31,7 @@ OPERATIONS: dict[str, Operation] = {
     for op in (
         RMS_NORM, RMS_NORM_GATED, RMS_NORM_GATED_GROUPED, LAYER_NORM, GATED_MLP, GATED_MLP_PACKED, GATED_MLP_CLAMPED,
         GATED_MLP_NORMED, GATED_MLP_CAST, MLP, MLP_CAST, LINEAR_ACTIVATION, ACTIVATION, LINEAR,
-        ROTARY_VISION, ROTARY, ROTARY_ONE, ROTARY_COMPLEX,
+        ROTARY_VISION, ROTARY, ROTARY_ONE, ROTARY_COMPLEX, *LAYERS,
     )
 }  # fmt: skip
 

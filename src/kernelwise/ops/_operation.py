@@ -46,6 +46,8 @@ class Operation:
     `operators` holds canonical operators without which no graph can be this operation: each tuple needs one of its own.
     `choices` names one integer role with the values that are tried for a function (`unsqueeze_dim`); for a module the
     values are those of the integer attributes that its forward reads (`group_size`).
+    `norms` names the roles of a layer of a model that must be filled by norms. An operation that has some is recognised by
+    recording how arguments pass to children, whose further arguments and results are no part of its meaning.
     """
 
     name: str
@@ -57,6 +59,7 @@ class Operation:
     choices: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     forms: tuple[Callable[..., Any], ...] = ()
     function: bool = False  # a function that a forward calls through its globals, not a module
+    norms: tuple[str, ...] = ()
     any_rank: bool = False  # inputs may have any number of leading dimensions, and a layer must take them all
 
     def layer_name(self, options: tuple[tuple[str, Scalar], ...]) -> str | None:

@@ -1,0 +1,295 @@
+"""Layers of a transformer: a mixer and a feed-forward block, each with a norm and a residual sum.
+
+Children are leaves here. What a child gives besides its first result (attention weights, router logits) and what it is
+called with besides the hidden states (masks, caches, positions) is no part of the meaning.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernelwise._data import Scalar
+from kernelwise.ops._activations import ACTIVATIONS
+from kernelwise.ops._operation import Operation, Role, Shape, Variant
+
+Module = Callable[..., Tensor]
+
+
+def decoder_layer(
+    x: Tensor,
+    input_norm: Module,
+    attention: Module,
+    attention_out: Module | None,
+    mlp_norm: Module,
+    mlp: Module,
+    mlp_out: Module | None,
+    multiplier: float | None,
+    *,
+    returns: str = "tensor",
+    clamp: str = "none",
+) -> Tensor | tuple[Tensor]:
+    """Return the pre-norm layer `h + mlp(mlp_norm(h))` with `h = x + attention(input_norm(x))`.
+
+    x: [..., H]. `attention` is whatever mixes tokens. `attention_out` and `mlp_out` are called on what the two blocks
+    give, before it is added: a second pair of norms (Gemma 2), a scale for each channel (DINOv2). `multiplier` scales it
+    (Granite). `returns` "tuple": a tuple with the result first. `clamp` "float16": in that dtype the result is kept away
+    from infinity.
+    """
+    h = x + _scaled(_after(attention_out, attention(input_norm(x))), multiplier)
+    y = h + _scaled(_after(mlp_out, mlp(mlp_norm(h))), multiplier)
+    return _given(y, returns, clamp)
+
+
+def _after(child: Module | None, y: Tensor) -> Tensor:
+    return y if child is None else child(y)
+
+
+def _scaled(y: Tensor, multiplier: float | None) -> Tensor:
+    return y if multiplier is None else y * multiplier
+
+
+def _given(y: Tensor, returns: str, clamp: str) -> Tensor | tuple[Tensor]:
+    if clamp == "float16" and y.dtype == torch.float16:
+        limit = torch.finfo(y.dtype).max - 1000
+        y = torch.clamp(y, min=-limit, max=limit)
+    return y if returns == "tensor" else (y,)
+
+
+def decoder_layer_inline(
+    x: Tensor,
+    input_norm: Module,
+    attention: Module,
+    mlp_norm: Module,
+    up: Module,
+    down: Module,
+    *,
+    activation: str,
+    returns: str = "tensor",
+    clamp: str = "none",
+) -> Tensor | tuple[Tensor]:
+    """Return the pre-norm layer whose feed-forward block is two children of its own: `down(activation(up(...)))`."""
+    h = x + attention(input_norm(x))
+    return _given(h + down(ACTIVATIONS[activation][0](up(mlp_norm(h)))), returns, clamp)
+
+
+def decoder_layer_cross(
+    x: Tensor,
+    context: Tensor | None,
+    input_norm: Module,
+    attention: Module,
+    cross_norm: Module,
+    cross_attention: Module,
+    mlp_norm: Module,
+    mlp: Module,
+    *,
+    returns: str = "tensor",
+    clamp: str = "none",
+) -> Tensor | tuple[Tensor]:
+    """Return the pre-norm layer with attention to a context [..., S', H] between its two blocks, where there is one."""
+    h = _with_context(x + attention(input_norm(x)), context, cross_norm, cross_attention)
+    return _given(h + mlp(mlp_norm(h)), returns, clamp)
+
+
+def decoder_layer_cross_inline(
+    x: Tensor,
+    context: Tensor | None,
+    input_norm: Module,
+    attention: Module,
+    cross_norm: Module,
+    cross_attention: Module,
+    mlp_norm: Module,
+    up: Module,
+    down: Module,
+    *,
+    activation: str,
+    returns: str = "tensor",
+    clamp: str = "none",
+) -> Tensor | tuple[Tensor]:
+    """Return `decoder_layer_inline` with attention to a context between its two blocks, where there is one."""
+    h = _with_context(x + attention(input_norm(x)), context, cross_norm, cross_attention)
+    return _given(h + down(ACTIVATIONS[activation][0](up(mlp_norm(h)))), returns, clamp)
+
+
+def _with_context(h: Tensor, context: Tensor | None, norm: Module, attention: Module) -> Tensor:
+    return h if context is None else h + attention(norm(h), context)
+
+
+def decoder_layer_parallel(
+    x: Tensor, norm: Module, block: Module, other_norm: Module | None, other_block: Module, *, returns: str = "tensor"
+) -> Tensor | tuple[Tensor]:
+    """Return `x + block(norm(x)) + other_block(other_norm(x))`; without `other_norm` both blocks share one norm.
+
+    Which of the blocks is the attention the sum does not tell.
+    """
+    normed = norm(x)
+    y = x + block(normed) + other_block(normed if other_norm is None else other_norm(x))
+    return _given(y, returns, "none")
+
+
+def _parallel_added_first(
+    x: Tensor, norm: Module, block: Module, other_norm: Module | None, other_block: Module, *, returns: str
+) -> Tensor | tuple[Tensor]:
+    normed = norm(x)
+    y = x + (block(normed) + other_block(normed if other_norm is None else other_norm(x)))
+    return _given(y, returns, "none")
+
+
+def decoder_layer_normed_out(
+    x: Tensor, attention: Module, attention_norm: Module, mlp: Module, mlp_norm: Module, *, returns: str = "tensor"
+) -> Tensor | tuple[Tensor]:
+    """Return `h + mlp_norm(mlp(h))` with `h = x + attention_norm(attention(x))`: only what is added is normed (OLMo 2)."""
+    h = x + attention_norm(attention(x))
+    return _given(h + mlp_norm(mlp(h)), returns, "none")
+
+
+def decoder_layer_post_norm(
+    x: Tensor, attention: Module, attention_norm: Module, mlp: Module, mlp_norm: Module, *, returns: str = "tensor"
+) -> Tensor | tuple[Tensor]:
+    """Return `mlp_norm(h + mlp(h))` with `h = attention_norm(x + attention(x))`: the sums are normed (BERT)."""
+    h = attention_norm(x + attention(x))
+    return _given(mlp_norm(h + mlp(h)), returns, "none")
+
+
+def residual_block(x: Tensor, norm: Module, inner: Module, *, returns: str = "tensor") -> Tensor | tuple[Tensor]:
+    """Return `x + inner(norm(x))`: half of a pre-norm layer, or all of one that has a mixer alone (Mamba, T5)."""
+    return _given(x + inner(norm(x)), returns, "none")
+
+
+def _hidden(n: Mapping[str, Any]) -> Shape:
+    return (*n["lead"], n["H"])
+
+
+def _inner(n: Mapping[str, Any]) -> Shape:
+    return (*n["lead"], n["I"])
+
+
+def _roles(names: str) -> tuple[Role, ...]:
+    kinds = {"x": "argument", "context": "argument", "multiplier": "number"}
+    return tuple(
+        Role(name, kinds.get(name, "child"), _inner if name == "up" else _hidden)  # type: ignore[arg-type]
+        for name in names.split()
+    )
+
+
+def _each(*, clamps: bool, **options: tuple[Scalar, ...]) -> Iterator[tuple[tuple[str, Scalar], ...]]:
+    every: dict[str, tuple[Scalar, ...]] = {**options, "returns": ("tensor", "tuple")}
+    if clamps:
+        every["clamp"] = ("none", "float16")
+    for values in itertools.product(*every.values()):
+        yield tuple(zip(every, values, strict=True))
+
+
+def _without(*names: str) -> tuple[tuple[str, Scalar], ...]:
+    return tuple((name, None) for name in names)
+
+
+_ACTIVATIONS: tuple[Scalar, ...] = tuple(ACTIVATIONS)
+
+DECODER_LAYER = Operation(
+    name="decoder_layer",
+    reference=decoder_layer,
+    roles=_roles("x input_norm attention attention_out mlp_norm mlp mlp_out multiplier"),
+    variants=tuple(
+        Variant(options, absent)
+        for options in _each(clamps=True)
+        for absent in (
+            _without("attention_out", "mlp_out", "multiplier"),
+            _without("multiplier"),
+            _without("attention_out", "mlp_out"),
+            _without("mlp_out", "multiplier"),
+            _without("attention_out", "multiplier"),
+        )
+    ),
+    operators=(("call",), ("add",)),
+    layer_names={(): "DecoderLayer"},
+    norms=("input_norm", "mlp_norm"),
+)
+
+DECODER_LAYER_INLINE = Operation(
+    name="decoder_layer_inline",
+    reference=decoder_layer_inline,
+    roles=_roles("x input_norm attention mlp_norm up down"),
+    variants=tuple(Variant(options) for options in _each(clamps=True, activation=_ACTIVATIONS)),
+    operators=(("call",), ("add",)),
+    layer_names={(): "InlineDecoderLayer"},
+    norms=("input_norm", "mlp_norm"),
+)
+
+DECODER_LAYER_CROSS = Operation(
+    name="decoder_layer_cross",
+    reference=decoder_layer_cross,
+    roles=_roles("x context input_norm attention cross_norm cross_attention mlp_norm mlp"),
+    variants=tuple(Variant(options) for options in _each(clamps=True)),
+    operators=(("call",), ("add",)),
+    layer_names={(): "CrossDecoderLayer"},
+    norms=("input_norm", "cross_norm", "mlp_norm"),
+)
+
+DECODER_LAYER_CROSS_INLINE = Operation(
+    name="decoder_layer_cross_inline",
+    reference=decoder_layer_cross_inline,
+    roles=_roles("x context input_norm attention cross_norm cross_attention mlp_norm up down"),
+    variants=tuple(Variant(options) for options in _each(clamps=True, activation=_ACTIVATIONS)),
+    operators=(("call",), ("add",)),
+    layer_names={(): "InlineCrossDecoderLayer"},
+    norms=("input_norm", "cross_norm", "mlp_norm"),
+)
+
+DECODER_LAYER_PARALLEL = Operation(
+    name="decoder_layer_parallel",
+    reference=decoder_layer_parallel,
+    forms=(_parallel_added_first,),
+    roles=_roles("x norm block other_norm other_block"),
+    variants=tuple(
+        Variant(options, absent) for options in _each(clamps=False) for absent in (_without(), _without("other_norm"))
+    ),
+    operators=(("call",), ("add",)),
+    layer_names={(): "ParallelDecoderLayer"},
+    norms=("norm", "other_norm"),
+)
+
+DECODER_LAYER_NORMED_OUT = Operation(
+    name="decoder_layer_normed_out",
+    reference=decoder_layer_normed_out,
+    roles=_roles("x attention attention_norm mlp mlp_norm"),
+    variants=tuple(Variant(options) for options in _each(clamps=False)),
+    operators=(("call",), ("add",)),
+    layer_names={(): "NormedOutDecoderLayer"},
+    norms=("attention_norm", "mlp_norm"),
+)
+
+DECODER_LAYER_POST_NORM = Operation(
+    name="decoder_layer_post_norm",
+    reference=decoder_layer_post_norm,
+    roles=_roles("x attention attention_norm mlp mlp_norm"),
+    variants=tuple(Variant(options) for options in _each(clamps=False)),
+    operators=(("call",), ("add",)),
+    layer_names={(): "PostNormDecoderLayer"},
+    norms=("attention_norm", "mlp_norm"),
+)
+
+RESIDUAL_BLOCK = Operation(
+    name="residual_block",
+    reference=residual_block,
+    roles=_roles("x norm inner"),
+    variants=tuple(Variant(options) for options in _each(clamps=False)),
+    operators=(("call",), ("add",)),
+    layer_names={(): "ResidualBlock"},
+    norms=("norm",),
+)
+
+LAYERS = (
+    DECODER_LAYER,
+    DECODER_LAYER_PARALLEL,
+    DECODER_LAYER_NORMED_OUT,
+    DECODER_LAYER_POST_NORM,
+    DECODER_LAYER_CROSS,
+    DECODER_LAYER_INLINE,
+    DECODER_LAYER_CROSS_INLINE,
+    RESIDUAL_BLOCK,
+)
