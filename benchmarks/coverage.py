@@ -1,65 +1,52 @@
-"""Which layers of transformers are recognised: reads the modeling files, builds every model type, writes docs/coverage.md.
+"""Which layers of transformers are recognised: builds every model type, writes docs/coverage.md.
 
-    python benchmarks/coverage.py --lists      # read the modeling files again → benchmarks/coverage_lists.json
-    python benchmarks/coverage.py              # build, recognise, write docs/coverage.md
-    python benchmarks/coverage.py llama bert   # only print what is recognised in these model types
-    python benchmarks/coverage.py --agree      # run every recognised layer against the reference of its operation
+    python benchmarks/coverage.py                  # build, recognise, write docs/coverage.md
+    python benchmarks/coverage.py llama bert       # only print what is recognised in these model types
+    python benchmarks/coverage.py --agree          # run every recognised layer against the reference of its operation
+    python benchmarks/coverage.py --undecided      # what the modeling files hold that the lists say nothing about
+    python benchmarks/coverage.py --without-kernels  # as if the kernels library were not installed; only the summary
 
-The denominators are the lists: every class or function of a kind that stands in the modeling files. One that no built
-model holds is reported as not reached and counts as missed. Models are built from their default configs on the meta
-device, so nothing is downloaded and no memory is needed.
+The denominators are the lists in coverage_lists.json: classes and functions of each kind, found by searching the modeling
+files and decided by reading them. "not counted" holds what looked like one and is none, with the reason. What is not
+recognised, or stands in no model that can be built here, counts as missed. With another version of transformers in front
+(`PYTHONPATH=.venv/other/transformers-5.13.0`) only the names count that this version has, and only the summary is written.
 """
 
 from __future__ import annotations
 
 import argparse
 import ast
-import contextlib
-import copy
-import dataclasses
-import importlib
-import inspect
 import json
-import multiprocessing
-import os
 import re
 import sys
-import warnings
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-os.environ.setdefault("HF_HUB_OFFLINE", "1")
-os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-os.environ.setdefault("OMP_NUM_THREADS", "1")
-warnings.filterwarnings("ignore")
+if "--without-kernels" in sys.argv:
+    sys.modules["kernels"] = None  # type: ignore[assignment]
 
-import torch  # noqa: E402
-import transformers  # noqa: E402
-from torch import nn  # noqa: E402
-from transformers.models.auto import modeling_auto  # noqa: E402
-
-from kernelwise._data import Recognition  # noqa: E402
-from kernelwise._recognize import plain_function, recognize, recognize_functions  # noqa: E402
+import coverage_models as models
+import torch
+import transformers
 
 HERE = Path(__file__).parent
 LISTS = HERE / "coverage_lists.json"
+RESULTS = HERE / "coverage_results.json"
 PAGE = HERE.parent / "docs" / "coverage.md"
+_NORMS = ("rms_norm", "rms_norm_gated", "rms_norm_gated_grouped", "rms_norm_prescaled", "inverse_rms")
 KINDS = {
-    "RMSNorm": ("rms_norm", "rms_norm_gated", "rms_norm_gated_grouped"),
+    "RMSNorm": _NORMS,
+    "RMSNorm by another name": _NORMS,
     "gated MLP": ("gated_mlp", "gated_mlp_packed", "gated_mlp_clamped", "gated_mlp_normed", "gated_mlp_cast"),
-    "rotary": ("rotary", "rotary_one", "rotary_vision", "rotary_complex"),
+    "rotary": ("rotary", "rotary_one", "rotary_vision", "rotary_shared", "rotary_complex", "rotary_complex_shared"),
+    "pre-norm decoder layer": (
+        "decoder_layer", "decoder_layer_inline", "decoder_layer_cross", "decoder_layer_cross_inline",
+    ),
     "LayerNorm": ("layer_norm",),
     "plain MLP": ("mlp", "mlp_cast"),
-}
-HEADS = (
-    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
-    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
-    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "MODEL_FOR_PRETRAINING_MAPPING_NAMES", "MODEL_MAPPING_NAMES",
-)  # fmt: skip
-SECONDS = 90  # for one model type
-LARGEST = 4_000_000  # parameters of a layer that is run
+}  # fmt: skip
+Names = dict[str, list[str]]  # kind → `model.Name`
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -67,226 +54,123 @@ LARGEST = 4_000_000  # parameters of a layer that is run
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def read_lists() -> dict[str, list[str]]:
-    """Every class or function of each kind in the modeling files, as `model.Name`."""
-    lists: dict[str, list[str]] = {kind: [] for kind in KINDS}
-    for file in sorted(Path(transformers.__file__).parent.glob("models/*/modeling_*.py")):
-        for node in ast.parse(file.read_text()).body:
-            kind = kind_of(node)
-            if kind is not None:
-                lists[kind].append(f"{file.stem.removeprefix('modeling_')}.{node.name}")
-    return lists
+def counted() -> Names:
+    """The lists, without what this version of transformers does not have."""
+    here = {f"{file}:{node.name}" for file, node in definitions()}
+    lists = json.loads(LISTS.read_text())["lists"]
+    return {
+        kind: [name_in(file, name) for file, names in files.items() for name in names if f"{file}:{name}" in here]
+        for kind, files in lists.items()
+    }
 
 
-def kind_of(node: ast.stmt) -> str | None:
+def definitions() -> list[tuple[str, Any]]:
+    """Every class and function of the modeling files, with the file it stands in."""
+    root = Path(transformers.__file__).parent / "models"
+    return [
+        (str(file.relative_to(root)), node)
+        for file in sorted(root.glob("*/modeling_*.py"))
+        for node in ast.parse(file.read_text()).body
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef))
+    ]
+
+
+def name_in(file: str, name: str) -> str:
+    return f"{Path(file).stem.removeprefix('modeling_')}.{name}"
+
+
+def undecided() -> Names:
+    """What looks like one of a kind and is neither counted nor left out by the lists."""
+    data = json.loads(LISTS.read_text())
+    decided = {
+        f"{file}:{name}"
+        for files in (*data["lists"].values(), *data["not counted"].values())
+        for file, names in files.items()
+        for name in names
+    }
+    found: Names = {}
+    for file, node in definitions():
+        kind = looks_like(node)
+        if kind is not None and f"{file}:{node.name}" not in decided:
+            found.setdefault(kind, []).append(name_in(file, node.name))
+    return found
+
+
+def looks_like(node: ast.ClassDef | ast.FunctionDef) -> str | None:
+    """The kind that a definition may be of, by its name and its text: what has to be read when the version changes."""
     if isinstance(node, ast.FunctionDef):
-        return "rotary" if re.match(r"(vision_)?apply_.*rot", node.name) else None
-    if not isinstance(node, ast.ClassDef):
-        return None
+        return "rotary" if re.match(r"_?(vision_)?apply_.*(rot|rope)", node.name) else None
     if "RMSNorm" in node.name:
         return "RMSNorm"
     if node.name.endswith("LayerNorm"):
         return "LayerNorm"
+    if node.name.endswith("DecoderLayer"):
+        return "pre-norm decoder layer"
     text = ast.unparse(node)
-    children = set(re.findall(r"self\.(\w+) = nn\.Linear\(", text))
-    if "nn.Parameter" in text or "router" in text or "experts" in text or "Expert" in node.name or len(children) < 2:
-        return None
+    children = set(re.findall(r"self\.(\w+) = (?:nn\.)?(?:\w*Linear|Conv1D)\(", text))
     forward = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "forward"), None)
-    if forward is None or "act" not in ast.unparse(forward).lower():
+    if forward is None or "act" not in ast.unparse(forward).lower() or "Expert" in node.name:
         return None
-    gate = {name for name in children if re.search(r"gate|wi_0|^w1$|^c_fc_0$", name)}
-    if (
-        gate
-        and len(children) in (2, 3)
-        and any(isinstance(n, ast.BinOp) and isinstance(n.op, ast.Mult) for n in ast.walk(forward))
-    ):
+    multiplies = any(isinstance(n, ast.BinOp) and isinstance(n.op, ast.Mult) for n in ast.walk(forward))
+    if multiplies and len(children) in (2, 3) and re.search(r"MLP|Mlp|FeedForward|FFN|GLU|GatedActDense", node.name):
         return "gated MLP"
-    if len(children) == 2 and re.search(r"MLP|FeedForward|FFN|DenseActDense", node.name):
+    if len(children) == 2 and re.search(r"MLP|Mlp|FeedForward|FFN|DenseActDense", node.name):
         return "plain MLP"
     return None
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Models
+# Counting
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def model_types() -> dict[str, tuple[str, ...]]:
-    """Model type → the classes to build it with, the best first."""
-    found: dict[str, list[str]] = {}
-    for table in HEADS:
-        for model_type, cls in getattr(modeling_auto, table, {}).items():
-            found.setdefault(model_type, []).append(cls if isinstance(cls, str) else cls[0])
-    return {name: tuple(found[name]) for name in sorted(found)}
+class Count:
+    """What of each kind is recognised, missed and not reached."""
+
+    def __init__(self, lists: Names, results: list[tuple[str, list[tuple[str, str | None, bool]], str | None]]) -> None:
+        answers: dict[str, set[str | None]] = defaultdict(set)
+        self.registered: set[str] = set()
+        for _, rows, _ in results:
+            for name, op, tagged in rows:
+                answers[name].add(op)
+                if tagged:
+                    self.registered.add(name)
+        for name, op in models.functions_alone(lists["rotary"]).items():
+            answers[name].add(op)
+        for name, op in models.classes_alone(
+            [n for names in lists.values() for n in names if n not in answers]
+        ).items():
+            answers[name].add(op)
+        self.lists = lists
+        self.found = {
+            kind: [n for n in names if answers.get(n, set()) & {*KINDS[kind]}] for kind, names in lists.items()
+        }
+        self.missed = {
+            kind: [n for n in names if n in answers and n not in self.found[kind]] for kind, names in lists.items()
+        }
+        self.unbuilt = {kind: [n for n in names if n not in answers] for kind, names in lists.items()}
+
+    def table(self) -> list[str]:
+        lines = [
+            "| kind | in the modeling files | recognised | registered by transformers | not recognised | not built |",
+            "|---|---|---|---|---|---|",
+        ]
+        return lines + [
+            f"| {kind} | {len(names)} | {len(self.found[kind])} ({percent(len(self.found[kind]), len(names))}) "
+            f"| {sum(n in self.registered for n in names)} | {len(self.missed[kind])} | {len(self.unbuilt[kind])} |"
+            for kind, names in self.lists.items()
+        ]
 
 
-def build(model_type: str, class_names: tuple[str, ...]) -> nn.Module:
-    """The model with its default config and a few layers, without memory, from the first class that can be built."""
-    problem: Exception | None = None
-    for class_name in class_names:
-        try:
-            return build_class(model_type, class_name)
-        except Exception as error:
-            problem = problem or error
-    assert problem is not None
-    raise problem
+def percent(part: int, whole: int) -> str:
+    return f"{int(1000 * part / whole) / 10}%" if whole else ""  # never rounded up
 
 
-def build_class(model_type: str, class_name: str) -> nn.Module:
-    config = transformers.CONFIG_MAPPING[model_type]()
-    for part in (config, *(getattr(config, field.name, None) for field in dataclasses.fields(config))):
-        if isinstance(part, transformers.PreTrainedConfig):
-            shorten(part)
-    cls = getattr(transformers, class_name)
-    with torch.device("meta"):
-        model: nn.Module = cls(config)
-    return model
-
-
-def shorten(config: transformers.PreTrainedConfig) -> None:
-    """Keep one layer of each kind, and two at least."""
-    count = getattr(config, "num_hidden_layers", None)
-    kinds = getattr(config, "layer_types", None)
-    if not isinstance(count, int) or kinds is not None:
-        return
-    with contextlib.suppress(Exception):
-        config.num_hidden_layers = min(count, 6)
-
-
-def rows_of(model: nn.Module) -> Iterator[tuple[str, str, str | None, bool]]:
-    """Class or function (`model.Name`), what it is, whether transformers registers it; one row for each of its answers."""
-    seen = set()
-    for module in model.modules():
-        cls = type(module)
-        answer = recognize(module, training=False)
-        op = answer.op if isinstance(answer, Recognition) else None
-        if (cls, op) not in seen:
-            seen.add((cls, op))
-            yield name_of(cls.__module__, cls.__name__), op, hasattr(cls, "kernel_layer_name")
-        forward = plain_function(cls.forward)
-        if forward is None or forward in seen:
-            continue
-        seen.add(forward)
-        answers = dict(recognize_functions(module))
-        for name in forward.__code__.co_names:
-            value = forward.__globals__.get(name)
-            function = plain_function(value) if callable(value) and re.match(r"(vision_)?apply_.*rot", name) else None
-            if function is not None:
-                op = answers[name].op if name in answers else None
-                yield name_of(function.__module__, name), op, isinstance(value, nn.Module)
-
-
-def name_of(module: str, name: str) -> str:
-    return f"{module.rpartition('.')[2].removeprefix('modeling_')}.{name}"
-
-
-def look(model_type: str, class_names: tuple[str, ...]) -> tuple[str, list[tuple[str, str | None, bool]], str | None]:
-    torch.set_num_threads(1)
-    try:
-        return model_type, list(rows_of(build(model_type, class_names))), None
-    except Exception as error:
-        return model_type, [], f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
-
-
-def classes_alone(names: list[str]) -> dict[str, str | None]:
-    """What the classes of a list are that stand in no model built here, each built alone; those that can be."""
-    found: dict[str, str | None] = {}
-    for name in names:
-        stem, _, class_name = name.partition(".")
-        for file in Path(transformers.__file__).parent.glob(f"models/*/modeling_{stem}.py"):
-            try:
-                module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
-            except ImportError:
-                continue
-            layer = build_alone(module, getattr(module, class_name))
-            if layer is not None:
-                answer = recognize(layer, training=False)
-                found[name] = answer.op if isinstance(answer, Recognition) else None
-    return found
-
-
-def build_alone(module: Any, cls: type[nn.Module]) -> nn.Module | None:
-    """A layer from the first config of its model, or the first sizes, that its constructor takes."""
-    bases = (transformers.PreTrainedConfig,)
-    configs = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, bases) and c not in bases]
-    made: list[Any] = []
-    for config_class in configs:
-        with contextlib.suppress(Exception):
-            config = config_class()
-            made += [config, *(part for part in vars(config).values() if isinstance(part, bases))]
-    parameters = inspect.signature(cls.__init__).parameters.values()
-    needed = [p for p in list(parameters)[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    for config in made or [None]:
-        values = {p.name: config if "config" in p.name else 0 if "idx" in p.name else 64 for p in needed}
-        with contextlib.suppress(Exception), torch.device("meta"):
-            return cls(**values)
-    return None
-
-
-def disagreements(model_type: str, class_names: tuple[str, ...]) -> tuple[str, int, list[str]]:
-    """How many recognised layers and functions of a model were compared with their references, and which differ."""
-    sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "recognize")]
-    agreement = importlib.import_module("agreement")
-    torch.set_num_threads(1)
-    seen: set[object] = set()
-    wrong: list[str] = []
-    try:
-        model = build(model_type, class_names)
-    except Exception:
-        return model_type, 0, []
-    for module in model.modules():
-        cases: list[tuple[object, Recognition, object]] = []
-        answer = recognize(module, training=False)
-        small = sum(parameter.numel() for parameter in module.parameters()) < LARGEST
-        if isinstance(answer, Recognition) and small:
-            cases.append((type(module), answer, None))
-        for name, found in recognize_functions(module):
-            cases.append((name, found, plain_function(plain_function(type(module).forward).__globals__[name])))
-        for what, found, function in cases:
-            if (what, found) in seen:
-                continue
-            seen.add((what, found))
-            generator = torch.Generator().manual_seed(3)
-            layer = nn.Module() if function else copy.deepcopy(module).to_empty(device="cpu").eval()
-            try:
-                agreement.randomize(layer, generator)
-                make = agreement.function_inputs if function else agreement.inputs_of
-                agreement.assert_agrees(layer, found, make(function or layer, found, generator), call=function)
-            except Exception as error:
-                name = getattr(function, "__qualname__", type(module).__name__)
-                wrong.append(f"{name} as {found.op} {dict(found.options)}: {type(error).__name__}: {str(error)[:200]}")
-    return model_type, len(seen), wrong
-
-
-def functions_alone(names: list[str]) -> dict[str, str | None]:
-    """What the functions of a list are, looked at without a model around them."""
-    found: dict[str, str | None] = {}
-    for name in names:
-        stem, _, function_name = name.partition(".")
-        for file in Path(transformers.__file__).parent.glob(f"models/*/modeling_{stem}.py"):
-            with contextlib.suppress(ImportError):
-                module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
-                space = {**vars(module)}
-                exec(f"def forward(self): {function_name}()", space)
-                holder = type("Holder", (nn.Module,), {"forward": space["forward"]})()
-                answers = dict(recognize_functions(holder))
-                found[name] = answers[function_name].op if function_name in answers else None
-    return found
-
-
-def run(look: Any, types: dict[str, tuple[str, ...]], jobs: int) -> list[Any]:
-    """Look at every model type, in processes that can be given up on."""
-    results: list[Any] = []
-    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=20) as pool:
-        waiting = [(name, pool.apply_async(look, (name, cls))) for name, cls in types.items()]
-        for number, (name, result) in enumerate(waiting):
-            try:
-                results.append(result.get(SECONDS))
-            except multiprocessing.TimeoutError:
-                results.append((name, [], f"not done in {SECONDS} s"))
-            print(f"\r{number + 1}/{len(waiting)} {name:40s}", end="", file=sys.stderr, flush=True)
-    print(file=sys.stderr)
-    return results
+def remember(key: str, value: object) -> None:
+    """Keep a result beside the lists, for the sections of the page that other runs fill."""
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    kept[key] = value
+    RESULTS.write_text(json.dumps(dict(sorted(kept.items())), indent=1) + "\n")
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -294,45 +178,30 @@ def run(look: Any, types: dict[str, tuple[str, ...]], jobs: int) -> list[Any]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def page(
-    lists: dict[str, list[str]],
-    liger: dict[str, Any],
-    results: list[tuple[str, list[tuple[str, str | None, bool]], str | None]],
-) -> str:
-    answers: dict[str, set[str | None]] = defaultdict(set)
-    registered: set[str] = set()
-    for _, rows, _ in results:
-        for name, op, tagged in rows:
-            answers[name].add(op)
-            if tagged:
-                registered.add(name)
-    for name, op in functions_alone(lists["rotary"]).items():
-        answers[name].add(op)
+def page(count: Count, results: list[tuple[str, list[tuple[str, str | None, bool]], str | None]]) -> str:
+    data = json.loads(LISTS.read_text())
+    liger = data["Liger"]
     lines = [
         "# What is recognised",
         "",
         f"transformers {transformers.__version__}, torch {torch.__version__}. Written by `python benchmarks/coverage.py`:",
         "every model type is built from its default config on the meta device. The denominators are the classes and",
-        "functions of each kind in the modeling files (`benchmarks/coverage_lists.json`); one that stands in no model",
-        "built here, and cannot be built alone either, counts as missed.",
+        "functions of each kind in the modeling files, found by searching and decided by reading",
+        "(`benchmarks/coverage_lists.json`, with what was left out and why); one that stands in no model built here, and",
+        "cannot be built alone either, counts as missed.",
         "",
-        "| kind | in the modeling files | recognised | registered by transformers | not recognised | not built |",
-        "|---|---|---|---|---|---|",
+        *count.table(),
+        "",
+        "A pre-norm decoder layer is one in whose forward the sum of the residual stream and of what a sub-layer gave is",
+        "normed by a child and goes on as the residual stream.",
+        "",
+        *elsewhere(),
+        "## Not recognised",
+        "",
     ]
-    unreached = [name for names in lists.values() for name in names if name not in answers]
-    for name, op in classes_alone(unreached).items():
-        answers[name].add(op)
-    missed: dict[str, list[str]] = {}
-    for kind, names in lists.items():
-        fits = [name for name in names if answers.get(name, set()) & set(KINDS[kind])]
-        reached = [name for name in names if name in answers]
-        missed[kind] = [name for name in reached if name not in fits]
-        lines.append(
-            f"| {kind} | {len(names)} | {len(fits)} ({len(fits) / len(names):.1%}) "
-            f"| {sum(name in registered for name in names)} | {len(missed[kind])} | {len(names) - len(reached)} |"
-        )
-    lines += ["", "## Not recognised", ""]
-    lines += [f"- {kind}: {', '.join(names) if names else 'none'}" for kind, names in missed.items()]
+    for kind in count.lists:
+        names = count.missed[kind] + [f"{name} (not built)" for name in count.unbuilt[kind]]
+        lines.append(f"- {kind}: {', '.join(names) if names else 'none'}")
     built = [(name, rows) for name, rows, error in results if error is None]
     lines += [
         "",
@@ -342,14 +211,13 @@ def page(
         "recognised, `tags` those that transformers registers for kernels; `Liger` says whether Liger",
         f"{liger['version']} patches the model type.",
         "",
-        "| model type | RMSNorm | gated MLP | rotary | LayerNorm | MLP | activation | linear | tags | Liger |",
-        "|---|---|---|---|---|---|---|---|---|---|",
+        "| model type | RMSNorm | gated MLP | rotary | layer | LayerNorm | MLP | activation | linear | tags | Liger |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
     ]
+    columns = ("RMSNorm", "gated MLP", "rotary", "pre-norm decoder layer", "LayerNorm", "plain MLP")
     for model_type, rows in built:
         ops = Counter(op for name, op in {(name, op) for name, op, _ in rows} if op)
-        cells = [
-            sum(ops[op] for op in KINDS[kind]) for kind in ("RMSNorm", "gated MLP", "rotary", "LayerNorm", "plain MLP")
-        ]
+        cells = [sum(ops[op] for op in KINDS[kind]) for kind in columns]
         cells += [ops["activation"], ops["linear"], len({name for name, _, tagged in rows if tagged})]
         lines.append(
             f"| {model_type} | {' | '.join(str(c) if c else '' for c in cells)} "
@@ -360,43 +228,119 @@ def page(
     return "\n".join(lines)
 
 
+_ELSEWHERE = "## Other versions, and agreement"
+
+
+def elsewhere() -> list[str]:
+    """The section about other versions of transformers and about agreement with the references, from earlier runs."""
+    kept = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+    versions = {key: value for key, value in kept.items() if key != "agreement"}
+    kinds = list(KINDS)
+    lines = [
+        _ELSEWHERE,
+        "",
+        "Recognised, of what each version has of the lists; `kernels` says whether that version of transformers uses the",
+        "installed kernels library.",
+        "",
+        f"| transformers | kernels | {' | '.join(kinds)} |",
+        f"|---|---|{'---|' * len(kinds)}",
+    ]
+    for key, counts in versions.items():
+        version, _, kernels = key.partition(" ")
+        lines.append(f"| {version} | {kernels} | {' | '.join('/'.join(map(str, counts[kind])) for kind in kinds)} |")
+    agreement = kept.get("agreement")
+    if agreement:
+        lines += [
+            "",
+            f"`--agree` with transformers {agreement['transformers']} ran {agreement['compared']} recognised layers and",
+            f"functions of {agreement['model types']} model types beside their references, on random inputs and weights, in",
+            "float64 (to 1e-10), bf16 and fp16 (to the rounding of one operation): "
+            f"{len(agreement['wrong']) or 'none'} differ{':' if agreement['wrong'] else '.'}",
+            *(f"- {line}" for line in agreement["wrong"]),
+        ]
+    return [*lines, ""]
+
+
+def refresh() -> None:
+    """Write the section that other runs fill into the page as it is."""
+    before, _, rest = PAGE.read_text().partition(_ELSEWHERE)
+    _, heading, after = rest.partition("\n## ")
+    PAGE.write_text(before + "\n".join(elsewhere()) + heading + after)
+
+
+def kernels_used() -> str:
+    """Whether this transformers uses the kernels library that is installed."""
+    from transformers.integrations import hub_kernels
+
+    return "used" if getattr(hub_kernels, "_kernels_available", False) else "not used"
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Commands
+# ---------------------------------------------------------------------------------------------------------------------
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", help="only print these model types")
-    parser.add_argument("--lists", action="store_true", help="read the modeling files again")
+    parser.add_argument("--undecided", action="store_true", help="print what the lists say nothing about")
     parser.add_argument("--agree", action="store_true", help="run what was recognised against its reference")
+    parser.add_argument("--without-kernels", action="store_true", help="hide the kernels library from transformers")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
-    if arguments.lists:
-        lists = read_lists()
-        liger = json.loads(LISTS.read_text())["Liger"]  # the keys of its MODEL_TYPE_TO_APPLY_LIGER_FN, kept as they are
-        kept = {"transformers": transformers.__version__, **lists, "Liger": liger}
-        LISTS.write_text(json.dumps(kept, indent=1) + "\n")
-        print({kind: len(names) for kind, names in lists.items()})
+    if arguments.undecided:
+        for kind, names in undecided().items():
+            print(f"{kind}: {', '.join(names)}")
         return
-    types = model_types()
+    types = models.model_types()
     if arguments.agree:
-        chosen = {name: types[name] for name in arguments.types or types}
-        results = run(disagreements, chosen, arguments.jobs)
-        for name, _, wrong in results:
-            for line in wrong:
-                print(f"{name}: {line}")
-        print(f"{sum(c for _, c, _ in results if isinstance(c, int))} layers and functions compared")
-        return
-    if arguments.types:
+        agree({name: types[name] for name in arguments.types or types}, arguments.jobs, whole=not arguments.types)
+    elif arguments.types:
         for name in arguments.types:
-            _, rows, error = look(name, types[name])
+            _, rows, error = models.look(name, types[name])
             print(f"{name}: {error or ''}")
             for row in rows:
                 print("   ", *row)
-        return
-    lists = json.loads(LISTS.read_text())
-    lists.pop("transformers")
-    liger = lists.pop("Liger")
-    look("llama", types["llama"])  # references traced here are there in every process
-    text = page(lists, liger, run(look, types, arguments.jobs))
-    PAGE.write_text(text)
-    print("\n".join(text.splitlines()[6:14]))
+    else:
+        cover(types, arguments.jobs)
+
+
+def cover(types: dict[str, tuple[str, ...]], jobs: int) -> None:
+    lists = counted()
+    models.look("llama", types["llama"])  # references traced here are there in every process
+    results = models.run(models.look, types, jobs)
+    count = Count(lists, results)
+    remember(
+        f"{transformers.__version__} {kernels_used()}",
+        {kind: [len(count.found[kind]), len(names)] for kind, names in lists.items()},
+    )
+    print("\n".join(count.table()))
+    same = transformers.__version__ == json.loads(LISTS.read_text())["transformers"]
+    if same and kernels_used() == "used":
+        PAGE.write_text(page(count, results))
+    else:
+        print(*(f"{kind}: {', '.join(names)}" for kind, names in count.missed.items()), sep="\n")
+        refresh()
+
+
+def agree(types: dict[str, tuple[str, ...]], jobs: int, *, whole: bool) -> None:
+    results = models.run(models.disagreements, types, jobs)
+    compared = [(name, number, wrong) for name, number, wrong in results if isinstance(number, int)]
+    wrong = [f"{name}: {line}" for name, _, lines in compared for line in lines]
+    total = sum(number for _, number, _ in compared)
+    print(*wrong, f"{total} layers and functions compared", sep="\n")
+    print(*(f"{name}: {error}" for name, number, error in results if not isinstance(number, int)), sep="\n")
+    if whole:
+        remember(
+            "agreement",
+            {
+                "transformers": transformers.__version__,
+                "compared": total,
+                "model types": sum(number > 0 for _, number, _ in compared),
+                "wrong": wrong,
+            },
+        )
+        refresh()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,220 @@
+"""The models of transformers without their weights: every model type, built small, and what is recognised in it.
+
+Models are built from their default configs on the meta device, so nothing is downloaded and no memory is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import dataclasses
+import importlib
+import inspect
+import multiprocessing
+import os
+import re
+import sys
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+warnings.filterwarnings("ignore")
+
+import torch  # noqa: E402
+import transformers  # noqa: E402
+from torch import nn  # noqa: E402
+from transformers.models.auto import modeling_auto  # noqa: E402
+
+from kernelwise._data import Recognition  # noqa: E402
+from kernelwise._recognize import plain_function, recognize, recognize_functions  # noqa: E402
+
+HERE = Path(__file__).parent
+HEADS = (
+    "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "MODEL_FOR_SEQ_TO_SEQ_CAUSAL_LM_MAPPING_NAMES",
+    "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
+    "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "MODEL_FOR_PRETRAINING_MAPPING_NAMES", "MODEL_MAPPING_NAMES",
+)  # fmt: skip
+SECONDS = 90  # for one model type
+LARGEST = 4_000_000  # parameters of a layer that is run
+
+
+def model_types() -> dict[str, tuple[str, ...]]:
+    """Model type → the classes to build it with, the best first."""
+    found: dict[str, list[str]] = {}
+    for table in HEADS:
+        for model_type, cls in getattr(modeling_auto, table, {}).items():
+            found.setdefault(model_type, []).append(cls if isinstance(cls, str) else cls[0])
+    return {name: tuple(found[name]) for name in sorted(found)}
+
+
+def build(model_type: str, class_names: tuple[str, ...]) -> nn.Module:
+    """The model with its default config and a few layers, without memory, from the first class that can be built."""
+    problem: Exception | None = None
+    for class_name in class_names:
+        try:
+            return build_class(model_type, class_name)
+        except Exception as error:
+            problem = problem or error
+    assert problem is not None
+    raise problem
+
+
+def build_class(model_type: str, class_name: str) -> nn.Module:
+    config = transformers.CONFIG_MAPPING[model_type]()
+    for part in (config, *(getattr(config, field.name, None) for field in dataclasses.fields(config))):
+        if isinstance(part, transformers.PreTrainedConfig):
+            shorten(part)
+    cls = getattr(transformers, class_name)
+    with torch.device("meta"):
+        model: nn.Module = cls(config)
+    return model
+
+
+def shorten(config: transformers.PreTrainedConfig) -> None:
+    """Keep one layer of each kind, and two at least."""
+    count = getattr(config, "num_hidden_layers", None)
+    kinds = getattr(config, "layer_types", None)
+    if not isinstance(count, int) or kinds is not None:
+        return
+    with contextlib.suppress(Exception):
+        config.num_hidden_layers = min(count, 6)
+
+
+def rows_of(model: nn.Module) -> Iterator[tuple[str, str, str | None, bool]]:
+    """Class or function (`model.Name`), what it is, whether transformers registers it; one row for each of its answers."""
+    seen = set()
+    for module in model.modules():
+        cls = type(module)
+        answer = recognize(module, training=False)
+        op = answer.op if isinstance(answer, Recognition) else None
+        if (cls, op) not in seen:
+            seen.add((cls, op))
+            yield name_of(cls.__module__, cls.__name__), op, hasattr(cls, "kernel_layer_name")
+        forward = plain_function(cls.forward)
+        if forward is None or forward in seen:
+            continue
+        seen.add(forward)
+        answers = dict(recognize_functions(module))
+        for name in forward.__code__.co_names:
+            value = forward.__globals__.get(name)
+            function = plain_function(value) if callable(value) and re.match(r"(vision_)?apply_.*rot", name) else None
+            if function is not None:
+                op = answers[name].op if name in answers else None
+                yield name_of(function.__module__, name), op, isinstance(value, nn.Module)
+
+
+def name_of(module: str, name: str) -> str:
+    return f"{module.rpartition('.')[2].removeprefix('modeling_')}.{name}"
+
+
+def look(model_type: str, class_names: tuple[str, ...]) -> tuple[str, list[tuple[str, str | None, bool]], str | None]:
+    torch.set_num_threads(1)
+    try:
+        return model_type, list(rows_of(build(model_type, class_names))), None
+    except Exception as error:
+        return model_type, [], f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+
+
+def classes_alone(names: list[str]) -> dict[str, str | None]:
+    """What the classes of a list are that stand in no model built here, each built alone; those that can be."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        stem, _, class_name = name.partition(".")
+        for file in Path(transformers.__file__).parent.glob(f"models/*/modeling_{stem}.py"):
+            try:
+                module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+            except ImportError:
+                continue
+            layer = build_alone(module, getattr(module, class_name))
+            if layer is not None:
+                answer = recognize(layer, training=False)
+                found[name] = answer.op if isinstance(answer, Recognition) else None
+    return found
+
+
+def build_alone(module: Any, cls: type[nn.Module]) -> nn.Module | None:
+    """A layer from the first config of its model, or the first sizes, that its constructor takes."""
+    bases = (transformers.PreTrainedConfig,)
+    configs = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, bases) and c not in bases]
+    made: list[Any] = []
+    for config_class in configs:
+        with contextlib.suppress(Exception):
+            config = config_class()
+            made += [config, *(part for part in vars(config).values() if isinstance(part, bases))]
+    parameters = inspect.signature(cls.__init__).parameters.values()
+    needed = [p for p in list(parameters)[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
+    for config in made or [None]:
+        values = {p.name: config if "config" in p.name else 0 if "idx" in p.name else 64 for p in needed}
+        with contextlib.suppress(Exception), torch.device("meta"):
+            return cls(**values)
+    return None
+
+
+def disagreements(model_type: str, class_names: tuple[str, ...]) -> tuple[str, int, list[str]]:
+    """How many recognised layers and functions of a model were compared with their references, and which differ."""
+    sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "recognize")]
+    agreement = importlib.import_module("agreement")
+    torch.set_num_threads(1)
+    seen: set[object] = set()
+    wrong: list[str] = []
+    try:
+        model = build(model_type, class_names)
+    except Exception:
+        return model_type, 0, []
+    for module in model.modules():
+        cases: list[tuple[object, Recognition, object]] = []
+        answer = recognize(module, training=False)
+        small = sum(parameter.numel() for parameter in module.parameters()) < LARGEST
+        if isinstance(answer, Recognition) and small:
+            cases.append((type(module), answer, None))
+        for name, found in recognize_functions(module):
+            cases.append((name, found, plain_function(plain_function(type(module).forward).__globals__[name])))
+        for what, found, function in cases:
+            if (what, found) in seen:
+                continue
+            seen.add((what, found))
+            generator = torch.Generator().manual_seed(3)
+            layer = nn.Module() if function else copy.deepcopy(module).to_empty(device="cpu").eval()
+            try:
+                agreement.randomize(layer, generator)
+                make = agreement.function_inputs if function else agreement.inputs_of
+                agreement.assert_agrees(layer, found, make(function or layer, found, generator), call=function)
+            except Exception as error:
+                name = getattr(function, "__qualname__", type(module).__name__)
+                wrong.append(f"{name} as {found.op} {dict(found.options)}: {type(error).__name__}: {str(error)[:200]}")
+    return model_type, len(seen), wrong
+
+
+def functions_alone(names: list[str]) -> dict[str, str | None]:
+    """What the functions of a list are, looked at without a model around them."""
+    found: dict[str, str | None] = {}
+    for name in names:
+        stem, _, function_name = name.partition(".")
+        for file in Path(transformers.__file__).parent.glob(f"models/*/modeling_{stem}.py"):
+            with contextlib.suppress(ImportError):
+                module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+                space = {**vars(module)}
+                exec(f"def forward(self): {function_name}()", space)
+                holder = type("Holder", (nn.Module,), {"forward": space["forward"]})()
+                answers = dict(recognize_functions(holder))
+                found[name] = answers[function_name].op if function_name in answers else None
+    return found
+
+
+def run(look: Any, types: dict[str, tuple[str, ...]], jobs: int) -> list[Any]:
+    """Look at every model type, in processes that can be given up on."""
+    results: list[Any] = []
+    with multiprocessing.get_context("fork").Pool(jobs, maxtasksperchild=20) as pool:
+        waiting = [(name, pool.apply_async(look, (name, cls))) for name, cls in types.items()]
+        for number, (name, result) in enumerate(waiting):
+            try:
+                results.append(result.get(SECONDS))
+            except multiprocessing.TimeoutError:
+                results.append((name, [], f"not done in {SECONDS} s"))
+            print(f"\r{number + 1}/{len(waiting)} {name:40s}", end="", file=sys.stderr, flush=True)
+    print(file=sys.stderr)
+    return results
