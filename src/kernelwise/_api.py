@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any, TypeVar
 
 import torch
@@ -59,8 +60,23 @@ def plan(
         PlanError: no kernel can run a layer that the mapping asks one for, two of its rules claim one layer, an argument is
             wrong, or a lazy layer has no shape yet.
 
-    Rules are checked against the model before the first kernel is loaded.
+    Rules are checked against the model before the first kernel is loaded. Kernels are imported here; `kernelize` and the
+    command line try the import of one that was never proven in another process first.
     """
+    return _make_plan(model, config, mode=mode, device=device, target=target, on_miss=on_miss)
+
+
+def _make_plan(
+    model: nn.Module,
+    config: Config,
+    *,
+    mode: object,
+    device: str | torch.device | None,
+    target: Target | None,
+    on_miss: str | None,
+    prover: _prove.Prover | None = None,
+) -> Plan:
+    """Decide as `plan` says; with a prover, kernels are imported here only after that has gone well there."""
     config = config if isinstance(config, KernelConfig) else KernelConfig(config)  # type: ignore[arg-type]
     if isinstance(model, nn.Module):
         _check_shapes(model)
@@ -88,7 +104,7 @@ def plan(
             for found in (layer.recognition, layer.recognition_in_training):
                 if found is not None and (found.op, layer.device) not in defaults:
                     defaults[found.op, layer.device] = sources.builtin_refs(found.op, device=layer.device)
-    kernels = _load(layers, rules, defaults, devices, modes, describe=target is not None, on_miss=on_miss)
+    kernels = _load(layers, rules, defaults, devices, modes, describe=target is not None, on_miss=on_miss, prover=prover)
     return _plan.make_plan(
         layers,
         rules,
@@ -191,6 +207,7 @@ def _load(
     *,
     describe: bool,
     on_miss: str,
+    prover: _prove.Prover | None,
 ) -> dict[tuple[KernelRef, str], Kernel | str]:
     """Load every kernel that a rule or a default offers here. What a rule asks for and cannot be loaded is an error."""
     names = {layer.name for layer in layers}
@@ -206,12 +223,12 @@ def _load(
         for device in devices:
             if rule.device in (None, device) and (rule.ref, device) not in kernels:
                 kernels[rule.ref, device] = _load_one(
-                    rule.ref, device, describe, must=on_miss == "raise", where=rule.where
+                    rule.ref, device, describe, prover, must=on_miss == "raise", where=rule.where
                 )
     for (_, device), refs in defaults.items():
         for ref in refs:
             if (ref, device) not in kernels:
-                kernels[ref, device] = _load_one(ref, device, describe, must=False)
+                kernels[ref, device] = _load_one(ref, device, describe, prover, must=False)
     return kernels
 
 
@@ -224,14 +241,17 @@ def _is_no_builtin(ref: KernelRef | None, devices: set[str]) -> bool:
     )
 
 
-def _load_one(ref: KernelRef, device: str, describe: bool, *, must: bool, where: str = "") -> Kernel | str:
+def _load_one(
+    ref: KernelRef, device: str, describe: bool, prover: _prove.Prover | None, *, must: bool, where: str = ""
+) -> Kernel | str:
     if describe:
         known = sources.describe(ref, device=device)
         if known is not None or ref.scheme != "builtin":
             return known or Kernel(ref, can_torch_compile=True)
         # No builtin kernel of that name is for the device: loading it imports nothing, and says what there is.
     try:
-        return sources.load(ref, device=device)
+        before_import = None if prover is None else partial(prover.before_import, device)
+        return sources.load(ref, device=device, before_import=before_import)
     except KernelLoadError as error:
         if must:
             error.args = (f"{error.args[0]}\n  asked by   {where}",)
@@ -246,7 +266,7 @@ def kernelize(
     mode: object = None,
     device: str | torch.device | None = None,
     on_miss: str | None = None,
-    verify: bool | str = False,
+    verify: bool | str = "auto",
 ) -> Model:
     """Put a kernel into every layer that has one, and return the model.
 
@@ -254,27 +274,57 @@ def kernelize(
     and errors are those of `plan`, `PlanError` where `device` is not the one that the model is on, and `ApplyError` where the
     model cannot be changed (its weights are on meta).
 
-    `verify="auto"` (or True) checks every kernel that is not builtin on inputs made for its layer before it goes in, once
-    on this machine for each version of it; one that fails is treated as one that cannot run the layer.
+    Args:
+        verify: `"auto"` checks a kernel that was never proven on this machine, on inputs made for its layer, before it goes
+            in; one that is not proven is treated as one that cannot run the layer. Builtin kernels ship with their proof.
+            False puts them in unproven. A config with `verify=False` says the same for `"auto"`; True overrules it.
 
     >>> import torch, kernelwise
     >>> model = torch.nn.Sequential(torch.nn.Linear(4, 4))
     >>> kernelwise.kernelize(model) is model
     True
     """
-    if verify not in (True, False, "auto"):
-        raise PlanError(f'verify is "auto" or False, got {verify!r}')
-    _check_place(model, device)
-    decided = plan(model, config, mode=mode, device=device, on_miss=on_miss)
-    if verify:
-        in_config = config.on_miss if isinstance(config, KernelConfig) else "raise"
-        decided = _prove.prove(model, decided, on_miss=on_miss or in_config)
-    _apply.apply(model, decided)
+    _apply.apply(model, decide(model, config, mode=mode, device=device, on_miss=on_miss, verify=verify))
     return model
 
 
+def decide(
+    model: nn.Module,
+    config: Config = None,
+    *,
+    mode: object = None,
+    device: str | torch.device | None = None,
+    on_miss: str | None = None,
+    verify: bool | str = "auto",
+) -> Plan:
+    """Plan, and leave out what is not proven: what `kernelize` puts in, with the same arguments and errors."""
+    if not any(verify is known for known in (True, False)) and verify != "auto":
+        raise PlanError(
+            f'verify is "auto" or False, got {verify!r}\n'
+            '  go on      "auto" checks kernels that were never proven on this machine before they go in'
+        )
+    _check_place(model, device)
+    config = config if isinstance(config, KernelConfig) else KernelConfig(config)  # type: ignore[arg-type]
+    on_miss = config.on_miss if on_miss is None else on_miss
+    if verify is False or (verify == "auto" and config.verify is False):
+        made = _make_plan(model, config, mode=mode, device=device, target=None, on_miss=on_miss)
+        return _prove.on_trust(made)
+    with _prove.Prover() as prover:
+        made = _make_plan(model, config, mode=mode, device=device, target=None, on_miss=on_miss, prover=prover)
+        return prover.prove(model, made, on_miss=on_miss)
+
+
+def plan_safely(model: nn.Module, config: Config = None, *, device: str | torch.device | None = None) -> Plan:
+    """Plan as `plan` does, after the import of each kernel that is not builtin has gone well in another process."""
+    with _prove.Prover() as prover:
+        return _make_plan(model, config, mode=None, device=device, target=None, on_miss=None, prover=prover)
+
+
 def apply(model: Model, decided: Plan) -> Model:
-    """Put the kernels of a plan into the model it was made for, and return the model. Raises `ApplyError`."""
+    """Put the kernels of a plan into the model it was made for, and return the model. Raises `ApplyError`.
+
+    Nothing is checked: the report says which kernels are proven, by `verify` or an earlier `kernelize`.
+    """
     for value, kind, name in ((model, nn.Module, "torch.nn.Module"), (decided, Plan, "kernelwise.Plan")):
         if not isinstance(value, kind):
             raise ApplyError(
@@ -282,7 +332,7 @@ def apply(model: Model, decided: Plan) -> Model:
                 "  go on      apply(model, plan(model))"
             )
     _check_same_layers(model, decided)
-    _apply.apply(model, decided)
+    _apply.apply(model, decided if decided.proofs else _prove.recall(model, decided))
     return model
 
 
@@ -314,7 +364,8 @@ def verify(
     """Check that every kernel of a plan computes what its layer computes. Nothing is put into the model.
 
     Outputs and gradients are judged against the layer's own code in float64: a kernel may err at most twice as much as that
-    code does. Layers alike are checked once. Kernels that are not builtin run in a process of their own.
+    code does. Layers alike are checked once. Kernels that are not builtin run in a process of their own. What is proven here
+    counts for `kernelize` too.
 
     Args:
         decided: what `plan` returned; None: `plan(model)`.
@@ -336,7 +387,10 @@ def verify(
             "  go on      verify(model, plan(model), inputs)"
         )
     options = _verify.Options(compile=compile, seconds=seconds, memory=memory, seed=seed)
-    return _verify.verify_plan(model, plan(model) if decided is None else decided, inputs, options=options)
+    decided = plan(model) if decided is None else decided
+    checks = _verify.verify_plan(model, decided, inputs, options=options)
+    _prove.remember(model, decided, checks.checks)
+    return checks
 
 
 def unkernelize(model: Model, *, paths: Sequence[str] | None = None) -> Model:
@@ -363,8 +417,7 @@ def unkernelize(model: Model, *, paths: Sequence[str] | None = None) -> Model:
 @contextmanager
 def kernelized(model: Model, config: Config = None, **options: Any) -> Iterator[Model]:
     """Kernelize for the length of a `with` block. Takes the arguments of `kernelize`; blocks may nest and overlap."""
-    _check_place(model, options.get("device"))
-    token = _apply.apply(model, plan(model, config, **options))
+    token = _apply.apply(model, decide(model, config, **options))
     try:
         yield model
     finally:
@@ -378,15 +431,30 @@ def report(model: nn.Module) -> Report:
     """
     _check_model(model, "report")
     decided, notes = _apply.decided(model)
+    proofs = _proofs(model)
     rows = [
-        make_row(decision, counts)
+        make_row(decision, counts, proofs.get(id(decision.kernel)))
         if runs or decision.kernel is None
-        else make_row(replace(decision, kernel=None, reason="its kernel was taken out again"), {})
+        else make_row(replace(decision, kernel=None, reason="its kernel was taken out again"), {}, None)
         for decision, counts, runs in decided
     ]
     if not rows:
         notes.append("no kernels: the model runs its own code")
     return Report(tuple(rows), tuple(dict.fromkeys(notes)))
+
+
+def _proofs(model: nn.Module) -> dict[int, str]:
+    """What the plans on a model say of their kernels, by the kernels' identity: a later plan may know more or less."""
+    found: dict[int, str] = {}
+    for module in model.modules():
+        state = module.__dict__.get(_discover.STATE)
+        for plan in state.plans.values() if state is not None else ():
+            said = dict(plan.proofs)
+            for decision in plan.decisions:
+                if decision.kernel is not None:
+                    builtin = decision.kernel.ref.scheme == "builtin"
+                    found[id(decision.kernel)] = "builtin" if builtin else said.get(str(decision.kernel.ref), "unproven")
+    return found
 
 
 @contextmanager

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 from torch import nn
 
 from kernelwise import sources
-from kernelwise._api import current_target, plan
+from kernelwise._api import current_target, plan_safely
 from kernelwise._capture import Group
 from kernelwise._config import KernelConfig
 from kernelwise._data import Check, Checks, Decision, Kernel, KernelRef, Layer
@@ -21,6 +22,7 @@ from kernelwise._discover import discover
 from kernelwise._errors import KernelwiseError
 from kernelwise._models import load_model
 from kernelwise._plan import reasons_against
+from kernelwise._prove import ImportFailedError, Prover
 from kernelwise._verify import Options, check_group, verify_plan
 
 MODELS: tuple[str, ...] = ("llama", "gemma2", "gpt_oss", "olmo2", "phi3", "gpt_neox")
@@ -74,14 +76,19 @@ def verify_kernel(
     Raises:
         KernelLoadError: it cannot be loaded. KernelwiseError: no layer of these models fits it.
     """
-    kernel = sources.load(ref, device="cpu")
     checks: list[Check] = []
-    for model, layer in layers_for(kernel, models, dtype=dtype):
-        place = f"{layer.class_name}: {layer.path}"
-        found = Group(Decision(layer, "inference", kernel, "author"), (place,), ("inference", "training"))
-        for check in check_group(model, found, None, options):
-            checks.append(replace(check, layer=place))
-            on_check(checks[-1])
+    with Prover(seconds=options.seconds, memory=options.memory) as prover:
+        try:
+            kernel = sources.load(ref, device="cpu", before_import=partial(prover.before_import, "cpu"))
+        except ImportFailedError as error:
+            return Checks(current_target("cpu"), (error.check,))
+        worker = prover.worker(kernel, "cpu")
+        for model, layer in layers_for(kernel, models, dtype=dtype):
+            place = f"{layer.class_name}: {layer.path}"
+            found = Group(Decision(layer, "inference", kernel, "author"), (place,), ("inference", "training"))
+            for check in check_group(model, found, None, options, worker):
+                checks.append(replace(check, layer=place))
+                on_check(checks[-1])
     if not checks:
         reads = ", ".join(f"self.{name}" for name in kernel.reads) or "nothing of the layer"
         raise KernelwiseError(
@@ -119,5 +126,8 @@ def verify_command(
         assert model is not None
         named = load_model(model, dtype=dtype)
         device = "cpu" if any(parameter.is_meta for parameter in named.model.parameters()) else None
-        decided = plan(named.model, None if config is None else KernelConfig.load(config), device=device)
+        try:
+            decided = plan_safely(named.model, None if config is None else KernelConfig.load(config), device=device)
+        except ImportFailedError as error:
+            return Checks(current_target(device or "cpu"), (error.check,))
         return verify_plan(named.model, decided, options=options, on_check=show)

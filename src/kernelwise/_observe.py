@@ -319,7 +319,7 @@ def _in_cuda_graph(call: Call) -> Call:
     return replayed
 
 
-def growth(call: Call, case: Case, *, calls: int = 8) -> tuple[int, int]:
+def growth(call: Call, case: Case) -> tuple[int, int]:
     """Return by how many bytes the process grows while a call is made many times, and how many bytes the calls gave.
 
     The smallest growth of three rounds after a warm-up: what grows once is a cache, what grows every time is a leak.
@@ -330,6 +330,7 @@ def growth(call: Call, case: Case, *, calls: int = 8) -> tuple[int, int]:
         nbytes = sum(output.nbytes for output in outputs)
         on_gpu = any(output.is_cuda for output in outputs)
         del outputs
+        calls = min(max(8, (512 << 10) // max(nbytes, 1)), 256)  # so many that a leak stands out
         rounds = []
         for _ in range(4):
             before = _memory(on_gpu)

@@ -1,17 +1,25 @@
-"""Prove: a plan → the same plan without the kernels that are wrong. The step between plan and apply.
+"""Prove: a plan → the same plan without the kernels that are not proven. The step between plan and apply.
 
-Builtin kernels ship with their proof. Any other is checked before it goes in, on inputs made for its layer, and a proof is
-remembered in the user's cache: by the hash of the kernel's files, the versions of the libraries, and the layer.
+Nothing goes in unproven unless the user says so. Builtin kernels ship with their proof: the tests of Kernelwise hold each
+to the accuracy rule, and the content hash says which files that were. Any other kernel is first imported in the worker, and
+then checked there on inputs made for its layer. What was proven is remembered in the user's cache: by the content of the
+kernel, the versions of the libraries, the machine, and the layer's signature. A look-up costs less than a microsecond for
+each layer, because layers alike share one.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
+import platform
 import sys
 import time
-from dataclasses import replace
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -20,68 +28,301 @@ import torch
 from torch import nn
 
 from kernelwise._cache import cache_directory
-from kernelwise._capture import Group, group, module_of
-from kernelwise._data import Check, Decision, Kernel, Plan, to_json
-from kernelwise._errors import PlanError
+from kernelwise._capture import Group, module_of
+from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Recognition, to_json
+from kernelwise._errors import KernelLoadError, PlanError
 from kernelwise._verify import Options, check_group
+from kernelwise._worker import MEMORY, Worker, WorkerError
+from kernelwise._worker import SECONDS as LIMIT
 
 SECONDS = 120.0
-"""How long the checks of one kernel on one kind of layer may take in all. What passed until then is the proof."""
+"""How long the checks of one kernel on one kind of layer may take in all; what is not done by then is not proven."""
+
+PROVEN = "proven"
+ON_TRUST = "unproven (verify=False)"
+NOT_ASKED = "unproven (apply)"
+
+_log = logging.getLogger("kernelwise")
+_remembered: dict[tuple[Any, ...], str | None] = {}
+"""What this process knows, by `_Kind.key`: None for proven, or why not. Answers that disk has too are only read once."""
 
 
-def prove(model: nn.Module, plan: Plan, *, on_miss: str) -> Plan:
-    """Check every kernel of a plan that is not builtin and not proven yet; return the plan without those that failed.
+class ImportFailedError(KernelLoadError):
+    """A kernel's import ended the process that tried it. `status` says how, as in a check."""
 
-    Raises:
-        PlanError: a kernel that the user asked for failed, and `on_miss` is "raise". The model is untouched.
+    def __init__(self, ref: KernelRef, error: WorkerError) -> None:
+        reason = f"its import was tried in another process first: {error.status}: {error.detail}"
+        super().__init__(str(ref), reason, fix="name another kernel; verify=False imports it here all the same")
+        self.kernel, self.status, self.detail = str(ref), error.status, error.detail
+
+    @property
+    def check(self) -> Check:
+        """The same as evidence."""
+        return Check("", (), self.kernel, ("inference", "training"), "import", self.status, self.detail)
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """A kernel and a kind of layer: what one proof speaks for. `traits` are the layer's shapes and the numbers it has."""
+
+    key: tuple[Any, ...]
+    traits: tuple[Any, ...]
+    decisions: list[Decision]
+
+
+class Prover:
+    """Tries imports and proves plans, with one worker for each kernel. Use it as a context manager.
+
+    `seconds` and `memory` (bytes) limit each request of a worker: an import, or a case.
     """
-    refuted: dict[tuple[Kernel, str], str] = {}
-    for found in group(model, plan):
-        kernel = found.decision.kernel
-        if kernel is None or kernel.ref.scheme == "builtin" or kernel.function is None:
-            continue
-        file = _file_of(model, found, kernel)
-        if file is not None and file.is_file():
-            continue
-        checks = _check(model, found)
-        problem = next((check for check in checks if check.failed), None)
-        if problem is None and any(check.status == "passed" for check in checks):
+
+    def __init__(self, *, seconds: float = LIMIT, memory: int = MEMORY) -> None:
+        self._seconds, self._memory = seconds, memory
+        self._stack = ExitStack()
+        self._workers: dict[tuple[KernelRef, str], Worker] = {}
+
+    def __enter__(self) -> Prover:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._stack.close()
+
+    def before_import(self, device: str, kernel: Kernel, content: str) -> None:
+        """Import a kernel in its worker, unless that has gone well on this machine before. A `sources.BeforeImport`.
+
+        Raises:
+            ImportFailedError: the worker did not survive. A mere exception is left to the import here, which explains it.
+        """
+        file = _file("imports", [str(kernel.ref), kernel.revision, device, content, *_versions(())])
+        if content and file.is_file():
+            return
+        try:
+            self.worker(kernel, device).start()
+        except WorkerError as error:
+            if error.status != "load_failed":
+                raise ImportFailedError(kernel.ref, error) from error
+            return
+        if content:
+            _write(file, {"kernel": str(kernel.ref)})
+
+    def worker(self, kernel: Kernel, device: str) -> Worker:
+        """Return the worker of a kernel, which need not have started yet."""
+        known = self._workers.get((kernel.ref, device))
+        if known is None:
+            known = self._stack.enter_context(Worker(kernel, device, seconds=self._seconds, memory=self._memory))
+            self._workers[kernel.ref, device] = known
+        known.kernel = kernel  # before its import only the reference was known
+        return known
+
+    def prove(self, model: nn.Module, plan: Plan, *, on_miss: str) -> Plan:
+        """Check what is not builtin and not proven yet; return the plan without the kernels that are not proven then.
+
+        Raises:
+            PlanError: a kernel that the user asked for is not proven, and `on_miss` is "raise". The model is untouched.
+        """
+        refuted: dict[int, str] = {}
+        for kind in _kinds(model, plan):
+            reason = self._reason_against(model, kind, plan)
+            if reason is not None:
+                refuted |= {id(decision): reason for decision in kind.decisions}
+        if not refuted:
+            return _with_proofs(plan, PROVEN)
+        lost = [_without(d, refuted[id(d)]) for d in plan.decisions if id(d) in refuted and d.asked_by != "default"]
+        if lost and on_miss == "raise":
+            raise PlanError(_explain(lost))
+        decisions = [_without(d, refuted[id(d)]) if id(d) in refuted else d for d in plan.decisions]
+        return _with_proofs(replace(plan, decisions=tuple(decisions)), PROVEN)
+
+    def _reason_against(self, model: nn.Module, kind: _Kind, plan: Plan) -> str | None:
+        """Return why a kernel is not proven for a kind of layer, or None. Asks memory, then disk, then the worker."""
+        if kind.key not in _remembered:
+            file = _proof_file(kind, plan)
+            if file is not None and file.is_file():
+                _remembered[kind.key] = None
+            else:
+                checks, done = self._check(model, kind)
+                _remembered[kind.key] = reason = _judge(checks, done=done)
+                if reason is None and file is not None:
+                    _write(file, to_json(checks))
+        return _remembered[kind.key]
+
+    def _check(self, model: nn.Module, kind: _Kind) -> tuple[list[Check], bool]:
+        """Check until the first failure or until the time is up; say whether everything was checked."""
+        decisions = kind.decisions
+        kernel, layer = decisions[0].kernel, decisions[0].layer
+        assert kernel is not None
+        paths = tuple(dict.fromkeys(decision.layer.path for decision in decisions))
+        found = Group(decisions[0], paths, tuple(dict.fromkeys(decision.mode for decision in decisions)))
+        _log.info("checking %s on %s (%s), once on this machine", kernel.ref, layer.path, layer.class_name)
+        checks: list[Check] = []
+        end = time.monotonic() + SECONDS
+        running = check_group(model, found, None, Options(), self.worker(kernel, layer.device))
+        try:
+            for check in running:
+                checks.append(check)
+                if check.failed:
+                    return checks, True
+                if time.monotonic() > end:
+                    return checks, False
+        finally:
+            running.close()
+        return checks, True
+
+
+def on_trust(plan: Plan) -> Plan:
+    """Return a plan that says that nobody has asked for proofs."""
+    return _with_proofs(plan, ON_TRUST)
+
+
+def recall(model: nn.Module, plan: Plan) -> Plan:
+    """Return a plan that says which of its kernels are proven on this machine. Checks nothing."""
+    unproven = set()
+    for kind in _kinds(model, plan):
+        if kind.key not in _remembered:
+            file = _proof_file(kind, plan)
+            if file is None or not file.is_file():
+                unproven.add(_ref(kind))
+                continue
+            _remembered[kind.key] = None
+        if _remembered[kind.key] is not None:
+            unproven.add(_ref(kind))
+    return _with_proofs(plan, PROVEN, but={ref: NOT_ASKED for ref in unproven})
+
+
+def remember(model: nn.Module, plan: Plan, checks: Sequence[Check]) -> None:
+    """Take the checks of a whole plan for proofs, so that what `verify` has shown need not be shown again."""
+    for kind in _kinds(model, plan):
+        paths = {decision.layer.path for decision in kind.decisions}
+        about = [check for check in checks if check.kernel == _ref(kind) and paths & set(check.paths)]
+        spoken_for = {path for check in about if check.status == "passed" for path in check.paths}
+        if paths <= spoken_for and _judge(about, done=True) is None:
+            _remembered[kind.key] = None
+            file = _proof_file(kind, plan)
             if file is not None:
-                _remember(file, checks)
+                _write(file, to_json(about))
+
+
+def _judge(checks: Sequence[Check], *, done: bool) -> str | None:
+    """Return why checks are no proof, or None where they are."""
+    problem = next((check for check in checks if check.failed), None)
+    if problem is not None:
+        return f"it is not proven: {problem}"
+    passed = sum(check.status == "passed" for check in checks)
+    if not passed:
+        return f"it is not proven, for it could not be checked: {checks[0] if checks else 'there is no case for it'}"
+    if not done:
+        return f"it is not proven: not everything could be checked within {SECONDS:.0f} s ({passed} cases passed)"
+    return None
+
+
+# -------------------------------------------------------------------------------------------------------------- kinds
+
+
+def _kinds(model: nn.Module, plan: Plan) -> list[_Kind]:
+    """Group the decisions whose kernels are not builtin by everything that a proof depends on.
+
+    Values that `discover` and `plan` share between layers stand by their identity first, which is cheap for large models.
+    """
+    ours: dict[int, bool] = {}
+    reads: dict[tuple[int, int], tuple[str, ...]] = {}
+    alike: dict[tuple[Any, ...], list[Decision]] = {}
+    parents: dict[str, nn.Module] = {}
+    for decision in plan.decisions:
+        kernel = decision.kernel
+        if kernel is None:
             continue
-        problem = problem or checks[0]
-        refuted |= {(kernel, path): f"it was checked and is not proven: {problem}" for path in found.paths}
-    decisions = [_without_refuted(decision, refuted) for decision in plan.decisions]
-    lost = [
-        d for d, before in zip(decisions, plan.decisions, strict=True) if d is not before and d.asked_by != "default"
-    ]
-    if lost and on_miss == "raise":
-        raise PlanError(_explain(lost))
-    return replace(plan, decisions=tuple(decisions))
+        number = id(kernel)
+        is_ours = ours.get(number)
+        if is_ours is None:
+            is_ours = ours[number] = kernel.ref.scheme == "builtin" or kernel.function is None
+        if is_ours:
+            continue
+        layer = decision.layer
+        computes = layer.recognition_in_training if decision.mode.startswith("training") else layer.recognition
+        names = reads.get((number, id(computes)))
+        if names is None:
+            names = reads[number, id(computes)] = _names_read(kernel, computes)
+        key = (
+            number,
+            id(computes),
+            layer.class_name,
+            layer.function,
+            layer.device,
+            layer.dtypes,
+            id(layer.signature),
+            None if layer.function is not None else _traits(model, layer.path, names, parents),
+        )
+        found = alike.get(key)
+        if found is None:
+            alike[key] = [decision]
+        else:
+            found.append(decision)
+    return [_kind(decisions, key[-1]) for key, decisions in alike.items()]
 
 
-def _check(model: nn.Module, found: Group) -> list[Check]:
-    """Check until the first failure or until the time is up."""
-    checks: list[Check] = []
-    end = time.monotonic() + SECONDS
-    running = check_group(model, found, None, Options())
-    for check in running:
-        checks.append(check)
-        if check.failed or time.monotonic() > end:
-            break
-    running.close()
-    return checks
+def _names_read(kernel: Kernel, computes: Recognition | None) -> tuple[str, ...]:
+    if kernel.op is None or computes is None:
+        return kernel.reads
+    return tuple(str(binding.value) for _, binding in computes.roles if binding.kind == "attribute")
 
 
-def _without_refuted(decision: Decision, refuted: dict[tuple[Kernel, str], str]) -> Decision:
-    if decision.kernel is None or (decision.kernel, decision.layer.path) not in refuted:
-        return decision
-    reason = refuted[decision.kernel, decision.layer.path]
+def _traits(
+    model: nn.Module, path: str, reads: Sequence[str], parents: dict[str, nn.Module]
+) -> tuple[tuple[Any, ...], ...]:
+    """The shapes of a module's weights, and the numbers that a kernel reads from it."""
+    above, _, name = path.rpartition(".")
+    if not name:
+        module = model
+    else:
+        parent = parents.get(above)
+        if parent is None:
+            parent = parents[above] = model.get_submodule(above)
+        module = parent._modules[name]  # type: ignore[assignment]
+    own, scalars = module._parameters, module.__dict__
+    shapes = [p.shape for p in (module.parameters() if module._modules else own.values()) if p is not None]
+    return (*shapes, *[scalars[n] for n in reads if n in scalars and isinstance(scalars[n], (int, float, str))])
+
+
+def _kind(decisions: list[Decision], traits: tuple[Any, ...] | None) -> _Kind:
+    decision = decisions[0]
+    layer, kernel = decision.layer, decision.kernel
+    assert kernel is not None
+    key = (
+        kernel,
+        kernel.content_hash or id(kernel.function),
+        layer.computes(decision.mode),
+        layer.class_name,
+        layer.function,
+        layer.device,
+        layer.dtypes,
+        layer.signature,
+        traits,
+    )
+    return _Kind(key, traits or (), decisions)
+
+
+def _ref(kind: _Kind) -> str:
+    kernel = kind.decisions[0].kernel
+    assert kernel is not None
+    return str(kernel.ref)
+
+
+# -------------------------------------------------------------------------------------------------------------- words
+
+
+def _with_proofs(plan: Plan, proof: str, *, but: dict[str, str] | None = None) -> Plan:
+    kernels = {id(d.kernel): d.kernel for d in plan.decisions if d.kernel is not None}
+    refs = sorted({str(kernel.ref) for kernel in kernels.values() if kernel.ref.scheme != "builtin"})
+    return replace(plan, proofs=tuple((ref, (but or {}).get(ref, proof)) for ref in refs)) if refs else plan
+
+
+def _without(decision: Decision, reason: str) -> Decision:
+    assert decision.kernel is not None
     rejected = (*decision.rejected, (str(decision.kernel.ref), (reason,)))
     return replace(decision, kernel=None, reason=reason, rejected=rejected)
 
 
-def _explain(lost: list[Decision]) -> str:
+def _explain(lost: Sequence[Decision]) -> str:
     by_reason: dict[tuple[str, str], list[str]] = {}
     for decision in lost:
         by_reason.setdefault((decision.rejected[-1][0], decision.reason or ""), []).append(decision.layer.path)
@@ -95,45 +336,63 @@ def _explain(lost: list[Decision]) -> str:
         [
             *lines,
             f"  asked by   {asked}",
-            '  go on      kernelwise.verify shows all checks; on_miss="keep" leaves it out, verify=False takes your word',
+            "  go on      kernelwise.verify(model, plan, inputs) shows all checks, takes its time, and what it proves counts\n"
+            '             here; on_miss="keep" leaves the layer its own code; verify=False puts the kernel in unproven',
         ]
     )
 
 
-def _file_of(model: nn.Module, found: Group, kernel: Kernel) -> Path | None:
-    """The file that holds the proof of a kernel for a layer; None for a kernel whose content is not known."""
+# --------------------------------------------------------------------------------------------------------------- disk
+
+
+def _proof_file(kind: _Kind, plan: Plan) -> Path | None:
+    """The file that holds the proof for a kind; None for a kernel whose content is not known."""
+    decision = kind.decisions[0]
+    kernel, layer = decision.kernel, decision.layer
+    assert kernel is not None
     if kernel.content_hash is None:
         return None
-    layer, module = found.decision.layer, module_of(model, found.decision.layer)
-    shapes = [] if layer.function else [(n, list(p.shape), str(p.dtype)) for n, p in module.named_parameters()]
-    identity: list[Any] = [
-        kernel.content_hash,
-        str(kernel.ref),
-        _versions(),
-        [layer.class_name, layer.function, layer.device, list(layer.dtypes), to_json(layer.signature)],
-        to_json(layer.computes(found.decision.mode)),
-        shapes,
-    ]
+    return _file(
+        "proofs",
+        [
+            kernel.content_hash,
+            str(kernel.ref),
+            *_versions(kernel.limits.requires),
+            plan.target.arch or _processor(),
+            [layer.class_name, layer.function, layer.device, list(layer.dtypes), to_json(layer.signature)],
+            to_json(layer.computes(decision.mode)),
+            [list(trait) if isinstance(trait, tuple) else trait for trait in kind.traits],
+        ],
+    )
+
+
+def _file(folder: str, identity: list[Any]) -> Path:
     name = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-    return cache_directory() / "proofs" / f"{name}.json"
+    return cache_directory() / folder / f"{name}.json"
 
 
-def _versions() -> list[str]:
+@lru_cache(maxsize=1)
+def _processor() -> str:
+    return f"{platform.machine()} {torch.backends.cpu.get_cpu_capability()}"
+
+
+@lru_cache(maxsize=64)
+def _versions(requires: tuple[str, ...]) -> tuple[str, ...]:
     found = [f"python {sys.version_info.major}.{sys.version_info.minor}", f"torch {torch.__version__}"]
-    for package in ("kernelwise", "triton", "transformers"):
+    for package in ("kernelwise", "triton", "transformers", *requires):
         try:
             found.append(f"{package} {version(package)}")
         except PackageNotFoundError:
             continue
-    return found
+    return tuple(found)
 
 
-def _remember(file: Path, checks: list[Check]) -> None:
-    """Write a proof, whole or not at all. A cache that cannot be written costs the next run its time and nothing else."""
+def _write(file: Path, data: Any) -> None:
+    """Write a file, whole or not at all. A cache that cannot be written costs the next run its time and nothing else."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
         partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(to_json(checks)))
+        partial.write_text(json.dumps(data))
         partial.replace(file)
     except OSError:
         pass

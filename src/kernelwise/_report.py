@@ -12,7 +12,10 @@ from kernelwise._table import render
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One layer in one mode: its kernel (with revision and content hash), or the reason for none, and calls that fell back."""
+    """One layer in one mode: its kernel (with revision and content hash), or the reason for none, and calls that fell back.
+
+    `proof` is "proven" on this machine, "builtin" for a kernel that ships with its proof, or "unproven" and why that is so.
+    """
 
     path: str
     paths: tuple[str, ...]
@@ -26,6 +29,7 @@ class Row:
     reason: str | None
     rejected: tuple[tuple[str, tuple[str, ...]], ...]
     fallbacks: tuple[tuple[str, int], ...] = ()
+    proof: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,17 +46,26 @@ class Report:
 
     def __str__(self) -> str:
         return render(
-            ("layer", "name", "mode", "kernel", "asked by", "own code ran", "why not"),
+            ("layer", "name", "mode", "kernel", "proof", "asked by", "own code ran", "why not"),
             [
-                (row.path, row.name, row.mode, _kernel(row), row.asked_by, _counts(row.fallbacks), row.reason or "")
+                (
+                    row.path,
+                    row.name,
+                    row.mode,
+                    _kernel(row),
+                    row.proof or "",
+                    row.asked_by,
+                    _counts(row.fallbacks),
+                    row.reason or "",
+                )
                 for row in self.rows
             ],
             notes=self.notes,
         )
 
 
-def make_row(decision: Decision, fallbacks: Mapping[str, int]) -> Row:
-    """Say of one decision what runs."""
+def make_row(decision: Decision, fallbacks: Mapping[str, int], proof: str | None) -> Row:
+    """Say of one decision what runs, and whether it is proven."""
     kernel, layer = decision.kernel, decision.layer
     return Row(
         path=layer.path,
@@ -67,6 +80,7 @@ def make_row(decision: Decision, fallbacks: Mapping[str, int]) -> Row:
         reason=decision.reason,
         rejected=decision.rejected,
         fallbacks=tuple(sorted(fallbacks.items())) if kernel else (),
+        proof=proof if kernel else None,
     )
 
 

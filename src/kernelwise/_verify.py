@@ -30,6 +30,9 @@ _FREE_TO_REFUSE = ("inputs with gaps", "transposed inputs", "width ")
 _OTHER_STRIDES = ("contiguous inputs", "inputs with gaps", "transposed inputs")
 """Cases in which an output may be strided where the layer's own is contiguous: no user of it counts on that."""
 
+_NOISE = 64 << 10
+"""Bytes by which a process may grow whatever it runs."""
+
 NOT_DETERMINISTIC = "results differ between calls"
 NOT_BATCH_INVARIANT = "a row's result depends on the batch"
 NO_SECOND = "no second gradients"
@@ -329,7 +332,7 @@ def _properties(runner: _Runner, layer: Layer, sample: Sample, mode: str, base: 
     except WorkerError as error:
         yield replace(base, case="many calls", status=error.status, detail=error.detail)
         return
-    leaks = given > 0 and grown > given // 2
+    leaks = grown > max(given // 2, _NOISE)
     detail = f"the process grew by {grown >> 10} KiB while calls gave {given >> 10} KiB" if leaks else ""
     yield replace(base, case="many calls", status="leaks_memory" if leaks else "passed", detail=detail)
 

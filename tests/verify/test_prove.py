@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import checking  # noqa: F401  (names the layers of the gallery)
@@ -12,7 +15,9 @@ import torch
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import _prove
+from kernelwise import _prove, _worker
+from kernelwise._data import from_json
+from kernelwise._report import Report
 
 LAYERS = """
 import torch
@@ -32,29 +37,76 @@ class Right(nn.Module):
 class Wrong(nn.Module):
     def forward(self, hidden_states):
         return norm(hidden_states, self.weight, self.variance_epsilon) + 1
+
+
+class FixedEpsilon(nn.Module):
+    def forward(self, hidden_states):
+        return norm(hidden_states, self.weight, 1e-5 + 0 * self.variance_epsilon)
+
+
+class WrongAtWidth96(nn.Module):
+    def forward(self, hidden_states):
+        return norm(hidden_states, self.weight, self.variance_epsilon) * (1 + (hidden_states.shape[-1] == 96))
+
+
+class TwoInputs(nn.Module):
+    def forward(self, a, b):
+        return a + b
 """
 
 
-@pytest.fixture
-def repository(tmp_path, monkeypatch) -> Path:
+@pytest.fixture(autouse=True)
+def empty_cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("KERNELWISE_CACHE", str(tmp_path / "cache"))
-    variant = tmp_path / "proved" / "build" / "torch-universal"
+    monkeypatch.setattr(_prove, "_remembered", {})
+
+
+def write_repository(folder: Path, init: str = "from . import layers\n") -> Path:
+    variant = folder / "build" / "torch-universal"
     variant.mkdir(parents=True)
-    metadata = {"name": "proved", "id": "proved", "version": 1, "license": "MIT", "python-depends": []}
+    metadata = {"name": folder.name, "id": folder.name, "version": 1, "license": "MIT", "python-depends": []}
     (variant / "metadata.json").write_text(json.dumps(metadata | {"backend": {"type": "cpu"}}))
-    (variant / "__init__.py").write_text("from . import layers\n")
+    (variant / "__init__.py").write_text(init)
     (variant / "layers.py").write_text(LAYERS)
-    return variant.parents[1]
+    return folder
 
 
-def test_a_kernel_that_is_wrong_does_not_go_in(repository, monkeypatch):
+@pytest.fixture
+def repository(tmp_path) -> Path:
+    return write_repository(tmp_path / "proved")
+
+
+@pytest.fixture
+def checked(monkeypatch) -> list[tuple[str, ...]]:
+    """The paths of every check that is made, in order."""
+    found: list[tuple[str, ...]] = []
+    real = _prove.check_group
+
+    def noted(model, group, *args):
+        found.append(group.paths)
+        return real(model, group, *args)
+
+    monkeypatch.setattr(_prove, "check_group", noted)
+    return found
+
+
+def another_process(monkeypatch) -> None:
+    """Forget what this process knows, as a new one would."""
+    monkeypatch.setattr(_prove, "_remembered", {})
+
+
+def test_a_kernel_that_is_wrong_does_not_go_in(repository):
     model = nn.Sequential(gallery.Norm(), gallery.Norm())
     before = [dict(module.__dict__) for module in model.modules()]
     mapping = {"RMSNorm": f"{repository}:Wrong"}
-    with pytest.raises(kw.PlanError, match=r"not put into 0 and 1 more\n.*as given: wrong_values.*\n.*asked by"):
-        kw.kernelize(model, mapping, verify="auto")
+    with pytest.raises(kw.PlanError, match=r"not put into 0 and 1 more\n.*as given: wrong_values.*\n.*asked by") as found:
+        kw.kernelize(model, mapping)
+    assert "verify=False puts the kernel in unproven" in str(found.value)
     assert [dict(module.__dict__) for module in model.modules()] == before
-    kw.kernelize(model, mapping, verify="auto", on_miss="keep")
+    with pytest.raises(kw.PlanError, match="wrong_values"), kw.kernelized(model, mapping):
+        pass
+    assert [dict(module.__dict__) for module in model.modules()] == before
+    kw.kernelize(model, mapping, on_miss="keep")
     assert "own code" in str(kw.report(model))
     assert "not proven" in str(kw.report(model))
     kw.unkernelize(model)
@@ -64,30 +116,220 @@ def test_a_kernel_that_is_wrong_does_not_go_in(repository, monkeypatch):
     assert not torch.allclose(model(x), expected, atol=0.5)
 
 
-def test_a_proof_is_remembered_until_the_kernel_changes(repository, monkeypatch, tmp_path):
-    checked = []
-    real = _prove._check
-    monkeypatch.setattr(_prove, "_check", lambda *a: checked.append(a[1].paths) or real(*a))
+def test_a_proof_is_remembered_until_the_kernel_changes(repository, monkeypatch, tmp_path, checked):
     mapping = {"RMSNorm": f"{repository}:Right"}
     for _ in range(2):
-        kw.kernelize(nn.Sequential(gallery.Norm(), gallery.Norm()), mapping, verify="auto")
+        kw.kernelize(nn.Sequential(gallery.Norm(), gallery.Norm()), mapping)
+        another_process(monkeypatch)
     assert checked == [("0", "1")]
     (proof,) = (tmp_path / "cache" / "proofs").iterdir()
     assert {check["status"] for check in json.loads(proof.read_text())} <= {"passed", "skipped"}
-    kw.kernelize(nn.Sequential(gallery.Norm(eps=1e-5)), mapping, verify="auto")
-    assert len(checked) == 1  # a number that the kernel reads when it is called
+    kw.kernelize(nn.Sequential(gallery.Norm()), mapping)
+    proof.unlink()
+    kw.kernelize(nn.Sequential(gallery.Norm()), mapping)  # this process knows it without the disk
+    assert len(checked) == 1
     file = repository / "build" / "torch-universal" / "layers.py"
     file.write_text(LAYERS + "\n# another version\n")
-    kw.kernelize(nn.Sequential(gallery.Norm()), mapping, verify="auto")
+    kw.kernelize(nn.Sequential(gallery.Norm()), mapping)
     assert len(checked) == 2
 
 
+@pytest.mark.parametrize(
+    ("name", "proven_for", "wrong_for"),
+    [("FixedEpsilon", {"eps": 1e-5}, {"eps": 1e-6}), ("WrongAtWidth96", {"width": 48}, {"width": 96})],
+)
+def test_a_proof_holds_for_the_numbers_and_the_shapes_it_was_made_with(name, proven_for, wrong_for, repository):
+    mapping = {"RMSNorm": f"{repository}:{name}"}
+    kw.kernelize(nn.Sequential(gallery.Norm(**proven_for)), mapping)
+    with pytest.raises(kw.PlanError, match="into 1\n.*wrong_values"):
+        kw.kernelize(nn.Sequential(gallery.Norm(**proven_for), gallery.Norm(**wrong_for)), mapping)
+
+
+def test_what_the_time_does_not_suffice_for_is_not_proven(repository, monkeypatch, checked):
+    monkeypatch.setattr(_prove, "SECONDS", 0.0)
+    mapping, model = {"RMSNorm": f"{repository}:Right"}, nn.Sequential(gallery.Norm())
+    with pytest.raises(kw.PlanError, match=r"within 0 s \(1 cases passed\)(.|\n)*verify=False"):
+        kw.kernelize(model, mapping)
+    kw.kernelize(model, mapping, on_miss="keep")
+    assert kw.report(model).rows[0].kernel is None
+    assert len(checked) == 1  # the answer is remembered while the process lives
+    kw.verify(model, kw.plan(nn.Sequential(gallery.Norm()), mapping))  # takes its time, and counts
+    kw.kernelize(model, mapping)
+    assert {row.proof for row in kw.report(model).rows} == {"proven"}
+
+
+def test_what_cannot_be_checked_is_not_proven_until_inputs_are_given(repository, monkeypatch):
+    class Two(nn.Module):
+        def forward(self, a, b):
+            return a + b
+
+    kw.register_layer(Two, "TwoInputs")
+    model = nn.Sequential(Two())
+    mapping = {"TwoInputs": f"{repository}:TwoInputs"}
+    with pytest.raises(kw.PlanError, match=r"no inputs could be made for it(.|\n)*verify=False"):
+        kw.kernelize(model, mapping, device="cpu")
+    model.forward = lambda x: model[0](x, x * 2)
+    assert kw.verify(model, kw.plan(model, mapping, device="cpu"), torch.randn(3, 4)).ok
+    kw.kernelize(model, mapping, device="cpu")
+    another_process(monkeypatch)
+    kw.kernelize(model, mapping, device="cpu")
+
+
+def test_checks_that_speak_for_a_part_are_no_proof_for_the_rest(repository, checked):
+    plan = kw.plan(model := nn.Sequential(gallery.Norm(), gallery.Norm(96)), {"RMSNorm": f"{repository}:Right"})
+    only_first = [check for check in kw.verify(nn.Sequential(model[0]), plan.__class__(plan.target, tuple(
+        decision for decision in plan.decisions if decision.layer.path == "0"))).checks]  # fmt: skip
+    _prove._remembered.clear()
+    _prove.remember(model, plan, only_first)
+    assert len(_prove._remembered) == 1
+
+
+def test_a_config_can_say_it_too_and_true_overrules_it(repository, checked):
+    config = kw.KernelConfig({"RMSNorm": f"{repository}:Right"}, verify=False)
+    kw.kernelize(nn.Sequential(gallery.Norm()), config)
+    with kw.kernelized(nn.Sequential(gallery.Norm()), config):
+        pass
+    assert checked == []
+    kw.kernelize(nn.Sequential(gallery.Norm()), config, verify=True)
+    assert checked == [("0",)]
+
+
+def test_the_report_says_what_is_proven(repository):
+    model = nn.Sequential(gallery.Norm(), gallery.Norm(96), gallery.MLP())
+    mapping = {"RMSNorm@0": f"{repository}:Right", "RMSNorm@1": f"{repository}:Wrong"}
+    kw.kernelize(model, kw.KernelConfig({"RMSNorm@0": f"{repository}:Right"}))
+    kw.kernelize(model, kw.KernelConfig({"RMSNorm@1": f"{repository}:Wrong"}, inherit_mapping=False), verify=False)
+    report = kw.report(model)
+    proofs = {row.path: row.proof for row in report.rows if row.name != "Linear"}
+    assert proofs == {"0": "proven", "1": "unproven (verify=False)", "2": "builtin"}
+    assert from_json(Report, json.loads(json.dumps(report.to_json()))) == report
+    for said in ("proof", "proven", "unproven (verify=False)", "builtin"):
+        assert said in str(report)
+    other = kw.apply(model := nn.Sequential(gallery.Norm(), gallery.Norm(96)), kw.plan(model, mapping))
+    assert {row.path: row.proof for row in kw.report(other).rows} == {"0": "proven", "1": "unproven (apply)"}
+
+
 def test_builtin_kernels_ship_with_their_proof(monkeypatch):
-    monkeypatch.setattr(_prove, "_check", lambda *a: pytest.fail("it was checked"))
+    monkeypatch.setattr(_prove, "check_group", lambda *a: pytest.fail("it was checked"))
+    monkeypatch.setattr(_worker.Worker, "start", lambda self: pytest.fail("a process was started"))
     model = kw.kernelize(nn.Sequential(gallery.Norm()), verify="auto")
     assert "builtin:RMSNorm" in str(kw.report(model))
 
 
-def test_verify_is_auto_or_false():
+@pytest.mark.parametrize("verify", ["always", None, 1, 0])
+def test_verify_is_auto_or_a_bool(verify):
     with pytest.raises(kw.PlanError, match="verify is"):
-        kw.kernelize(nn.Sequential(gallery.Norm()), verify="always")
+        kw.kernelize(nn.Sequential(gallery.Norm()), verify=verify)
+
+
+# ------------------------------------------------------------------------------------------------------------ imports
+
+DEADLY = """
+import os, time
+open({trace!r}, "a").write(f"{{os.getpid()}}\\n")
+{deed}
+from . import layers
+"""
+
+
+@pytest.mark.parametrize(
+    ("deed", "said"),
+    [
+        ("import ctypes; ctypes.string_at(0)", "crashed: the process died of SIGSEGV"),
+        ("os._exit(5)", "exited: the process left with exit code 5"),
+        ("time.sleep(1000)", "timed_out: no answer after 1 s"),
+        ("kept = [bytearray(1 << 26) for _ in range(1000)]", "out_of_memory"),
+    ],
+    ids=["crashes", "exits", "hangs", "hogs"],
+)
+def test_a_kernel_that_kills_who_imports_it_is_not_imported_here(deed, said, tmp_path, monkeypatch, capsys):
+    if "sleep" in deed:
+        monkeypatch.setattr(_prove.Prover.__init__, "__kwdefaults__", {"seconds": 1.0, "memory": 8 << 30})
+    if "kept" in deed:
+        monkeypatch.setattr(_prove.Prover.__init__, "__kwdefaults__", {"seconds": 60.0, "memory": 300 << 20})
+    trace = tmp_path / "trace"
+    repository = write_repository(tmp_path / "deadly", DEADLY.format(trace=str(trace), deed=deed))
+    model, mapping = nn.Sequential(gallery.Norm()), {"RMSNorm": f"{repository}:Right"}
+    with pytest.raises(kw.KernelLoadError, match=said) as found:
+        kw.kernelize(model, mapping)
+    assert "asked by" in str(found.value)
+    kw.kernelize(model, mapping, on_miss="keep")
+    assert said in str(kw.report(model))
+    if deed.startswith("import ctypes"):  # for an author, it is a check that failed
+        from kernelwise._cli import main
+
+        with pytest.raises(SystemExit) as left:
+            main(["verify", "--kernel", f"{repository}:Right", "--json"])
+        assert left.value.code == 1
+        (check,) = json.loads(capsys.readouterr().out)["checks"]
+        assert (check["case"], check["status"]) == ("import", "crashed")
+    pids = [int(line) for line in trace.read_text().split()]
+    assert pids
+    assert os.getpid() not in pids
+
+
+def test_an_import_is_tried_once_on_a_machine(tmp_path, monkeypatch):
+    repository = write_repository(tmp_path / "tried", "from . import layers  # content that nobody has imported yet\n")
+    started = []
+    real = _worker.Worker.start
+    monkeypatch.setattr(_worker.Worker, "start", lambda self: started.append(self.kernel.ref.layer) or real(self))
+    mapping = {"RMSNorm": f"{repository}:Right"}
+    kw.kernelize(nn.Sequential(gallery.Norm()), mapping)
+    assert started == ["Right"]  # one process for the import and for the checks
+    kw.kernelize(nn.Sequential(gallery.Norm()), mapping)
+    script = f"""
+import sys
+sys.path.insert(0, {str(Path(__file__).parent)!r})
+import checking, gallery, kernelwise as kw
+from kernelwise import _worker
+from torch import nn
+_worker.Worker.start = lambda self: sys.exit("a process was started")
+kw.kernelize(nn.Sequential(gallery.Norm()), {mapping!r})
+"""
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert started == ["Right"]
+
+
+def test_a_kernel_that_cannot_be_imported_says_why_as_without_a_worker(tmp_path):
+    repository = write_repository(tmp_path / "broken", "import no_such_package_anywhere\n")
+    with pytest.raises(kw.KernelLoadError, match="no_such_package_anywhere, which is not installed"):
+        kw.kernelize(nn.Sequential(gallery.Norm()), {"RMSNorm": f"{repository}:Right"})
+
+
+def test_the_users_main_is_never_imported_in_the_worker(repository, tmp_path):
+    trace = tmp_path / "trace"
+    script = tmp_path / "script.py"
+    script.write_text(f"""
+import os
+open({str(trace)!r}, "a").write(f"{{os.getpid()}}\\n")
+import torch
+from torch import nn
+import kernelwise as kw
+
+
+class Inner(nn.Module):  # a child of a class that stands in __main__
+    def forward(self, x):
+        return x * 2
+
+
+class Mine(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 48))
+        self.variance_epsilon = 1e-6
+        self.inner = Inner()
+
+    def forward(self, x):
+        wide = x.to(torch.float32)
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(x.dtype)
+
+
+kw.register_layer(Mine, "Mine")
+model = kw.kernelize(nn.Sequential(Mine()), {{"Mine": {f"{repository}:Right"!r}}})
+print(kw.report(model).rows[0].proof)
+""")
+    command = [sys.executable, str(script)]
+    ran = subprocess.run(command, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    assert ran.stdout.split() == ["proven"], ran.stderr
+    assert len(trace.read_text().split()) == 1

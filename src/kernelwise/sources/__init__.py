@@ -7,26 +7,37 @@ nothing in the registries of the `kernels` library.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from kernelwise._data import Kernel, KernelRef
 from kernelwise._errors import KernelLoadError
 from kernelwise.sources import builtin, hub, package, path
 from kernelwise.sources._explain import explain
 
-__all__ = ["builtin_refs", "describe", "load"]
+__all__ = ["BeforeImport", "builtin_refs", "describe", "load"]
 
-_LOADERS = {"hub": hub.load, "path": path.load, "package": package.load, "builtin": builtin.load}
+BeforeImport = Callable[[Kernel, str], None]
+"""Called with what is known of a kernel (its reference and commit) and a hash of its files, "" where there is none."""
+
+_LOADERS = {"hub": hub.load, "path": path.load, "package": package.load}
 
 
-def load(ref: KernelRef, *, device: str) -> Kernel:
+def load(ref: KernelRef, *, device: str, before_import: BeforeImport | None = None) -> Kernel:
     """Load a kernel for a device type (`"cuda"`, `"cpu"` ...).
 
     Kernels of the same content are loaded once and shared. A version or branch of the Hub is resolved at every call.
+
+    Args:
+        before_import: called just before code that is not ours comes into this process for the first time; what it raises
+            keeps the code out.
 
     Raises:
         KernelLoadError: always this, with the reason in one line, how to go on, and the cause chained.
     """
     try:
-        return _LOADERS[ref.scheme](ref, device=device)
+        if ref.scheme == "builtin":
+            return builtin.load(ref, device=device)
+        return _LOADERS[ref.scheme](ref, device=device, before_import=before_import)
     except KernelLoadError:
         raise
     except (Exception, SystemExit) as error:

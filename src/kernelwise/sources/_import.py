@@ -16,7 +16,7 @@ import re
 import sys
 import tempfile
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -29,7 +29,9 @@ _imported: dict[str, ModuleType] = {}
 
 
 @contextlib.contextmanager
-def imported(installed: Installed, *, immutable: bool) -> Iterator[tuple[ModuleType, str]]:
+def imported(
+    installed: Installed, *, immutable: bool, before_import: Callable[[str], None] | None = None
+) -> Iterator[tuple[ModuleType, str]]:
     """Yield the module of a build and its content hash.
 
     Where the import or the body of the `with` fails, all modules that newly came in are taken out again.
@@ -37,14 +39,18 @@ def imported(installed: Installed, *, immutable: bool) -> Iterator[tuple[ModuleT
     Args:
         immutable: the folder's files never change (a snapshot of a Hub commit), so that a module which the `kernels`
             library has already imported from that folder still is its content.
+        before_import: called with the content's hash where its code is not in this process yet.
 
-    Raises whatever the kernel's code raises.
+    Raises whatever the kernel's code, or `before_import`, raises.
     """
     with _lock:
         builds = tuple(_builds(installed))
         hashes = {build.variant: content_hash(build.variant) for build in builds}
         registry = _kernels_compat.loaded_kernels()
         known, names, folders = set(_imported), set(sys.modules), set(registry)
+        digest = _digest(installed, hashes)
+        if before_import is not None and digest not in known and not (immutable and installed.variant in registry):
+            before_import(digest)
         try:
             yield _import(installed, hashes, immutable=immutable), hashes[installed.variant]
         except BaseException:

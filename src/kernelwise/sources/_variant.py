@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import inspect
 import re
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from kernelwise._data import Kernel, KernelRef, Limits
@@ -36,14 +38,22 @@ def check_statically(ref: KernelRef, installed: Installed) -> None:
         raise failure(ref, problem, fix="name another layer")
 
 
-def load_layer(ref: KernelRef, installed: Installed, *, device: str, revision: str | None) -> Kernel:
+def load_layer(
+    ref: KernelRef,
+    installed: Installed,
+    *,
+    device: str,
+    revision: str | None,
+    before_import: Callable[[Kernel, str], None] | None = None,
+) -> Kernel:
     """Import a checked build and return its layer as a kernel; `revision` is the commit of a Hub kernel.
 
     Raises:
         KernelLoadError: its code cannot be imported, or the class cannot be a kernel. Nothing of it stays loaded.
     """
     layer: Any
-    with imported(installed, immutable=revision is not None) as (module, content_hash):
+    ask = None if before_import is None else partial(before_import, Kernel(ref, revision=revision))
+    with imported(installed, immutable=revision is not None, before_import=ask) as (module, content_hash):
         layers = getattr(module, "layers", None)
         if layers is None:
             raise failure(ref, "its module has no `layers`", fix="its __init__.py must have: from . import layers")

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +23,7 @@ _FULL_COMMIT = re.compile(r"[0-9a-f]{40}")
 _downloaded: dict[tuple[Path, str], Installed] = {}
 
 
-def load(ref: KernelRef, *, device: str) -> Kernel:
+def load(ref: KernelRef, *, device: str, before_import: Callable[[Kernel, str], None] | None = None) -> Kernel:
     """Download and load a layer of a Hub kernel; the kernel's `revision` is the full commit.
 
     Raises:
@@ -37,7 +37,7 @@ def load(ref: KernelRef, *, device: str) -> Kernel:
     commit = _commit(ref, api)
     installed = _download(ref, commit, backend=backend)
     check_statically(ref, installed)
-    return load_layer(ref, installed, device=device, revision=commit)
+    return load_layer(ref, installed, device=device, revision=commit, before_import=before_import)
 
 
 def _check_form(ref: KernelRef) -> None:

@@ -10,10 +10,11 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import inspect
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kernelwise._data import Kernel, KernelRef, Limits
@@ -21,7 +22,7 @@ from kernelwise.sources._explain import failure, no_such_layer
 from kernelwise.sources._layer_class import forward_problem, kernel_of
 
 
-def load(ref: KernelRef, *, device: str) -> Kernel:
+def load(ref: KernelRef, *, device: str, before_import: Callable[[Kernel, str], None] | None = None) -> Kernel:
     """Load a layer class of an installed package.
 
     Raises:
@@ -33,6 +34,8 @@ def load(ref: KernelRef, *, device: str) -> Kernel:
     if top not in sys.modules and importlib.util.find_spec(top) is None:
         hint = top.replace("_", "-")
         raise failure(ref, f"the package {top} is not installed", fix=f"pip install {hint}")
+    if before_import is not None and ref.location not in sys.modules:
+        before_import(Kernel(ref), _file_hash(ref.location))
     with _forgotten_on_error(top):
         try:
             module = importlib.import_module(ref.location)
@@ -63,6 +66,22 @@ def _forgotten_on_error(top: str) -> Iterator[None]:
                 if name.split(".")[0] == top:
                     del sys.modules[name]
         raise
+
+
+def _file_hash(location: str) -> str:
+    """The hash of a module's file and of its package's version, without importing either; "" where there is no file."""
+    top, *rest = location.split(".")
+    spec = importlib.util.find_spec(top)
+    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
+    files = [Path(folder, *rest, "__init__.py") for folder in folders]
+    files += [Path(folder, *rest[:-1], f"{rest[-1]}.py") for folder in folders if rest]
+    files += [Path(spec.origin)] if spec is not None and spec.origin and not rest else []
+    found = next((file for file in files if file.is_file()), None)
+    if found is None:
+        return ""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+        top = importlib.metadata.version(top)
+    return hashlib.sha256(top.encode() + found.read_bytes()).hexdigest()
 
 
 def _source_hash(layer: type) -> str | None:

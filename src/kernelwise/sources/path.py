@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from kernelwise._data import Kernel, KernelRef
@@ -11,7 +12,7 @@ from kernelwise.sources._repository import all_variants, find_variant, metadata_
 from kernelwise.sources._variant import check_statically, load_layer
 
 
-def load(ref: KernelRef, *, device: str) -> Kernel:
+def load(ref: KernelRef, *, device: str, before_import: Callable[[Kernel, str], None] | None = None) -> Kernel:
     """Load a layer of a local kernel repository; a kernel whose files changed since the last load is read again.
 
     Raises:
@@ -39,4 +40,4 @@ def load(ref: KernelRef, *, device: str) -> Kernel:
         str(variant), revision=None, backend=backend, trust_remote_code=ref.trust_remote_code
     )
     check_statically(ref, installed)
-    return load_layer(ref, installed, device=device, revision=None)
+    return load_layer(ref, installed, device=device, revision=None, before_import=before_import)
