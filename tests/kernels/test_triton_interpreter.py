@@ -9,12 +9,13 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from torch.nn import functional as F
 
-CASES = ("rms_norm", "add_rms_norm", "gated_activation", "rotary")
+CASES = ("rms_norm", "add_rms_norm", "gated_activation", "rotary", "cross_entropy", "linear_cross_entropy")
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -111,7 +112,99 @@ def _rotary() -> None:
             )
 
 
+def _own_loss(
+    logits: torch.Tensor, labels: torch.Tensor, *, softcap: float | None = None, z_loss: float = 0.0, **options: Any
+) -> torch.Tensor:
+    num_items = options.pop("num_items", None)
+    x = logits.float()
+    if softcap is not None:
+        x = softcap * torch.tanh(x / softcap)
+    losses = F.cross_entropy(x, labels, **{**options, "reduction": "none"})
+    counted = labels != options.get("ignore_index", -100)
+    losses = losses + z_loss * x.logsumexp(-1).square() * counted
+    if options.get("reduction") == "none":
+        return losses
+    if num_items is None:
+        num_items = 1 if options.get("reduction") == "sum" else counted.sum()
+    return losses.sum() / num_items
+
+
+LOSSES: tuple[dict[str, Any], ...] = (
+    {},
+    {"label_smoothing": 0.1, "reduction": "sum"},
+    {"softcap": 30.0, "z_loss": 1e-3, "num_items": 7},
+    {"reduction": "none", "ignore_index": 2, "label_smoothing": 0.2, "softcap": 5.0, "z_loss": 0.01},
+)
+
+
+def _cross_entropy() -> None:
+    from exact import assert_as_exact
+
+    from kernelwise.kernels.triton import cross_entropy as module
+    from kernelwise.kernels.triton.cross_entropy import cross_entropy
+
+    module._BLOCK = 1024
+    for rows, width in ((8, 32), (9, 33), (1, 7), (4, 2500), (2, 4096)):
+        for options in LOSSES:
+            labels = torch.randint(0, width, (rows,))
+            labels[rows // 2] = options.get("ignore_index", -100) if rows > 1 else 3
+            assert_as_exact(
+                lambda logits, options=options, labels=labels: _own_loss(logits, labels, **options),
+                lambda logits, options=options, labels=labels: cross_entropy(logits, labels, **options),
+                {"logits": torch.randn(rows, width)},
+                scales=(1e-2, 1.0, 10.0),
+            )
+    logits, labels = torch.randn(3, 70)[:, 3:63], torch.tensor([5, 0, 59])
+    assert_as_exact(lambda x: _own_loss(x, labels), lambda x: cross_entropy(x, labels), (logits,))
+
+    for options in LOSSES[:3]:  # consumed: the logits hold the gradient afterwards, scaled by what comes from above
+        given = torch.randn(4, 100)
+        labels = torch.tensor([1, -100, 99, 0])
+        wide = given.double().requires_grad_()
+        expected = torch.autograd.grad(2.5 * _own_loss(wide.float(), labels, **options), wide)[0]
+        leaf = given.clone().requires_grad_()
+        logits = leaf * 1
+        loss = cross_entropy(logits, labels, consume_logits=True, **options)
+        torch.testing.assert_close(loss, _own_loss(given, labels, **options))
+        (2.5 * loss).backward()
+        torch.testing.assert_close(leaf.grad.double(), expected)
+        assert not torch.equal(logits.detach(), given)
+    assert cross_entropy(torch.randn(2, 5), torch.tensor([5, 1])).isnan()
+    assert cross_entropy(torch.randn(2, 5), torch.tensor([-100, -100])).isnan()
+
+
+def _linear_cross_entropy() -> None:
+    from exact import assert_as_exact
+
+    from kernelwise.kernels.triton.linear_cross_entropy import linear_cross_entropy
+
+    given = {"hidden": torch.randn(21, 16), "weight": torch.randn(90, 16), "bias": torch.randn(90)}
+    for options in LOSSES:
+        labels = torch.randint(3, 90, (21,))
+        labels[7] = options.get("ignore_index", -100)
+        for chunk_bytes in (None, 8 * 128 * 4):
+            assert_as_exact(
+                lambda hidden, weight, bias, y=labels, options=options: _own_loss(
+                    F.linear(hidden, weight, bias), y, **options
+                ),
+                lambda hidden, weight, bias, y=labels, options=options, chunk_bytes=chunk_bytes: linear_cross_entropy(
+                    hidden, weight, y, bias=bias, chunk_bytes=chunk_bytes, **options
+                ),
+                given,
+                scales=(0.1, 1.0),
+            )
+    labels = torch.randint(0, 90, (21,))
+    hidden, weight = given["hidden"].clone().requires_grad_(), given["weight"].clone().requires_grad_()
+    loss = 3 * linear_cross_entropy(hidden, weight, labels)
+    wanted = torch.autograd.grad(3 * _own_loss(F.linear(hidden, weight), labels), (hidden, weight))
+    for _ in range(2):  # the second time through the chunks again
+        for actual, expected in zip(torch.autograd.grad(loss, (hidden, weight), retain_graph=True), wanted, strict=True):
+            torch.testing.assert_close(actual, expected)
+    frozen = linear_cross_entropy(hidden, weight.detach(), labels)
+    torch.testing.assert_close(torch.autograd.grad(frozen, hidden)[0] * 3, wanted[0])
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    cases = (_rms_norm, _add_rms_norm, _gated_activation, _rotary)
+    cases = (_rms_norm, _add_rms_norm, _gated_activation, _rotary, _cross_entropy, _linear_cross_entropy)
     dict(zip(CASES, cases, strict=True))[sys.argv[1]]()
