@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from typing import Any
 
@@ -10,9 +11,11 @@ from exact import float64_mode
 from torch import Tensor, nn
 
 from kernelwise._data import Recognition
+from kernelwise._recognize import recognize
+from kernelwise._recognize._children import record_calls
 from kernelwise.ops import OPERATIONS
 
-SIZES = {"lead": (5,), "B": 2, "S": 5, "D": 16, "R": 8, "Hq": 4, "Hk": 2}
+SIZES = {"lead": (5,), "B": 2, "S": 5, "P": 3, "D": 16, "R": 8, "Hq": 4, "Hk": 2}
 
 
 def reference_arguments(recognition: Recognition, module: nn.Module | None, given: dict[str, Any]) -> dict[str, Any]:
@@ -25,14 +28,57 @@ def reference_arguments(recognition: Recognition, module: nn.Module | None, give
             arguments[role] = getattr(module, str(binding.value))
         elif binding.kind == "child":
             assert module is not None
-            arguments[role] = module.get_submodule(str(binding.value))
+            arguments[role] = first_of(module.get_submodule(str(binding.value)))
         else:
             arguments[role] = binding.value
     return arguments
 
 
+def first_of(child: nn.Module) -> Any:
+    """A child that gives its first result alone, where it gives several."""
+    if not isinstance(child, Block):
+        return child
+
+    def call(*args: Any) -> Tensor:
+        result = child(*args)
+        return result[0] if isinstance(result, tuple) else result
+
+    return call
+
+
+class Block(nn.Module):
+    """Stands for a child of a layer: gives what it gives, as its own code would for one more weight."""
+
+    def __init__(self, width: int, length: int) -> None:
+        super().__init__()
+        self.weight, self.length = nn.Parameter(torch.ones(width)), length
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        x, *more = dict.fromkeys(item for item in (*args, *kwargs.values()) if isinstance(item, Tensor))
+        y = torch.tanh(x * self.weight)
+        for other in more:
+            y = y + other.mean(-2, keepdim=True)
+        return (y, *([None] * (self.length - 1))) if self.length else y
+
+
+def with_blocks(layer: nn.Module, width: int) -> nn.Module:
+    """A copy of a layer with blocks in place of the children whose arguments and results the layer only hands on."""
+    memo: dict[int, Any] = {}
+    calls = record_calls(layer, training=layer.training)
+    for call in calls:
+        if call.is_open:
+            memo[id(layer.get_submodule(call.path))] = Block(width, call.lengths[0])
+    copied = copy.deepcopy(layer, memo)
+    randomize(copied, torch.Generator().manual_seed(7))
+    return copied
+
+
 def width_of(module: nn.Module) -> int:
     """The width of the layer's input."""
+    for child in module.children():
+        weight = getattr(child, "weight", None)
+        if isinstance(recognize(child), Recognition) and isinstance(weight, Tensor) and weight.ndim == 1:
+            return len(weight)  # a norm
     for child in module.children():
         if isinstance(getattr(child, "in_features", None), int):
             return int(child.in_features)
@@ -51,6 +97,9 @@ def randomize(module: nn.Module, generator: torch.Generator) -> None:
 def assert_agrees(module: nn.Module, recognition: Recognition, given: dict[str, Tensor], call: Any = None) -> None:
     """Assert that a layer is what it was recognised as, in float64 to 1e-10 and in bf16 to one rounding."""
     call = module if call is None else call
+    if OPERATIONS[recognition.op].norms:
+        module = with_blocks(module, next(iter(given.values())).shape[-1])
+        call = with_others(module, given)
     reference = OPERATIONS[recognition.op].reference
 
     def both(inputs: dict[str, Any]) -> list[tuple[Tensor, Tensor]]:
@@ -74,6 +123,18 @@ def assert_agrees(module: nn.Module, recognition: Recognition, given: dict[str, 
                 assert own.dtype == ours.dtype
                 error = (own.double() - ours.double()).abs().max()
                 assert error <= 2 * torch.finfo(dtype).eps * float(own.double().abs().max()), (recognition, error)
+
+
+def with_others(layer: nn.Module, given: dict[str, Any]) -> Any:
+    """A layer called with something for every other argument that it needs."""
+    parameters = inspect.signature(type(layer).forward).parameters.values()
+    starred = (inspect.Parameter.VAR_KEYWORD, inspect.Parameter.VAR_POSITIONAL)
+    others = {
+        p.name: object()
+        for p in list(parameters)[1:]
+        if p.default is p.empty and p.kind not in starred and p.name not in given
+    }
+    return lambda **inputs: layer(**inputs, **others)
 
 
 def to(value: Any, dtype: torch.dtype) -> Any:

@@ -45,6 +45,11 @@ class Round:
         """Number of positions."""
         return self.lead[-1]
 
+    @property
+    def before(self) -> int:
+        """Number of positions in front of those, where an operation has some: there may be none."""
+        return 6 if self.length > 1 else 0
+
 
 # Primes that no width of a model is: a leading dimension is never mistaken for another one.
 FIRST = Round((11, 13), Widths(BF16, BF16))
@@ -197,7 +202,15 @@ def forget_references() -> None:
 
 
 def sizes_of(at: Round, variant: Variant, fixed: dict[str, int]) -> dict[str, Any]:
-    return {**_DEFAULT_SIZES, "lead": at.lead, "B": at.batch, "S": at.length, **dict(variant.options), **fixed}
+    return {
+        **_DEFAULT_SIZES,
+        "lead": at.lead,
+        "B": at.batch,
+        "S": at.length,
+        "P": at.before,
+        **dict(variant.options),
+        **fixed,
+    }
 
 
 def dtype_of(role: Role, at: Round) -> torch.dtype:
@@ -215,9 +228,9 @@ class _RoleChild:
         self.weight = stage.fake((1, 1), stage.widths.parameters)
 
     def __call__(self, x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
-        return self._stage.recorder.call(
-            self._source, (x, *more), self._stage.fake(self._shape, self._stage.widths.leaves or x.dtype)
-        )
+        shape = self._shape if len(self._shape) == x.dim() else (*x.shape[:-1], self._shape[-1])
+        output = self._stage.fake(shape, self._stage.widths.leaves or x.dtype)
+        return self._stage.recorder.call(self._source, (x, *more), output)
 
 
 def prove(

@@ -10,6 +10,7 @@ nothing but itself.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -141,14 +142,29 @@ class Graph:
             return self.neg(self.mul(x.args[0], y, shape, dtype))
         if isinstance(y, Node) and y.op == "neg":
             return self.neg(self.mul(x, y.args[0], shape, dtype))
-        return self.node("mul", (x, y), shape, dtype)
+        return self.node("mul", self._aligned(x, y, shape), shape, dtype)
 
     def add(self, x: Any, y: Any, shape: Shape, dtype: torch.dtype) -> Node:
         """`x + y` with type promotion made explicit."""
         x, y = self._promote(x, dtype), self._promote(y, dtype)
         if not isinstance(x, Node):
             x, y = y, x
-        return self.node("add", (x, y), shape, dtype)
+        return self.node("add", self._aligned(x, y, shape), shape, dtype)
+
+    def _aligned(self, x: Any, y: Any, shape: Shape) -> tuple[Any, Any]:
+        """Both, one of them without dimensions of size one in front where the other has all dimensions anyway."""
+        if not isinstance(y, Node) or not x.shape or not y.shape:
+            return x, y
+        x_goes = x.shape[0] == 1 and len(y.shape) == len(shape)
+        y_goes = y.shape[0] == 1 and len(x.shape) == len(shape)
+        if x_goes and y_goes:  # the smaller one, so that it does not matter which of them has been given the ones
+            x_size, y_size = ((math.prod(v.shape), v.op != "view") for v in (x, y))
+            x_goes, y_goes = x_size < y_size, y_size < x_size
+        if y_goes:
+            y = self.view(y, _without_leading_ones(y.shape))
+        elif x_goes:
+            x = self.view(x, _without_leading_ones(x.shape))
+        return x, y
 
     def negative(self, x: Any) -> Any:
         """`-x` for a node or a number."""
@@ -186,8 +202,18 @@ class Graph:
             sliced = self.slice(x.args[0], inner, start, end, step)
             size = sliced.shape[inner]
             return self.view(sliced, (*x.shape[:dim], size, *x.shape[dim + 1 :]))
+        if x.op == "view" and dim == len(x.shape) - 1 > 0 and end - start == 1:
+            row, columns = x.args[0], x.shape[-1]
+            if row.shape == (*x.shape[:-2], x.shape[-2] * columns):  # one column of rows folded up is every so many elements
+                folded = self.slice(row, dim - 1, start, row.shape[-1], columns)
+                return self.view(folded, (*x.shape[:-1], 1))
         shape = (*x.shape[:dim], max(0, -(-(end - start) // step)), *x.shape[dim + 1 :])
         return self.node("slice", (x, dim, start, end, step), shape, x.dtype)
+
+
+def _without_leading_ones(shape: Shape) -> Shape:
+    first = next((dim for dim, size in enumerate(shape) if size != 1), len(shape) - 1)
+    return shape[first:]
 
 
 def _under_ones(x: Node, dim: int) -> int | None:
@@ -311,18 +337,16 @@ def _unary(name: str) -> Rule:
     return rule
 
 
-def _mean(graph: Graph, a: dict[str, Any], shape: Shape, dtype: torch.dtype) -> Node | None:
-    x = a["self"]
-    if "dim" not in a or a["dim"] is None:
-        return None
-    dims = tuple(sorted(dim % len(x.shape) for dim in a["dim"]))
-    kept = graph.node(
-        "mean",
-        (graph.cast(x, dtype), dims),
-        tuple(1 if dim in dims else size for dim, size in enumerate(x.shape)),
-        dtype,
-    )
-    return graph.view(kept, shape)
+def _reduction(name: str) -> Rule:
+    def rule(graph: Graph, a: dict[str, Any], shape: Shape, dtype: torch.dtype) -> Node | None:
+        x = a["self"]
+        if not a.get("dim"):
+            return None
+        dims = tuple(sorted(dim % len(x.shape) for dim in a["dim"]))
+        one = tuple(1 if dim in dims else size for dim, size in enumerate(x.shape))
+        return graph.view(graph.node(name, (graph.cast(x, dtype), dims), one, dtype), shape)
+
+    return rule
 
 
 def _transpose(graph: Graph, a: dict[str, Any], shape: Shape, dtype: torch.dtype) -> Node | None:
@@ -392,7 +416,8 @@ _RULES: dict[str, Rule] = {
     "pow": _pow,
     "square": _square,
     "reciprocal": _reciprocal,
-    "mean": _mean,
+    "mean": _reduction("mean"),
+    "sum": _reduction("sum"),
     "t": _transpose,
     "transpose": _transpose,
     "permute": _permute,

@@ -8,6 +8,7 @@ shows there. Numbers are bound to an attribute only where changing the attribute
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -250,14 +251,16 @@ class _TracedFunction:
         if found is None:
             return ""
         problem = prove(op, variant, fixed, candidate, found.roles, ROUNDS)
-        if problem is None and ("part", "all") in variant.options and self._takes_a_part(arguments, variant, fixed):
-            problem = f"is {op.name} {dict(variant.options)}, but also turns a part of the elements"
+        if problem is None and self._takes_more(arguments, variant, fixed):
+            problem = f"is {op.name} {dict(variant.options)}, but also takes more elements or tokens than it turns"
         return dict(found.roles) if problem is None else problem
 
-    def _takes_a_part(self, arguments: list[Role], variant: Variant, fixed: dict[str, int]) -> bool:
-        partial = replace(variant, options=(*variant.options, ("part", "first")))
-        try:
-            self._candidate(arguments, partial, fixed).graph(FIRST)
-        except Untraceable:
-            return False
-        return True
+    def _takes_more(self, arguments: list[Role], variant: Variant, fixed: dict[str, int]) -> bool:
+        """Whether the function runs where only a part of what it is given can be turned, which the variant has no word for."""
+        for option, whole, part in (("part", "all", "first"), ("tokens", "all", "last")):
+            if (option, whole) in variant.options:
+                partial = replace(variant, options=(*variant.options, (option, part)))
+                with contextlib.suppress(Untraceable):
+                    self._candidate(arguments, partial, fixed).graph(FIRST)
+                    return True
+        return False

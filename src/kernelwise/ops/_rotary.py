@@ -61,6 +61,11 @@ def rotary_one(
     part: every element of x is turned ("all"), or only the first R ("first") or the last R of them ("last").
     """
     cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return turn(x, cos, sin, layout=layout, angles=angles, dtype=dtype, part=part)
+
+
+def turn(x: Tensor, cos: Tensor, sin: Tensor, *, layout: str, angles: str, dtype: str, part: str) -> Tensor:
+    """Return `rotary_one` of x, with cos and sin that broadcast to it as they are."""
     own = x.dtype
     if dtype == "float32":
         x = x.float()
@@ -97,6 +102,20 @@ def _rotary_one_repeated_late(x: Tensor, cos: Tensor, sin: Tensor, *, unsqueeze_
     return _rotate(x, cos, sin, "interleaved", "full")
 
 
+def _rotary_by_matrices(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, *, unsqueeze_dim: int = 1, **options: Any
+) -> tuple[Tensor, Tensor]:
+    if tuple(options.values()) != ("interleaved", "first_half", "promoted", "all"):
+        raise NotImplementedError("pairs of neighbours are multiplied by a matrix")
+    cos, sin = cos[..., : cos.shape[-1] // 2], sin[..., : sin.shape[-1] // 2]
+    matrices = torch.stack((cos, -sin, sin, cos), dim=-1).view(*cos.shape, 2, 2).unsqueeze(unsqueeze_dim)
+
+    def turned(x: Tensor) -> Tensor:
+        return (x.reshape(*x.shape[:-1], -1, 1, 2) * matrices).sum(-1).flatten(-2)
+
+    return turned(q), turned(k)
+
+
 def rotary_vision(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
     """Return q and k [..., H, D] turned by cos and sin [..., D]; the options are those of `rotary_one`."""
     return rotary(q, k, cos, sin, unsqueeze_dim=-2, **options)
@@ -109,11 +128,11 @@ def rotary_complex(q: Tensor, k: Tensor, turns: Tensor, *, unsqueeze_dim: int = 
     """
     turns = turns.unsqueeze(unsqueeze_dim)
 
-    def turn(x: Tensor) -> Tensor:
+    def turned(x: Tensor) -> Tensor:
         pairs = torch.view_as_complex(x.float().reshape(*x.shape[:-1], -1, 2))
         return torch.view_as_real(pairs * turns).flatten(3).type_as(x)
 
-    return turn(q), turn(k)
+    return turned(q), turned(k)
 
 
 def _heads(name: str) -> Any:
@@ -145,6 +164,7 @@ _VARIANTS = _variants(
     ("half", "full", "float32", "all"),
     ("half", "half", "promoted", "all"),
     ("interleaved_to_half", "first_half", "promoted", "all"),
+    ("interleaved", "first_half", "promoted", "all"),
     ("interleaved", "full", "promoted", "first"),
     ("interleaved", "full", "promoted", "all"),
     ("interleaved", "full", "float32", "all"),
@@ -169,6 +189,7 @@ _COS_SIN = (
 ROTARY = Operation(
     name="rotary",
     reference=rotary,
+    forms=(_rotary_by_matrices,),
     roles=(Role("q", "argument", _heads("Hq")), Role("k", "argument", _heads("Hk")), *_COS_SIN),
     choices={"unsqueeze_dim": (1, 2)},
     variants=_VARIANTS,
