@@ -28,7 +28,7 @@ import torch
 from torch import nn
 
 from kernelwise._cache import cache_directory
-from kernelwise._capture import Group, module_of
+from kernelwise._capture import Group
 from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Recognition, to_json
 from kernelwise._errors import KernelLoadError, PlanError
 from kernelwise._verify import Options, check_group
@@ -41,6 +41,8 @@ SECONDS = 120.0
 PROVEN = "proven"
 ON_TRUST = "unproven (verify=False)"
 NOT_ASKED = "unproven (apply)"
+
+_NUMBERS = frozenset({int, float, bool, str})
 
 _log = logging.getLogger("kernelwise")
 _remembered: dict[tuple[Any, ...], str | None] = {}
@@ -175,9 +177,16 @@ def on_trust(plan: Plan) -> Plan:
 
 
 def recall(model: nn.Module, plan: Plan) -> Plan:
-    """Return a plan that says which of its kernels are proven on this machine. Checks nothing."""
+    """Return a plan that says which of its kernels are proven on this machine. Checks nothing.
+
+    A plan for another model is returned as it is: what applies it says what does not fit.
+    """
     unproven = set()
-    for kind in _kinds(model, plan):
+    try:
+        kinds = _kinds(model, plan)
+    except (AttributeError, KeyError):
+        return plan
+    for kind in kinds:
         if kind.key not in _remembered:
             file = _proof_file(kind, plan)
             if file is None or not file.is_file():
@@ -186,7 +195,7 @@ def recall(model: nn.Module, plan: Plan) -> Plan:
             _remembered[kind.key] = None
         if _remembered[kind.key] is not None:
             unproven.add(_ref(kind))
-    return _with_proofs(plan, PROVEN, but={ref: NOT_ASKED for ref in unproven})
+    return _with_proofs(plan, PROVEN, but=dict.fromkeys(unproven, NOT_ASKED))
 
 
 def remember(model: nn.Module, plan: Plan, checks: Sequence[Check]) -> None:
@@ -221,66 +230,71 @@ def _judge(checks: Sequence[Check], *, done: bool) -> str | None:
 def _kinds(model: nn.Module, plan: Plan) -> list[_Kind]:
     """Group the decisions whose kernels are not builtin by everything that a proof depends on.
 
-    Values that `discover` and `plan` share between layers stand by their identity first, which is cheap for large models.
+    Values that `discover` and `plan` share between layers stand by their identity, and what is alike mostly comes in a row:
+    a layer costs a microsecond, of which reading its shape is the most.
     """
-    ours: dict[int, bool] = {}
-    reads: dict[tuple[int, int], tuple[str, ...]] = {}
+    children: dict[str, dict[str, nn.Module | None]] = {}
     alike: dict[tuple[Any, ...], list[Decision]] = {}
-    parents: dict[str, nn.Module] = {}
+    kernel: Kernel | None = None
+    computes: Recognition | None = None
+    read: tuple[str, ...] | None = None
+    last: tuple[Any, ...] = ()
+    current: list[Decision] = []
     for decision in plan.decisions:
-        kernel = decision.kernel
-        if kernel is None:
+        layer, found = decision.layer, decision.layer.recognition
+        if found is not layer.recognition_in_training and decision.mode.startswith("training"):
+            found = layer.recognition_in_training
+        if decision.kernel is not kernel or found is not computes:
+            kernel, computes = decision.kernel, found
+            read = _names_read(kernel, computes)
+        if read is None:
             continue
-        number = id(kernel)
-        is_ours = ours.get(number)
-        if is_ours is None:
-            is_ours = ours[number] = kernel.ref.scheme == "builtin" or kernel.function is None
-        if is_ours:
-            continue
-        layer = decision.layer
-        computes = layer.recognition_in_training if decision.mode.startswith("training") else layer.recognition
-        names = reads.get((number, id(computes)))
-        if names is None:
-            names = reads[number, id(computes)] = _names_read(kernel, computes)
+        traits: tuple[Any, ...] | None = None
+        if layer.function is None:
+            above, _, name = layer.path.rpartition(".")
+            siblings = children.get(above)
+            if siblings is None:
+                siblings = children[above] = model.get_submodule(above)._modules
+            traits = _traits(siblings[name] if name else model, read)
         key = (
-            number,
-            id(computes),
+            traits,
             layer.class_name,
             layer.function,
             layer.device,
             layer.dtypes,
             id(layer.signature),
-            None if layer.function is not None else _traits(model, layer.path, names, parents),
+            id(kernel),
+            id(computes),
         )
-        found = alike.get(key)
-        if found is None:
-            alike[key] = [decision]
-        else:
-            found.append(decision)
-    return [_kind(decisions, key[-1]) for key, decisions in alike.items()]
+        if key != last:
+            last, current = key, alike.setdefault(key, [])
+        current.append(decision)
+    return [_kind(decisions, key[0]) for key, decisions in alike.items()]
 
 
-def _names_read(kernel: Kernel, computes: Recognition | None) -> tuple[str, ...]:
+def _names_read(kernel: Kernel | None, computes: Recognition | None) -> tuple[str, ...] | None:
+    """The attributes that a kernel reads from a layer; None where no proof is needed, or the kernel is only described."""
+    if kernel is None or kernel.ref.scheme == "builtin" or kernel.function is None:
+        return None
     if kernel.op is None or computes is None:
         return kernel.reads
     return tuple(str(binding.value) for _, binding in computes.roles if binding.kind == "attribute")
 
 
-def _traits(
-    model: nn.Module, path: str, reads: Sequence[str], parents: dict[str, nn.Module]
-) -> tuple[tuple[Any, ...], ...]:
-    """The shapes of a module's weights, and the numbers that a kernel reads from it."""
-    above, _, name = path.rpartition(".")
-    if not name:
-        module = model
+def _traits(module: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
+    """The shapes of a module's weights, and the numbers among what a kernel reads from it."""
+    held = module.__dict__
+    own = held["_parameters"]
+    traits: list[Any]
+    if len(own) == 1 and not held["_modules"]:  # a norm, of which a model has many
+        (weight,) = own.values()
+        traits = [None if weight is None else weight.shape]
     else:
-        parent = parents.get(above)
-        if parent is None:
-            parent = parents[above] = model.get_submodule(above)
-        module = parent._modules[name]  # type: ignore[assignment]
-    own, scalars = module._parameters, module.__dict__
-    shapes = [p.shape for p in (module.parameters() if module._modules else own.values()) if p is not None]
-    return (*shapes, *[scalars[n] for n in reads if n in scalars and isinstance(scalars[n], (int, float, str))])
+        traits = [None if weight is None else weight.shape for weight in module.parameters()]
+    for name in names:
+        if type(value := held.get(name)) in _NUMBERS:
+            traits.append(value)
+    return tuple(traits)
 
 
 def _kind(decisions: list[Decision], traits: tuple[Any, ...] | None) -> _Kind:
