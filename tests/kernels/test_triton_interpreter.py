@@ -15,7 +15,10 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-CASES = ("rms_norm", "add_rms_norm", "gated_activation", "rotary", "cross_entropy", "linear_cross_entropy")
+CASES = (
+    "rms_norm", "add_rms_norm", "gated_activation", "rotary", "cross_entropy", "linear_cross_entropy", "layer_norm",
+    "add_layer_norm",
+)  # fmt: skip
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -198,13 +201,61 @@ def _linear_cross_entropy() -> None:
     loss = 3 * linear_cross_entropy(hidden, weight, labels)
     wanted = torch.autograd.grad(3 * _own_loss(F.linear(hidden, weight), labels), (hidden, weight))
     for _ in range(2):  # the second time through the chunks again
-        for actual, expected in zip(torch.autograd.grad(loss, (hidden, weight), retain_graph=True), wanted, strict=True):
+        for actual, expected in zip(
+            torch.autograd.grad(loss, (hidden, weight), retain_graph=True), wanted, strict=True
+        ):
             torch.testing.assert_close(actual, expected)
     frozen = linear_cross_entropy(hidden, weight.detach(), labels)
     torch.testing.assert_close(torch.autograd.grad(frozen, hidden)[0] * 3, wanted[0])
 
 
+def _layer_norm() -> None:
+    from exact import assert_as_exact
+
+    from kernelwise.kernels.triton import layer_norm as module
+    from kernelwise.kernels.triton.layer_norm import layer_norm
+
+    def own(x: torch.Tensor, weight: Any = None, bias: Any = None) -> torch.Tensor:
+        return F.layer_norm(x, x.shape[-1:], weight, bias, 1e-5)
+
+    for shape, few_rows in (((3, 33), 9), ((2, 5, 64), 99), ((1, 600), 9), ((70, 3), 99), ((70, 3), 0)):
+        module._FEW_ROWS = few_rows  # both forms of the backward pass
+        given = {
+            "x": torch.randn(shape) + (shape[-1] > 3),
+            "weight": torch.randn(shape[-1]),
+            "bias": torch.randn(shape[-1]),
+        }
+        assert_as_exact(own, lambda x, weight, bias: layer_norm(x, weight, bias, 1e-5), given)
+        del given["bias"]
+        assert_as_exact(
+            lambda x, weight: own(x, 1 + weight), lambda x, weight: layer_norm(x, weight, None, 1e-5, offset=1.0), given
+        )
+        assert_as_exact(own, lambda x: layer_norm(x, None, None, 1e-5), {"x": given["x"]})
+    given = {"x": torch.randn(4, 96)[:, 32:64], "weight": torch.randn(32), "bias": torch.randn(32)}
+    assert_as_exact(own, lambda x, weight, bias: layer_norm(x, weight, bias, 1e-5), given, scales=(1.0,))
+
+
+def _add_layer_norm() -> None:
+    from exact import assert_as_exact
+
+    from kernelwise.kernels.triton import layer_norm as module
+    from kernelwise.kernels.triton.add_layer_norm import add_layer_norm
+
+    def own(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Any:
+        total = x + residual
+        return F.layer_norm(total, total.shape[-1:], weight, bias, 1e-5), total
+
+    for shape, few_rows in (((3, 33), 9), ((2, 5, 64), 99), ((70, 3), 0)):
+        module._FEW_ROWS = few_rows
+        given = {"x": torch.randn(shape), "residual": torch.randn(shape)}
+        given |= {"weight": torch.randn(shape[-1]), "bias": torch.randn(shape[-1])}
+        assert_as_exact(own, lambda x, residual, weight, bias: add_layer_norm(x, residual, weight, bias, 1e-5), given)
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
-    cases = (_rms_norm, _add_rms_norm, _gated_activation, _rotary, _cross_entropy, _linear_cross_entropy)
+    cases = (
+        _rms_norm, _add_rms_norm, _gated_activation, _rotary, _cross_entropy, _linear_cross_entropy, _layer_norm,
+        _add_layer_norm,
+    )  # fmt: skip
     dict(zip(CASES, cases, strict=True))[sys.argv[1]]()

@@ -144,7 +144,7 @@ def rows_kernel(
         tl.store(loss_ptr + row, 0.0)
         if GRADIENT:
             zeros = tl.zeros([SUBROWS, COLUMNS], dtype=logits_ptr.dtype.element_ty)
-            for i in range(0, all_to):
+            for i in range(all_to):
                 place = i * BLOCK + offsets
                 tl.store(ptr + place, zeros, mask=(place >= lead) & (place < end))
         else:
@@ -182,15 +182,56 @@ def rows_kernel(
             tl.debug_barrier()  # the logit of the label was read by every thread
             for i in range(tl.maximum(whole_from, whole_to), all_to):
                 _spread(
-                    ptr, ptr, i * BLOCK + offsets, lead, end, lead + label, base, rest, factor, WIDTH, SMOOTHING, SOFTCAP, Z_LOSS, True
+                    ptr,
+                    ptr,
+                    i * BLOCK + offsets,
+                    lead,
+                    end,
+                    lead + label,
+                    base,
+                    rest,
+                    factor,
+                    WIDTH,
+                    SMOOTHING,
+                    SOFTCAP,
+                    Z_LOSS,
+                    True,
                 )
             for i in range(whole_from, whole_to):
                 back = (whole_to - 1 + whole_from - i) * BLOCK
                 _spread(
-                    ptr, ptr, back + offsets, lead, end, lead + label, base, rest, factor, WIDTH, SMOOTHING, SOFTCAP, Z_LOSS, False
+                    ptr,
+                    ptr,
+                    back + offsets,
+                    lead,
+                    end,
+                    lead + label,
+                    base,
+                    rest,
+                    factor,
+                    WIDTH,
+                    SMOOTHING,
+                    SOFTCAP,
+                    Z_LOSS,
+                    False,
                 )
             if ALIGN > 1:
-                _spread(ptr, ptr, offsets, lead, end, lead + label, base, rest, factor, WIDTH, SMOOTHING, SOFTCAP, Z_LOSS, True)
+                _spread(
+                    ptr,
+                    ptr,
+                    offsets,
+                    lead,
+                    end,
+                    lead + label,
+                    base,
+                    rest,
+                    factor,
+                    WIDTH,
+                    SMOOTHING,
+                    SOFTCAP,
+                    Z_LOSS,
+                    True,
+                )
         else:
             tl.store(lse_ptr + 2 * row, base)
             tl.store(lse_ptr + 2 * row + 1, rest)
@@ -235,9 +276,39 @@ def gradient_kernel(
         factor = tl.where((label >= 0) & (label < WIDTH), factor, float("nan"))
         ptr = logits_ptr + first
         if whole:
-            _spread(ptr, to_ptr, offsets, lead, end, lead + label, base, rest, factor, WIDTH, SMOOTHING, SOFTCAP, Z_LOSS, False)
+            _spread(
+                ptr,
+                to_ptr,
+                offsets,
+                lead,
+                end,
+                lead + label,
+                base,
+                rest,
+                factor,
+                WIDTH,
+                SMOOTHING,
+                SOFTCAP,
+                Z_LOSS,
+                False,
+            )
         else:
-            _spread(ptr, to_ptr, offsets, lead, end, lead + label, base, rest, factor, WIDTH, SMOOTHING, SOFTCAP, Z_LOSS, True)
+            _spread(
+                ptr,
+                to_ptr,
+                offsets,
+                lead,
+                end,
+                lead + label,
+                base,
+                rest,
+                factor,
+                WIDTH,
+                SMOOTHING,
+                SOFTCAP,
+                Z_LOSS,
+                True,
+            )
 
 
 @triton.jit(do_not_specialize=["num_rows"])

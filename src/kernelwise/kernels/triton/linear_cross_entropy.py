@@ -38,7 +38,9 @@ Gradients = tuple[Tensor | None, Tensor | None, Tensor | None]
 
 
 def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
-    check(hidden.dtype in DTYPES, lambda: f"linear_cross_entropy takes {', '.join(map(str, DTYPES))}, not {hidden.dtype}")
+    check(
+        hidden.dtype in DTYPES, lambda: f"linear_cross_entropy takes {', '.join(map(str, DTYPES))}, not {hidden.dtype}"
+    )
     check(
         hidden.dim() == 2 and weight.dim() == 2 and weight.shape[1] == hidden.shape[1],
         lambda: f"hidden [N, H] and weight [V, H] have shapes {tuple(hidden.shape)} and {tuple(weight.shape)}",
@@ -46,7 +48,10 @@ def _check(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> None:
     for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is not None:
             same = tensor.dtype == hidden.dtype and tensor.device == hidden.device
-            check(same, lambda n=name, t=tensor: f"hidden is {hidden.dtype} on {hidden.device}, {n} {t.dtype} on {t.device}")
+            check(
+                same,
+                lambda n=name, t=tensor: f"hidden is {hidden.dtype} on {hidden.device}, {n} {t.dtype} on {t.device}",
+            )
     check(
         bias is None or bias.shape == weight.shape[:1],
         lambda: f"bias has shape ({weight.shape[0]},), not {tuple(bias.shape) if bias is not None else ()}",
@@ -254,7 +259,7 @@ def _(
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-    hidden, weight, bias, labels, _, *options, reduction, chunk_bytes, wanted = inputs
+    hidden, weight, bias, labels, _, *options, _, chunk_bytes, wanted = inputs
     ctx.ready = any(wanted)
     ctx.save_for_backward(hidden, weight, bias, labels, *output[1:])
     ctx.options, ctx.chunk_bytes = options, chunk_bytes
@@ -309,7 +314,9 @@ def linear_cross_entropy(
         hidden, weight, bias = hidden.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
     _check(hidden, weight, bias)
     check_labels(labels, hidden.shape[0], hidden.device)
-    check(chunk_bytes is None or chunk_bytes > 0, lambda: f"chunk_bytes is a positive number of bytes, not {chunk_bytes}")
+    check(
+        chunk_bytes is None or chunk_bytes > 0, lambda: f"chunk_bytes is a positive number of bytes, not {chunk_bytes}"
+    )
     items = items_of(num_items, reduction, hidden)
     num_rows: Any = hidden.shape[0]
     if isinstance(num_rows, int) and (num_rows == 0 or weight.numel() == 0):
