@@ -105,6 +105,37 @@ def test_variants_of_a_norm(cls, offset, cast):
     assert options(recognize(cls())) == {"offset": offset, "cast": cast}
 
 
+class Prescaled(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        y = (x.float() * (1.0 + self.scale).float()).type_as(x).float()
+        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.small)).type_as(x)
+
+
+class PrescaledUnrounded(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        y = x.float() * (1.0 + self.scale).float()
+        return (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + self.small)).type_as(x)
+
+
+def test_weight_in_front_of_the_norm():
+    answer = recognize(Prescaled())
+    assert isinstance(answer, Recognition)
+    assert (answer.op, dict(answer.options)) == ("rms_norm_prescaled", {"offset": 1.0})
+    assert isinstance(recognize(PrescaledUnrounded()), Unknown)
+
+
+class Inverse(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.rsqrt(x.float().square().mean(-1, keepdim=True) + self.small).to(x.dtype)
+
+
+def test_what_a_norm_multiplies_with():
+    answer = recognize(Inverse())
+    assert isinstance(answer, Recognition)
+    assert answer.op == "inverse_rms"
+    assert dict(answer.roles)["eps"] == Binding("attribute", "small")
+
+
 class EpsOutsideTheRoot(Norm):
     def forward(self, x: Tensor) -> Tensor:
         y = x.float()

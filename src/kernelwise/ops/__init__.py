@@ -22,7 +22,7 @@ from kernelwise.ops._layer_norm import LAYER_NORM
 from kernelwise.ops._linear import LINEAR
 from kernelwise.ops._operation import Operation, Role, Variant
 from kernelwise.ops._register import operation
-from kernelwise.ops._rms_norm import RMS_NORM
+from kernelwise.ops._rms_norm import INVERSE_RMS, RMS_NORM, RMS_NORM_PRESCALED
 from kernelwise.ops._rms_norm_gated import RMS_NORM_GATED, RMS_NORM_GATED_GROUPED
 from kernelwise.ops._rotary import ROTARY, ROTARY_COMPLEX, ROTARY_ONE, ROTARY_VISION
 from kernelwise.ops._rotary_shared import ROTARY_COMPLEX_SHARED, ROTARY_SHARED
@@ -30,8 +30,9 @@ from kernelwise.ops._rotary_shared import ROTARY_COMPLEX_SHARED, ROTARY_SHARED
 OPERATIONS: dict[str, Operation] = {
     op.name: op
     for op in (
-        RMS_NORM, RMS_NORM_GATED, RMS_NORM_GATED_GROUPED, LAYER_NORM, GATED_MLP, GATED_MLP_PACKED, GATED_MLP_CLAMPED,
-        GATED_MLP_NORMED, GATED_MLP_CAST, MLP, MLP_CAST, LINEAR_ACTIVATION, ACTIVATION, LINEAR,
+        RMS_NORM, RMS_NORM_PRESCALED, INVERSE_RMS, RMS_NORM_GATED, RMS_NORM_GATED_GROUPED, LAYER_NORM,
+        GATED_MLP, GATED_MLP_PACKED, GATED_MLP_CLAMPED, GATED_MLP_NORMED, GATED_MLP_CAST,
+        MLP, MLP_CAST, LINEAR_ACTIVATION, ACTIVATION, LINEAR,
         ROTARY_VISION, ROTARY, ROTARY_ONE, ROTARY_COMPLEX, ROTARY_SHARED, ROTARY_COMPLEX_SHARED, *LAYERS,
     )
 }  # fmt: skip

@@ -53,3 +53,34 @@ RMS_NORM = Operation(
     operators=(("rsqrt",), ("mean",), ("add",)),
     layer_names={(): "RMSNorm"},
 )
+
+
+def rms_norm_prescaled(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0) -> Tensor:
+    """Return the norm without weight of `(offset + weight) * x`, a product in float32 that is rounded to the dtype of x."""
+    scaled = (x.float() * (offset + weight if offset else weight).float()).to(x.dtype).float()
+    return (scaled * torch.rsqrt(scaled.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+RMS_NORM_PRESCALED = Operation(
+    name="rms_norm_prescaled",
+    reference=rms_norm_prescaled,
+    roles=RMS_NORM.roles,
+    variants=tuple(Variant((("offset", offset),)) for offset in (0.0, 1.0)),
+    operators=RMS_NORM.operators,
+    layer_names={(): "PrescaledRMSNorm"},
+)
+
+
+def inverse_rms(x: Tensor, eps: float) -> Tensor:
+    """Return `1 / sqrt(mean(x ** 2, -1) + eps)` [..., 1], computed in float32 and rounded to the dtype of x."""
+    return torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + eps).to(x.dtype)
+
+
+INVERSE_RMS = Operation(
+    name="inverse_rms",
+    reference=inverse_rms,
+    roles=(RMS_NORM.roles[0], RMS_NORM.roles[2]),
+    variants=(Variant(),),
+    operators=RMS_NORM.operators,
+    layer_names={(): "InverseRMS"},
+)

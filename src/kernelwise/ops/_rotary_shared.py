@@ -28,7 +28,7 @@ def rotary_shared(
     def turned(x: Tensor) -> Tensor:
         if tokens == "all":
             return turn(x, cos, sin, **options)
-        before, x = torch.split(x, (x.shape[positions] - length, length), dim=positions)
+        before, x = torch.split(x, [x.shape[positions] - length, length], dim=positions)
         return torch.cat((before, turn(x, cos, sin, **options)), dim=positions)
 
     return turned(q), turned(k)
