@@ -117,7 +117,7 @@ def test_explain_takes_what_is_below_a_path(capsys: pytest.CaptureFixture[str]) 
     _, out, _ = run(capsys, "plan", "llama", "--device", "cuda", "--json", "--explain", "model.layers.1")
     paths = {decision["layer"]["path"] for decision in json.loads(out)["decisions"]}
     assert {"model.layers.1.mlp", "model.layers.1.input_layernorm"} < paths
-    assert all(path.startswith("model.layers.1.") for path in paths)
+    assert all(f"{path}.".startswith("model.layers.1.") for path in paths)
 
 
 def test_explain_of_an_unknown_path_names_the_nearest(capsys: pytest.CaptureFixture[str]) -> None:

@@ -95,7 +95,7 @@ def test_agrees_with_the_reference(model_type):
 
 def test_layer_names():
     names = {layer_name(answer) for _, _, answer in recognised(build("llama"))}
-    assert names == {"Linear", "RMSNorm", "SwiGLUMLP", "SiLU"}
+    assert names == {"DecoderLayer", "Linear", "RMSNorm", "SwiGLUMLP", "SiLU"}
     assert "GEGLUMLP" in {layer_name(answer) for _, _, answer in recognised(build("gemma"))}
     llama = importlib.import_module("transformers.models.llama.modeling_llama")
     (found,) = [a for n, a in recognize_functions(build("llama").model.layers[0].self_attn)]

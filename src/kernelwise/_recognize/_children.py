@@ -51,12 +51,15 @@ _MOST_ASKED = 4
 
 
 class Given:
-    """An argument, or a further result of a child, that a layer may hand on and must not look into."""
+    """An argument, or a further result of a child, that a layer may hand on and must not look into.
 
-    __slots__ = ("name",)
+    One that is a switch (its default is True or False) may be asked which it is: `value`.
+    """
 
-    def __init__(self, name: str) -> None:
-        self.name = name
+    __slots__ = ("name", "value")
+
+    def __init__(self, name: str, value: bool | None = None) -> None:
+        self.name, self.value = name, value
 
     def _refuse(self, what: str) -> Any:
         raise Untraceable(f"it looks into {self.name} ({what})")
@@ -69,7 +72,7 @@ class Given:
         return self._refuse(name)
 
     def __bool__(self) -> bool:
-        return bool(self._refuse("as a condition"))
+        return bool(self._refuse("as a condition")) if self.value is None else self.value
 
     def __iter__(self) -> Iterator[Any]:
         return self._refuse("takes it apart")  # type: ignore[no-any-return]
@@ -94,13 +97,14 @@ class ChildCall:
     """How a layer calls one child, and what it takes of the result.
 
     `args` and `kwargs` hold `Given` arguments, `HIDDEN` for the tensor, constants. `lengths` has what the child may give
-    (0: a tensor; otherwise a tuple of so many, of which the layer takes the first).
+    (0: a tensor; otherwise a tuple of so many, of which the layer takes the first). `is_open` where that was tried out.
     """
 
     path: str
     args: tuple[Any, ...]
     kwargs: tuple[tuple[str, Any], ...]
     lengths: tuple[int, ...]
+    is_open: bool = False
 
 
 class _Hidden:
@@ -132,6 +136,7 @@ class _Trace:
         stand_in = make_stand_in(layer.module, stage)
         absent = {*at.absent, self.refused}
         given: dict[str, Any] = {name: None if name in absent else Given(name) for name in layer.others}
+        given |= {name: Given(name, value != (name in absent)) for name, value in layer.switches}
         width, dtype = layer.width, at.widths.activations
         if self.tensor is not None and self.tensor not in at.absent:
             context = stage.fake((*at.lead[:-1], _CONTEXT, width), dtype)
@@ -159,6 +164,7 @@ class _Trace:
             return NotImplemented  # an activation, a dropout: it is looked into
         stage: Stage = child.__dict__["_kernelwise"][1]
         tensors = [item for item in (*args, *kwargs.values()) if type(item) is not Given and isinstance(item, Tensor)]
+        tensors = list({id(item): item for item in tensors}.values())  # query, key and value may be one tensor
         if not tensors or any(call.path == name for call in self.calls):
             raise Untraceable(f"it calls its child {name} without a tensor, or more than once")
         for item in (*args, *kwargs.values()):
@@ -170,7 +176,8 @@ class _Trace:
             Source("child", name), tuple(tensors), stage.fake(tuple(shape), stage.widths.leaves or tensors[0].dtype)
         )
         length = 0
-        if not is_linear and name not in self.layer.norms:
+        is_open = not is_linear and name not in self.layer.norms
+        if is_open:
             length = self.lengths[min(self.num_unknown, len(self.lengths) - 1)]
             self.num_unknown += 1
         self.calls.append(
@@ -179,6 +186,7 @@ class _Trace:
                 tuple(_argument(item) for item in args),
                 tuple((key, _argument(item)) for key, item in kwargs.items()),
                 (length,),
+                is_open,
             )
         )
         return (output, *(Given(f"{name}[{i}]") for i in range(1, length))) if length else output
@@ -194,8 +202,12 @@ class _Trace:
         return False
 
     def absences(self) -> Iterator[frozenset[str]]:
-        """Sets of arguments that may be None at once: each alone, all of them, and every mix of those looked at."""
-        names = [*self.layer.others, *([self.tensor] if self.tensor else [])]
+        """Sets of arguments that may be None, or switches turned over, at once.
+
+        Each alone, all of them, and every mix of those that the code compares with None.
+        """
+        names = [*self.layer.others, *(name for name, _ in self.layer.switches)]
+        names += [self.tensor] if self.tensor else []
         asked = [name for name in names if name in self.layer.asked][:_MOST_ASKED]
         mixes = itertools.chain.from_iterable(itertools.combinations(asked, n) for n in range(2, len(asked) + 1))
         yield from dict.fromkeys(map(frozenset, (*((name,) for name in names), tuple(names), *mixes)))
@@ -213,7 +225,8 @@ class _Layer:
     width: int
     x: str
     others: tuple[str, ...]  # arguments that are only handed on
-    asked: frozenset[str]  # of those, the ones that the code compares with None
+    switches: tuple[tuple[str, bool], ...]  # those that are True or False, with the default
+    asked: frozenset[str]  # of the others, the ones that the code compares with None
     takes_more: bool
 
 
@@ -229,7 +242,7 @@ def _layer_of(module: nn.Module, norms: frozenset[str], reads: Reads, training: 
         raise Untraceable("its forward takes any number of arguments")
     if more is not None and not _only_passes_on(code, more):
         raise Untraceable(f"it looks into its **{more}")
-    first, *rest = (p.name for p in parameters if p.name != more)
+    first, *rest = (p for p in parameters if p.name != more)
     return _Layer(
         module,
         forward,
@@ -237,8 +250,9 @@ def _layer_of(module: nn.Module, norms: frozenset[str], reads: Reads, training: 
         reads,
         training,
         widths_of(module)[0],
-        first,
-        tuple(rest),
+        first.name,
+        tuple(p.name for p in rest if not isinstance(p.default, bool)),
+        tuple((p.name, p.default) for p in rest if isinstance(p.default, bool)),
         _compared_with_none(code),
         more is not None,
     )
@@ -353,6 +367,39 @@ def find_layer(module: nn.Module, *, training: bool | None) -> Finding | None:
     return Finding(None, reason or "no known layer has this graph", shown, _merged(reads, known))
 
 
+def record_calls(module: nn.Module, *, training: bool | None) -> tuple[ChildCall, ...]:
+    """Return how a recognised layer calls its children, in order; nothing where it is not recognised."""
+    norms, _ = _norms_of(module, training)
+    try:
+        for trace, graph in _traces(module, norms, Reads(), training) if norms else ():
+            for op, variant in _variants_like(graph) if isinstance(graph, Graph) else ():
+                if isinstance(_compare(op, variant, graph, trace), Recognition):
+                    return _with_alternatives(trace, op, variant)
+    except Untraceable:
+        pass
+    return ()
+
+
+def _with_alternatives(trace: _Trace, op: Operation, variant: Variant) -> tuple[ChildCall, ...]:
+    """The calls of a trace, each with everything that the child may give without a change to what the layer is."""
+    trace.candidate.graph(FIRST)
+    calls, place = list(trace.calls), 0
+    for index, call in enumerate(calls):
+        if not call.is_open:
+            continue
+        for length in _LENGTHS:
+            lengths = (*trace.lengths[:place], length, *trace.lengths[place + 1 :])
+            other = _Trace(trace.layer, lengths, trace.tensor, trace.refused)
+            try:
+                same = compare(op, variant, {}, other.candidate.graph(FIRST), FIRST, None) is not None
+            except Untraceable:
+                continue
+            if same and length not in calls[index].lengths:
+                calls[index] = replace(calls[index], lengths=(*calls[index].lengths, length))
+        place += 1
+    return tuple(calls)
+
+
 def _norms_of(module: nn.Module, training: bool | None) -> tuple[frozenset[str], dict[str, Reads]]:
     """The children that are norms, and what that was read from, for every child that was looked at."""
     children = {name: child for name, child in module._modules.items() if child is not None}
@@ -363,8 +410,14 @@ def _norms_of(module: nn.Module, training: bool | None) -> tuple[frozenset[str],
         for name, child in children.items()
         if not child._modules and all(p is None or p.ndim == 1 for p in child._parameters.values())
     }
-    norms = (name for name, f in found.items() if f.recognition is not None and f.recognition.op in _NORMS)
-    return frozenset(norms), {name: f.reads for name, f in found.items()}
+    return frozenset(name for name, f in found.items() if _is_norm(f)), {name: f.reads for name, f in found.items()}
+
+
+def _is_norm(finding: Finding) -> bool:
+    """Whether a child is a known norm, or divides by the root of a mean in a way that no operation has."""
+    if finding.recognition is not None:
+        return finding.recognition.op in _NORMS
+    return finding.graph is not None and "= mean(" in finding.graph and "= rsqrt(" in finding.graph
 
 
 def _merged(reads: Reads, known: dict[str, Reads]) -> Reads:

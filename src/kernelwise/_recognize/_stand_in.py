@@ -48,6 +48,10 @@ class Stage:
             return torch.empty(shape, dtype=dtype, requires_grad=dtype.is_floating_point)
 
 
+class _MissingError(AttributeError):
+    """An attribute that the module does not have either."""
+
+
 class _StandIn:
     """Mixed in before the module's class: answers every attribute from the module's metadata."""
 
@@ -64,7 +68,7 @@ class _StandIn:
         return view.get(self, name)
 
     def __getattr__(self, name: str) -> Any:  # not that of nn.Module, which looks into __dict__
-        raise AttributeError(f"'{type(self).__name__}' object has no attribute '{name}'")
+        raise _MissingError(f"'{type(self).__name__}' object has no attribute '{name}'")
 
     def __repr__(self) -> str:  # messages of exceptions name the module
         return type(self).__name__
@@ -304,7 +308,9 @@ def run(stage: Stage, function: Callable[..., Any], args: tuple[Any, ...], kwarg
 
 
 def _says_no(error: Exception) -> bool:
-    """Whether an exception comes from a `raise` in the code that was traced, not from PyTorch or from here."""
+    """Whether the code that was traced raises on purpose, or lacks an attribute; not PyTorch, and nothing here."""
+    if isinstance(error, _MissingError):
+        return True
     end = error.__traceback__
     while end is not None and end.tb_next is not None:
         end = end.tb_next

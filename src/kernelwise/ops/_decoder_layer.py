@@ -27,6 +27,7 @@ def decoder_layer(
     attention_out: Module | None,
     mlp_norm: Module,
     mlp: Module,
+    shared_mlp: Module | None,
     mlp_out: Module | None,
     multiplier: float | None,
     *,
@@ -35,13 +36,16 @@ def decoder_layer(
 ) -> Tensor | tuple[Tensor]:
     """Return the pre-norm layer `h + mlp(mlp_norm(h))` with `h = x + attention(input_norm(x))`.
 
-    x: [..., H]. `attention` is whatever mixes tokens. `attention_out` and `mlp_out` are called on what the two blocks
+    x: [..., H]. `attention` is whatever mixes tokens. What `shared_mlp` gives is added to what `mlp`, which then is a
+    mixture of experts, gives. `attention_out` and `mlp_out` are called on what the two blocks
     give, before it is added: a second pair of norms (Gemma 2), a scale for each channel (DINOv2). `multiplier` scales it
     (Granite). `returns` "tuple": a tuple with the result first. `clamp` "float16": in that dtype the result is kept away
     from infinity.
     """
     h = x + _scaled(_after(attention_out, attention(input_norm(x))), multiplier)
-    y = h + _scaled(_after(mlp_out, mlp(mlp_norm(h))), multiplier)
+    normed = mlp_norm(h)
+    added = mlp(normed) if shared_mlp is None else mlp(normed) + shared_mlp(normed)
+    y = h + _scaled(_after(mlp_out, added), multiplier)
     return _given(y, returns, clamp)
 
 
@@ -77,6 +81,24 @@ def decoder_layer_inline(
     return _given(h + down(ACTIVATIONS[activation][0](up(mlp_norm(h)))), returns, clamp)
 
 
+def _inline_in_rows(
+    x: Tensor,
+    input_norm: Module,
+    attention: Module,
+    mlp_norm: Module,
+    up: Module,
+    down: Module,
+    *,
+    activation: str,
+    returns: str,
+    clamp: str,
+) -> Tensor | tuple[Tensor]:
+    h = x + attention(input_norm(x))
+    rows = h.reshape(-1, h.shape[-1])
+    y = rows + down(ACTIVATIONS[activation][0](up(mlp_norm(rows))))
+    return _given(y.view(h.shape), returns, clamp)
+
+
 def decoder_layer_cross(
     x: Tensor,
     context: Tensor | None,
@@ -87,11 +109,16 @@ def decoder_layer_cross(
     mlp_norm: Module,
     mlp: Module,
     *,
+    always: bool = False,
     returns: str = "tensor",
     clamp: str = "none",
 ) -> Tensor | tuple[Tensor]:
-    """Return the pre-norm layer with attention to a context [..., S', H] between its two blocks, where there is one."""
-    h = _with_context(x + attention(input_norm(x)), context, cross_norm, cross_attention)
+    """Return the pre-norm layer with attention to a context [..., S', H] between its two blocks, where there is one.
+
+    `always`: the context is one of the arguments that are handed on, and there is attention to it in any case.
+    """
+    h = x + attention(input_norm(x))
+    h = h + cross_attention(cross_norm(h)) if always else _with_context(h, context, cross_norm, cross_attention)
     return _given(h + mlp(mlp_norm(h)), returns, clamp)
 
 
@@ -189,20 +216,27 @@ def _without(*names: str) -> tuple[tuple[str, Scalar], ...]:
 
 
 _ACTIVATIONS: tuple[Scalar, ...] = tuple(ACTIVATIONS)
+# One of these stands in the graph of every activation.
+_NONLINEAR = (
+    "silu", "gelu.default", "sigmoid", "relu", "tanh", "erf", "hardtanh.default", "leaky_relu.default", "elu.default",
+    "softplus.default", "mish.default", "hardswish.default", "hardsigmoid.default",
+)  # fmt: skip
 
 DECODER_LAYER = Operation(
     name="decoder_layer",
     reference=decoder_layer,
-    roles=_roles("x input_norm attention attention_out mlp_norm mlp mlp_out multiplier"),
+    roles=_roles("x input_norm attention attention_out mlp_norm mlp shared_mlp mlp_out multiplier"),
     variants=tuple(
         Variant(options, absent)
         for options in _each(clamps=True)
         for absent in (
+            _without("shared_mlp", "attention_out", "mlp_out", "multiplier"),
+            _without("shared_mlp", "multiplier"),
+            _without("shared_mlp", "attention_out", "mlp_out"),
+            _without("shared_mlp", "mlp_out", "multiplier"),
+            _without("shared_mlp", "attention_out", "multiplier"),
             _without("attention_out", "mlp_out", "multiplier"),
-            _without("multiplier"),
             _without("attention_out", "mlp_out"),
-            _without("mlp_out", "multiplier"),
-            _without("attention_out", "multiplier"),
         )
     ),
     operators=(("call",), ("add",)),
@@ -213,9 +247,10 @@ DECODER_LAYER = Operation(
 DECODER_LAYER_INLINE = Operation(
     name="decoder_layer_inline",
     reference=decoder_layer_inline,
+    forms=(_inline_in_rows,),
     roles=_roles("x input_norm attention mlp_norm up down"),
     variants=tuple(Variant(options) for options in _each(clamps=True, activation=_ACTIVATIONS)),
-    operators=(("call",), ("add",)),
+    operators=(("call",), ("add",), _NONLINEAR),
     layer_names={(): "InlineDecoderLayer"},
     norms=("input_norm", "mlp_norm"),
 )
@@ -224,7 +259,10 @@ DECODER_LAYER_CROSS = Operation(
     name="decoder_layer_cross",
     reference=decoder_layer_cross,
     roles=_roles("x context input_norm attention cross_norm cross_attention mlp_norm mlp"),
-    variants=tuple(Variant(options) for options in _each(clamps=True)),
+    variants=(
+        *(Variant(options) for options in _each(clamps=True, always=(False,))),
+        *(Variant(options, _without("context")) for options in _each(clamps=True, always=(True,))),
+    ),
     operators=(("call",), ("add",)),
     layer_names={(): "CrossDecoderLayer"},
     norms=("input_norm", "cross_norm", "mlp_norm"),
@@ -235,7 +273,7 @@ DECODER_LAYER_CROSS_INLINE = Operation(
     reference=decoder_layer_cross_inline,
     roles=_roles("x context input_norm attention cross_norm cross_attention mlp_norm up down"),
     variants=tuple(Variant(options) for options in _each(clamps=True, activation=_ACTIVATIONS)),
-    operators=(("call",), ("add",)),
+    operators=(("call",), ("add",), _NONLINEAR),
     layer_names={(): "InlineCrossDecoderLayer"},
     norms=("input_norm", "cross_norm", "mlp_norm"),
 )
