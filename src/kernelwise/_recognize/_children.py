@@ -53,7 +53,8 @@ _MOST_ASKED = 4
 class Given:
     """An argument, or a further result of a child, that a layer may hand on and must not look into.
 
-    One that is a switch (its default is True or False) may be asked which it is: `value`.
+    An attribute of it may be handed on too. One that is a switch (its default is True or False) may be asked which it
+    is: `value`.
     """
 
     __slots__ = ("name", "value")
@@ -69,7 +70,7 @@ class Given:
         return self._refuse("its class")  # type: ignore[no-any-return]
 
     def __getattr__(self, name: str) -> Any:
-        return self._refuse(name)
+        return Given(f"{self.name}.{name}") if not name.startswith("_") else self._refuse(name)
 
     def __bool__(self) -> bool:
         return bool(self._refuse("as a condition")) if self.value is None else self.value
@@ -372,7 +373,9 @@ def record_calls(module: nn.Module, *, training: bool | None) -> tuple[ChildCall
     norms, _ = _norms_of(module, training)
     try:
         for trace, graph in _traces(module, norms, Reads(), training) if norms else ():
-            for op, variant in _variants_like(graph) if isinstance(graph, Graph) else ():
+            if isinstance(graph, str):
+                continue
+            for op, variant in _variants_like(graph):
                 if isinstance(_compare(op, variant, graph, trace), Recognition):
                     return _with_alternatives(trace, op, variant)
     except Untraceable:

@@ -29,7 +29,10 @@ def decoder_layer(
     mlp: Module,
     shared_mlp: Module | None,
     mlp_out: Module | None,
+    last: Module | None,
     multiplier: float | None,
+    x_scale: Tensor | None,
+    h_scale: Tensor | None,
     *,
     returns: str = "tensor",
     clamp: str = "none",
@@ -37,16 +40,16 @@ def decoder_layer(
     """Return the pre-norm layer `h + mlp(mlp_norm(h))` with `h = x + attention(input_norm(x))`.
 
     x: [..., H]. `attention` is whatever mixes tokens. What `shared_mlp` gives is added to what `mlp`, which then is a
-    mixture of experts, gives. `attention_out` and `mlp_out` are called on what the two blocks
-    give, before it is added: a second pair of norms (Gemma 2), a scale for each channel (DINOv2). `multiplier` scales it
-    (Granite). `returns` "tuple": a tuple with the result first. `clamp` "float16": in that dtype the result is kept away
-    from infinity.
+    mixture of experts, gives. `attention_out` and `mlp_out` are called on what the two blocks give, before it is added:
+    a second pair of norms (Gemma 2), a scale for each channel (DINOv2). `multiplier` scales it (Granite); `x_scale` and
+    `h_scale` [H] scale what it is added to. `last` is called on the result. `returns` "tuple": a tuple with the result
+    first. `clamp` "float16": in that dtype the result is kept away from infinity.
     """
-    h = x + _scaled(_after(attention_out, attention(input_norm(x))), multiplier)
+    h = _weighted(x, x_scale) + _scaled(_after(attention_out, attention(input_norm(x))), multiplier)
     normed = mlp_norm(h)
     added = mlp(normed) if shared_mlp is None else mlp(normed) + shared_mlp(normed)
-    y = h + _scaled(_after(mlp_out, added), multiplier)
-    return _given(y, returns, clamp)
+    y = _weighted(h, h_scale) + _scaled(_after(mlp_out, added), multiplier)
+    return _given(_after(last, y), returns, clamp)
 
 
 def _after(child: Module | None, y: Tensor) -> Tensor:
@@ -55,6 +58,10 @@ def _after(child: Module | None, y: Tensor) -> Tensor:
 
 def _scaled(y: Tensor, multiplier: float | None) -> Tensor:
     return y if multiplier is None else y * multiplier
+
+
+def _weighted(y: Tensor, scale: Tensor | None) -> Tensor:
+    return y if scale is None else y * scale
 
 
 def _given(y: Tensor, returns: str, clamp: str) -> Tensor | tuple[Tensor]:
@@ -104,10 +111,13 @@ def decoder_layer_cross(
     context: Tensor | None,
     input_norm: Module,
     attention: Module,
+    attention_out: Module | None,
     cross_norm: Module,
     cross_attention: Module,
+    cross_out: Module | None,
     mlp_norm: Module,
     mlp: Module,
+    mlp_out: Module | None,
     *,
     always: bool = False,
     returns: str = "tensor",
@@ -116,10 +126,13 @@ def decoder_layer_cross(
     """Return the pre-norm layer with attention to a context [..., S', H] between its two blocks, where there is one.
 
     `always`: the context is one of the arguments that are handed on, and there is attention to it in any case.
+    `attention_out`, `cross_out` and `mlp_out` are called on what the blocks give, before it is added.
     """
-    h = x + attention(input_norm(x))
-    h = h + cross_attention(cross_norm(h)) if always else _with_context(h, context, cross_norm, cross_attention)
-    return _given(h + mlp(mlp_norm(h)), returns, clamp)
+    h = x + _after(attention_out, attention(input_norm(x)))
+    if always or context is not None:
+        normed = cross_norm(h)
+        h = h + _after(cross_out, cross_attention(normed) if context is None else cross_attention(normed, context))
+    return _given(h + _after(mlp_out, mlp(mlp_norm(h))), returns, clamp)
 
 
 def decoder_layer_cross_inline(
@@ -138,12 +151,10 @@ def decoder_layer_cross_inline(
     clamp: str = "none",
 ) -> Tensor | tuple[Tensor]:
     """Return `decoder_layer_inline` with attention to a context between its two blocks, where there is one."""
-    h = _with_context(x + attention(input_norm(x)), context, cross_norm, cross_attention)
+    h = x + attention(input_norm(x))
+    if context is not None:
+        h = h + cross_attention(cross_norm(h), context)
     return _given(h + down(ACTIVATIONS[activation][0](up(mlp_norm(h)))), returns, clamp)
-
-
-def _with_context(h: Tensor, context: Tensor | None, norm: Module, attention: Module) -> Tensor:
-    return h if context is None else h + attention(norm(h), context)
 
 
 def decoder_layer_parallel(
@@ -195,12 +206,22 @@ def _inner(n: Mapping[str, Any]) -> Shape:
     return (*n["lead"], n["I"])
 
 
+def _wide(n: Mapping[str, Any]) -> Shape:
+    return (n["H"],)
+
+
+_OTHERS = {
+    "x": Role("x", "argument", _hidden),
+    "context": Role("context", "argument", _hidden),
+    "up": Role("up", "child", _inner),
+    "multiplier": Role("multiplier", "number"),
+    "x_scale": Role("x_scale", "attribute", _wide),
+    "h_scale": Role("h_scale", "attribute", _wide),
+}
+
+
 def _roles(names: str) -> tuple[Role, ...]:
-    kinds = {"x": "argument", "context": "argument", "multiplier": "number"}
-    return tuple(
-        Role(name, kinds.get(name, "child"), _inner if name == "up" else _hidden)  # type: ignore[arg-type]
-        for name in names.split()
-    )
+    return tuple(_OTHERS.get(name) or Role(name, "child", _hidden) for name in names.split())
 
 
 def _each(*, clamps: bool, **options: tuple[Scalar, ...]) -> Iterator[tuple[tuple[str, Scalar], ...]]:
@@ -222,23 +243,28 @@ _NONLINEAR = (
     "softplus.default", "mish.default", "hardswish.default", "hardsigmoid.default",
 )  # fmt: skip
 
+_EXTRAS = ("attention_out", "shared_mlp", "mlp_out", "last", "multiplier", "x_scale", "h_scale")
+_SHAPES = tuple(
+    _without(*(name for name in _EXTRAS if name not in there))
+    for there in (
+        (),
+        ("attention_out", "mlp_out"),
+        ("multiplier",),
+        ("attention_out",),
+        ("mlp_out",),
+        ("shared_mlp",),
+        ("shared_mlp", "multiplier"),
+        ("last",),
+        ("x_scale", "h_scale"),
+    )
+)
 DECODER_LAYER = Operation(
     name="decoder_layer",
     reference=decoder_layer,
-    roles=_roles("x input_norm attention attention_out mlp_norm mlp shared_mlp mlp_out multiplier"),
-    variants=tuple(
-        Variant(options, absent)
-        for options in _each(clamps=True)
-        for absent in (
-            _without("shared_mlp", "attention_out", "mlp_out", "multiplier"),
-            _without("shared_mlp", "multiplier"),
-            _without("shared_mlp", "attention_out", "mlp_out"),
-            _without("shared_mlp", "mlp_out", "multiplier"),
-            _without("shared_mlp", "attention_out", "multiplier"),
-            _without("attention_out", "mlp_out", "multiplier"),
-            _without("attention_out", "mlp_out"),
-        )
+    roles=_roles(
+        "x input_norm attention attention_out mlp_norm mlp shared_mlp mlp_out last multiplier x_scale h_scale"
     ),
+    variants=tuple(Variant(options, absent) for options in _each(clamps=True) for absent in _SHAPES),
     operators=(("call",), ("add",)),
     layer_names={(): "DecoderLayer"},
     norms=("input_norm", "mlp_norm"),
@@ -258,10 +284,14 @@ DECODER_LAYER_INLINE = Operation(
 DECODER_LAYER_CROSS = Operation(
     name="decoder_layer_cross",
     reference=decoder_layer_cross,
-    roles=_roles("x context input_norm attention cross_norm cross_attention mlp_norm mlp"),
-    variants=(
-        *(Variant(options) for options in _each(clamps=True, always=(False,))),
-        *(Variant(options, _without("context")) for options in _each(clamps=True, always=(True,))),
+    roles=_roles(
+        "x context input_norm attention attention_out cross_norm cross_attention cross_out mlp_norm mlp mlp_out"
+    ),
+    variants=tuple(
+        Variant(options, (*outs, *context))
+        for always, context in ((False, _without()), (True, _without("context")))
+        for outs in (_without("attention_out", "cross_out", "mlp_out"), _without())
+        for options in _each(clamps=True, always=(always,))
     ),
     operators=(("call",), ("add",)),
     layer_names={(): "CrossDecoderLayer"},
