@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import nn
-from torch.nn.modules.lazy import LazyModuleMixin
 
 from kernelwise import _apply, _discover, _plan, _prove, _verify, sources
 from kernelwise._config import KernelConfig
@@ -78,8 +77,6 @@ def _make_plan(
 ) -> Plan:
     """Decide as `plan` says; with a prover, kernels are imported here only after that has gone well there."""
     config = config if isinstance(config, KernelConfig) else KernelConfig(config)  # type: ignore[arg-type]
-    if isinstance(model, nn.Module):
-        _check_shapes(model)
     layers = _discover.discover(model) if isinstance(model, nn.Module) else ()
     config.sanitize_kernel_mapping(model, layers=layers)
     on_miss = config.on_miss if on_miss is None else on_miss
@@ -121,17 +118,6 @@ def _check_model(model: object, function: str) -> None:
         raise PlanError(
             f"{function} takes a torch.nn.Module, got {model!r}\n  go on      pass the model that has the kernels"
         )
-
-
-def _check_shapes(model: nn.Module) -> None:
-    """Refuse layers such as `LazyLinear` before their first input: what they compute is open until then."""
-    for path, module in model.named_modules():
-        if isinstance(module, LazyModuleMixin) and module.has_uninitialized_params():  # type: ignore[misc]
-            place = f"{path} ({type(module).__name__})" if path else f"the model, a {type(module).__name__},"
-            raise PlanError(
-                f"{place} has no shape yet: a lazy layer takes it from its first input\n"
-                "  go on      run one batch first: model(batch)"
-            )
 
 
 def _check_target(target: object) -> None:

@@ -32,6 +32,7 @@ from kernelwise._discover import (
     is_dispatcher,
     model_device,
     own_forward,
+    places_of,
 )
 from kernelwise._errors import ApplyError
 
@@ -79,14 +80,16 @@ class ModuleState:
 
     def refresh(self, module: nn.Module) -> None:
         """Choose what runs in each mode: the newest kernelization that speaks of it, else the module's own code."""
-        if (
-            len(self.entries) == 1
-            and (entry := self.entries[0]).layer.function is None
-            and entry.inference
-            and entry.training
-        ):
-            self.inference, self.training = entry.inference, entry.training  # by far the most frequent case
-            return
+        if len(self.entries) == 1:  # by far the most frequent case
+            entry = self.entries[0]
+            inference, training, function = entry.inference, entry.training, entry.layer.function
+            if inference is not None and training is not None:
+                if function is not None:
+                    is_same = inference is training
+                    inference = _rebuilt(module, {function: inference})
+                    training = inference if is_same else _rebuilt(module, {function: training})
+                self.inference, self.training = inference, training
+                return
         inference, training = self._effective(module, "inference"), self._effective(module, "training")
         self.inference, self.training = inference, training
 
@@ -104,7 +107,7 @@ class ModuleState:
             return calls[None]  # type: ignore[no-any-return]
         replaced = {name: call for name, call in calls.items() if name is not None and call is not None}
         if replaced:
-            return _rebuilt(type(module).__name__, own_forward(module), replaced)
+            return _rebuilt(module, replaced)
         return _run_class_forward if self.found is None else _run_found_forward
 
     def run_own(self, module: nn.Module, why: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -138,7 +141,8 @@ def _run_found_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
 _rebuilt_forwards: weakref.WeakValueDictionary[tuple[int, ...], Any] = weakref.WeakValueDictionary()
 
 
-def _rebuilt(class_name: str, forward: Call, functions: dict[str, Call]) -> Call:
+def _rebuilt(module: nn.Module, functions: dict[str, Call]) -> Call:
+    forward = own_forward(module)
     key = (id(forward), *(part for name, call in sorted(functions.items()) for part in (hash(name), id(call))))
     rebuilt = _rebuilt_forwards.get(key)
     if rebuilt is None:
@@ -146,7 +150,7 @@ def _rebuilt(class_name: str, forward: Call, functions: dict[str, Call]) -> Call
         if rebuilt is None:
             names = ", ".join(sorted(functions))
             raise ApplyError(
-                f"the forward of {class_name} cannot be rebuilt around {names}\n"
+                f"the forward of {type(module).__name__} cannot be rebuilt around {names}\n"
                 "  tried      a copy of it with globals of its own, with its decorators copied around it\n"
                 '  go on      keep the own code there ("none")'
             )
@@ -184,8 +188,11 @@ def _prepare(model: nn.Module, plan: Plan, token: Token) -> list[tuple[nn.Module
     prepared: list[tuple[nn.Module, Entry]] = []
     for decisions in by_layer.values():
         layer = decisions[0].layer
-        has_kernel = bool([d for d in decisions if d.kernel is not None])
-        if not has_kernel and all(d.asked_by == "default" for d in decisions):
+        has_kernel = is_asked = False
+        for decision in decisions:
+            has_kernel |= decision.kernel is not None
+            is_asked |= decision.asked_by != "default"
+        if not has_kernel and not is_asked:
             continue
         module = _find(model, layer)
         if not has_kernel and STATE not in module.__dict__:
@@ -215,20 +222,19 @@ def _bind(
     module: nn.Module, layer: Layer, decisions: Sequence[Decision]
 ) -> tuple[Call | None, Call | None, frozenset[str], Counter[str] | None]:
     """Bind the kernels of one layer: what `eval()` and `train()` run, the modes that a rule asked for, a function's counts."""
-    own = own_forward(module)
     calls: dict[str, Call | None] = {}
     fallbacks: Counter[str] | None = Counter() if layer.function is not None else None
     for decision in decisions:
         calls[decision.mode] = None
         if decision.kernel is not None and layer.function is not None and fallbacks is not None:
-            original = globals_called(own)[layer.function]
+            original = globals_called(own_forward(module))[layer.function]
             call = function_call(layer, decision.kernel, decision.mode, original, fallbacks)
-            _rebuilt(type(module).__name__, own, {layer.function: call})  # what cannot be is known before any change
+            _rebuilt(module, {layer.function: call})  # what cannot be is known before any change
             calls[decision.mode] = call
         elif decision.kernel is not None:
             parameters = tuple(name for name in decision.kernel.reads if name in module._parameters)
             calls[decision.mode] = layer_call(
-                layer, decision.kernel, decision.mode, own, parameters, tuple(module._modules)
+                layer, decision.kernel, decision.mode, own_forward(module), parameters, tuple(module._modules)
             )
     asked = _modes(len(decisions) == 1, *(d.mode for d in decisions if d.asked_by != "default"))
     return *_in_both_modes(layer, calls), asked, fallbacks
@@ -379,14 +385,6 @@ def is_below(places: Sequence[str], paths: Sequence[str]) -> bool:
     return any(path in ("", place) or place.startswith(path + ".") for place in places for path in paths)
 
 
-def places_of(model: nn.Module) -> dict[nn.Module, tuple[str, ...]]:
-    """Return every path of every module of a model."""
-    places: dict[nn.Module, tuple[str, ...]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        places[module] = (*places.get(module, ()), path)
-    return places
-
-
 def layer_paths(places: Sequence[str], layer: Layer) -> tuple[str, ...]:
     """Return the paths of a layer whose module has these places: its own may be those in a part of the model."""
     if layer.function is None:
@@ -470,12 +468,12 @@ def decided(model: nn.Module) -> tuple[list[tuple[Decision, Mapping[str, int], b
                     found[key] = moved, {}, False
     for module, entry in entries_of(model):
         state = module.__dict__[STATE]
-        paths = layer_paths(places[module], entry.layer)
-        layer = replace(entry.layer, path=paths[0], paths=paths)
+        at = layer_paths(places[module], entry.layer)
+        layer = replace(entry.layer, path=at[0], paths=at)
         for mode in ("inference", "training"):
             if state.chosen(layer.function, mode) is entry:
                 counts = state.fallbacks if entry.fallbacks is None else entry.fallbacks
                 for decision in entry.decisions:
                     if len(entry.decisions) == 1 or decision.mode.startswith(mode):
-                        found[paths[0], layer.function, decision.mode] = replace(decision, layer=layer), counts, True
+                        found[at[0], layer.function, decision.mode] = replace(decision, layer=layer), counts, True
     return list(found.values()), notes

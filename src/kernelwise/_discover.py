@@ -11,7 +11,7 @@ from __future__ import annotations
 import dis
 import inspect
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from types import CellType, CodeType, FunctionType, MethodType
@@ -19,10 +19,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn.modules.lazy import LazyModuleMixin
 
 from kernelwise import ops
 from kernelwise._data import Layer, Parameter, Recognition
-from kernelwise._recognize import recognize_both, recognize_functions
+from kernelwise._errors import PlanError
+from kernelwise._recognize import Recognizer, recognize_functions
 
 STATE = "_kernelwise"
 """The one attribute in which Kernelwise keeps what it knows about a module it changed."""
@@ -60,14 +62,41 @@ def model_device(model: nn.Module) -> str | None:
 
     A module that accelerate offloads has its weights on meta between calls; its device is the one it runs on.
     """
-    for module in model.modules():
-        hook = module.__dict__.get("_hf_hook")
+    stack, seen = [model], set()
+    while stack:  # in the order of `modules()`, at a fraction of the cost
+        module = stack.pop()
         for tensors in (module._parameters, module._buffers):
             for tensor in tensors.values():
                 if tensor is not None:
+                    hook = module.__dict__.get("_hf_hook")
                     runs_on = getattr(hook, "execution_device", None) if tensor.device.type == "meta" else None
-                    return device_type(tensor.device if runs_on is None else torch.device(runs_on))
+                    return _device_name(tensor.device if runs_on is None else torch.device(runs_on))
+        seen.add(module)
+        stack.extend(child for child in reversed(module._modules.values()) if child is not None and child not in seen)
     return None
+
+
+def places_of(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """Return every module of a model with all of its paths, in the order of `model.modules()`."""
+    places: dict[nn.Module, list[str]] = {}
+    _add_places(model, "", places, ())
+    return places
+
+
+def _add_places(module: nn.Module, path: str, places: dict[nn.Module, list[str]], above: tuple[nn.Module, ...]) -> None:
+    # `named_modules(remove_duplicate=False)` would do, at several times the cost, and does not end on a cycle.
+    known = places.get(module)
+    if known is None:
+        places[module] = [path]
+    elif module in above:
+        return
+    else:
+        known.append(path)
+    if module._modules:
+        above = (*above, module)
+        for name, child in module._modules.items():
+            if child is not None:
+                _add_places(child, f"{path}.{name}" if path else name, places, above)
 
 
 def discover(model: nn.Module) -> tuple[Layer, ...]:
@@ -75,25 +104,35 @@ def discover(model: nn.Module) -> tuple[Layer, ...]:
 
     A module that stands in several places is one layer with several `paths`. Functions called by a module's forward
     follow that module.
+
+    Raises:
+        PlanError: a lazy layer has no shape yet.
     """
-    places: dict[nn.Module, list[str]] = {}
-    for path, module in model.named_modules(remove_duplicate=False):
-        places.setdefault(module, []).append(path)
-    fallback_device = model_device(model) or "cpu"
-    layers: list[Layer] = []
-    classes: dict[type[nn.Module], _Class] = {}
+    look = _Look(model_device(model) or "cpu")
+    places = places_of(model)
     for module, paths in places.items():
-        facts = classes.get(type(module))
-        if facts is None:
-            facts = classes[type(module)] = _facts_of(module)
-        layers.extend(_layers_of(module, facts, tuple(paths), fallback_device))
-    return tuple(layers)
+        if isinstance(module, LazyModuleMixin):
+            _check_shape(module, paths[0])
+    for module, paths in places.items():
+        look.add(module, tuple(paths))
+    return tuple(look.layers)
+
+
+def _check_shape(module: Any, path: str) -> None:
+    """Refuse a layer such as `LazyLinear` before its first input: what it computes is open until then."""
+    if module.has_uninitialized_params():
+        place = f"{path} ({type(module).__name__})" if path else f"the model, a {type(module).__name__},"
+        raise PlanError(
+            f"{place} has no shape yet: a lazy layer takes it from its first input\n"
+            "  go on      run one batch first: model(batch)"
+        )
 
 
 @dataclass(frozen=True, slots=True)
 class _Class:
     """What all modules of one class have in common, looked up once for a model."""
 
+    name: str
     registered: str | None
     named: str | None
     signature: tuple[Parameter, ...]
@@ -110,6 +149,7 @@ def _facts_of(module: nn.Module) -> _Class:
     except AttributeError:  # a scripted module's class has no forward to look at
         parameters = ()
     return _Class(
+        name=class_name(module),
         registered=registered,
         named=None if registered else _inherited(cls, _named.get),
         signature=parameters,
@@ -119,61 +159,93 @@ def _facts_of(module: nn.Module) -> _Class:
     )
 
 
-def _layers_of(module: nn.Module, facts: _Class, paths: tuple[str, ...], fallback_device: str) -> Iterator[Layer]:
-    replaced = _replaced_forward(module)
-    in_inference, in_training = _recognized(module) if replaced is None else (None, None)
-    found = in_inference or in_training
-    name = facts.registered or facts.named or (ops.layer_name(found) if found else None)
-    if name is not None:
+class _Look:
+    """One look over a model. What alike modules have in common is found once: models repeat their layers."""
+
+    def __init__(self, fallback_device: str) -> None:
+        self.layers: list[Layer] = []
+        self._fallback_device = fallback_device
+        self._recognizer = Recognizer()
+        self._classes: dict[type[nn.Module], _Class] = {}
+        self._alike: dict[tuple[Any, ...], Layer] = {}
+        self._functions: dict[tuple[Any, ...], tuple[Layer, ...]] = {}
+
+    def add(self, module: nn.Module, paths: tuple[str, ...]) -> None:
+        """Add the layer that a module is, if it has a name, and the functions that its forward calls."""
+        facts = self._classes.get(type(module))
+        if facts is None:
+            facts = self._classes[type(module)] = _facts_of(module)
+        d = module.__dict__
+        replaced = None if "forward" not in d and STATE not in d else _replaced_forward(module)
+        inference, training = self._recognizer.both(module) if replaced is None else (None, None)
+        if facts.registered or facts.named or inference is not None or training is not None:
+            device, dtypes = _device_and_dtypes(module)
+            excluded = _condition(module) if facts.condition is not None else None
+            # The recognizer keeps its answers, so that an id stands for one answer as long as this look lasts.
+            key = (type(module), id(inference), id(training), _names(module), device, dtypes, replaced, excluded)
+            alike = self._alike.get(key)
+            if alike is None:
+                found = inference or training
+                alike = self._alike[key] = Layer(
+                    path="",
+                    name=facts.registered or facts.named or (ops.layer_name(found) if found else ""),
+                    class_name=facts.name,
+                    how="registered" if facts.registered else "named" if facts.named else "recognised",
+                    device=device or self._fallback_device,
+                    dtypes=dtypes,
+                    signature=facts.signature,
+                    attributes=_attributes(module),
+                    recognition=inference,
+                    recognition_in_training=training,
+                    blocked=replaced or facts.shared,
+                    excluded=excluded,
+                )
+            self.layers.append(alike.at(paths))
+        if facts.functions or "_kernel_funcs" in d or "_hidden_kernels" in d:
+            self._add_functions(module, facts, paths, replaced)
+
+    def _add_functions(self, module: nn.Module, facts: _Class, paths: tuple[str, ...], replaced: str | None) -> None:
+        wrappers = _wrappers(module)
         device, dtypes = _device_and_dtypes(module)
-        yield Layer(
-            path=paths[0],
-            name=name,
-            class_name=class_name(module),
-            how="registered" if facts.registered else "named" if facts.named else "recognised",
-            device=device or fallback_device,
-            dtypes=dtypes,
-            paths=paths,
-            signature=facts.signature,
-            attributes=_attributes(module),
-            recognition=in_inference,
-            recognition_in_training=in_training,
-            blocked=replaced or facts.shared,
-            excluded=_condition(module) if facts.condition is not None else None,
-        )
-    if facts.functions or "_kernel_funcs" in module.__dict__ or "_hidden_kernels" in module.__dict__:
-        yield from _functions_of(module, facts.functions, paths, fallback_device, replaced)
+        each = tuple((type(wrapper), _names(wrapper), _condition(wrapper)) for wrapper in wrappers)
+        key = (type(module), each, device, dtypes, replaced)
+        functions = self._functions.get(key)
+        if functions is None:
+            functions = _functions_of(module, facts, wrappers, device or self._fallback_device, dtypes, replaced)
+            self._functions[key] = functions
+        for layer in functions:
+            self.layers.append(layer.at(tuple(f"{path}.{layer.name}" if path else layer.name for path in paths)))
 
 
-def _recognized(module: nn.Module) -> tuple[Recognition | None, Recognition | None]:
-    inference, training = recognize_both(module)
-    return (
-        inference if isinstance(inference, Recognition) else None,
-        training if isinstance(training, Recognition) else None,
-    )
+def _wrappers(module: nn.Module) -> tuple[nn.Module, ...]:
+    """Return the registered functions that the kernels library has hung on a module, each once."""
+    found: dict[int, nn.Module] = {}
+    for attribute in ("_kernel_funcs", "_hidden_kernels"):
+        for wrapper in (module.__dict__.get(attribute) or {}).values():
+            if isinstance(wrapper, nn.Module) and hasattr(type(wrapper), "kernel_layer_name"):
+                found[id(wrapper)] = wrapper
+    return tuple(found.values())
 
 
 def _functions_of(
     module: nn.Module,
-    functions: tuple[tuple[str, Recognition], ...],
-    paths: tuple[str, ...],
-    fallback_device: str,
+    facts: _Class,
+    wrappers: Iterable[nn.Module],
+    device: str,
+    dtypes: tuple[str, ...],
     replaced: str | None,
-) -> Iterator[Layer]:
-    """Yield the functions that a module's forward calls: the registered wrappers first, then the recognised ones."""
-    wrappers: dict[int, nn.Module] = {}
-    for attribute in ("_kernel_funcs", "_hidden_kernels"):
-        for wrapper in (module.__dict__.get(attribute) or {}).values():
-            if isinstance(wrapper, nn.Module) and hasattr(type(wrapper), "kernel_layer_name"):
-                wrappers[id(wrapper)] = wrapper
-    recognised = dict(functions) if replaced is None else {}
-    if not wrappers and not recognised:
-        return
-    called = globals_called(own_forward(module))
-    copyable = wrapping(own_forward(module))
+) -> tuple[Layer, ...]:
+    """Return the functions that a module's forward calls, as layers without a place.
+
+    The registered wrappers come first, then what was recognised.
+    """
+    recognised = dict(facts.functions) if replaced is None else {}
+    own = own_forward(module)
+    called = globals_called(own)
+    copyable = wrapping(own)
     uncopyable = copyable if isinstance(copyable, str) else None
     entries: dict[str, tuple[str, Recognition | None, str | None, Any]] = {}
-    for wrapper in wrappers.values():
+    for wrapper in wrappers:
         wrapper_class: Any = type(wrapper)
         name = str(wrapper_class.kernel_layer_name)
         # By class, of which each function has its own: a deep copy of a model holds copies of the wrappers.
@@ -189,16 +261,14 @@ def _functions_of(
         entries[key] = (name, recognised.pop(name_in_forward or "", None), blocked, wrapper)
     for key, found in recognised.items():
         entries[key] = (ops.layer_name(found), found, uncopyable, called.get(key))
-    device, dtypes = _device_and_dtypes(module)
-    for key, (name, recognition, blocked, value) in entries.items():
-        yield Layer(
-            path=f"{paths[0]}.{name}" if paths[0] else name,
+    return tuple(
+        Layer(
+            path="",
             name=name,
-            class_name=class_name(module),
+            class_name=facts.name,
             how="registered" if isinstance(value, nn.Module) else "recognised",
-            device=device or fallback_device,
+            device=device,
             dtypes=dtypes,
-            paths=tuple(f"{path}.{name}" if path else name for path in paths),
             signature=_function_signature(value),
             attributes=_attributes(value) if isinstance(value, nn.Module) else frozenset(),
             function=key,
@@ -207,6 +277,8 @@ def _functions_of(
             blocked=blocked,
             excluded=_condition(value) if isinstance(value, nn.Module) else None,
         )
+        for key, (name, recognition, blocked, value) in entries.items()
+    )
 
 
 def _inherited(cls: type, lookup: Callable[[type], Any]) -> str | None:
@@ -356,43 +428,31 @@ def globals_called(forward: Callable[..., Any]) -> dict[str, Any]:
     return {name: space[name] for name, _ in _globals_in(inner.__code__) if name in space}
 
 
-@lru_cache(maxsize=4096)
-def _class_attributes(cls: Any) -> frozenset[str]:
-    return frozenset(dir(cls))
-
-
-@lru_cache(maxsize=4096)
-def _instance_attributes(cls: Any, names: tuple[str, ...]) -> frozenset[str]:
-    return _class_attributes(cls) | frozenset(names)
+def _names(module: nn.Module) -> tuple[str, ...]:
+    """Return the names of what stands on a module itself, and nothing of ours."""
+    names = (*module.__dict__, *module._parameters, *module._buffers, *module._modules)
+    return tuple(name for name in names if name not in OURS) if STATE in module.__dict__ else names
 
 
 def _attributes(module: nn.Module) -> frozenset[str]:
-    names = (*module.__dict__, *module._parameters, *module._buffers, *module._modules)
-    if STATE in module.__dict__:
-        names = tuple(name for name in names if name not in OURS)
-    return _instance_attributes(_class_of(module), names)
+    return frozenset(dir(type(module))).union(_names(module))
 
 
 def _device_and_dtypes(module: nn.Module) -> tuple[str | None, tuple[str, ...]]:
     """Return the device type of a module and the dtypes of its parameters, its children's included."""
-    if not module._modules and len(module._parameters) == 1:  # a norm, of which models have most
-        (only,) = module._parameters.values()
-        if only is not None and not only.is_meta:
-            return _device_name(only.device), (_dtype_name(only.dtype),)
     device: torch.device | None = None
     dtypes: dict[torch.dtype, None] = {}
     stack = [module]
     while stack:  # `parameters()` would do, at several times the cost
-        current = stack.pop()
-        for parameter in current._parameters.values():
+        d = stack.pop().__dict__
+        for parameter in d["_parameters"].values():
             if parameter is not None:
                 device = device or parameter.device
                 dtypes[parameter.dtype] = None
-        if current._modules:
-            stack.extend(child for child in reversed(current._modules.values()) if child is not None)
-    if device is None or device.type == "meta":
-        return model_device(module), tuple(map(_dtype_name, dtypes))
-    return _device_name(device), tuple(map(_dtype_name, dtypes))
+        if d["_modules"]:
+            stack.extend(child for child in reversed(d["_modules"].values()) if child is not None)
+    names = _dtype_names(*dtypes)
+    return (model_device(module), names) if device is None or device.type == "meta" else (_device_name(device), names)
 
 
 @lru_cache(maxsize=64)
@@ -401,8 +461,8 @@ def _device_name(device: torch.device) -> str:
 
 
 @lru_cache(maxsize=64)
-def _dtype_name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _dtype_names(*dtypes: torch.dtype) -> tuple[str, ...]:
+    return tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 
 def class_name(module: nn.Module) -> str:

@@ -128,7 +128,7 @@ def make_plan(
         by_name.setdefault(stated.layer, []).append(stated)
     decisions: list[Decision] = []
     unmet: dict[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], list[Layer]] = {}
-    by_place = {name for name, stated in by_name.items() if any(rule.path is not None for rule in stated)}
+    by_place = _names_with_a_path(rules)
     used: set[Rule] = set()
     outcomes: dict[tuple[Any, ...], _Outcome] = {}
     for layer in layers:
@@ -161,14 +161,25 @@ def check_rules(
     by_name: dict[str, list[Rule]] = {}
     for rule in rules:
         by_name.setdefault(rule.layer, []).append(rule)
-    claimed = [layer for layer in layers if layer.name in by_name]
-    chosen = [
-        choose_rule(layer, by_name[layer.name], device=layer.device, mode=mode) for layer in claimed for mode in modes
-    ]
-    used = set(chosen)
+    by_place = _names_with_a_path(rules)
+    alike = {
+        (layer.name, layer.device, layer.path if layer.name in by_place else None): layer
+        for layer in layers
+        if layer.name in by_name
+    }
+    used = {
+        choose_rule(layer, by_name[layer.name], device=layer.device, mode=mode)
+        for layer in alike.values()
+        for mode in modes
+    }
     missed = _missed([rule for rule in rules if rule not in used], layers, target, modes)
     if missed and on_miss == "raise":
         raise PlanError(_explain({}, missed, layers, target))
+
+
+def _names_with_a_path(rules: Iterable[Rule]) -> set[str]:
+    """Return the layer names of which a rule says at which paths: there alike layers may be decided differently."""
+    return {rule.layer for rule in rules if rule.path is not None}
 
 
 def _missed(idle: Sequence[Rule], layers: Sequence[Layer], target: Target, modes: Sequence[str]) -> list[Rule]:

@@ -17,12 +17,13 @@ from typing import Any
 from torch import nn
 
 from kernelwise._data import Recognition
+from kernelwise._recognize._children import find
 from kernelwise._recognize._compare import forget_references
 from kernelwise._recognize._explain import NearMiss, near_miss
 from kernelwise._recognize._memory import Entry, device_names, global_names, is_library, plain_function
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Untraceable
-from kernelwise._recognize._search import Finding, find_function, find_module
+from kernelwise._recognize._search import Finding, find_function
 from kernelwise._recognize._trace import innermost_forward
 from kernelwise.ops import OPERATIONS, Operation
 
@@ -46,42 +47,71 @@ def recognize(module: nn.Module, *, training: bool | None = None) -> Recognition
     except Untraceable as reason:
         return Unknown(str(reason))
     with _lock:
-        return _known(_entry(module, forward, training))
+        entries = _entries_for(forward, type(module), training)
+        answer: Recognition | Unknown = Recognizer().entry(module, training, entries).answer
+        return answer
 
 
-def recognize_both(module: nn.Module) -> tuple[Recognition | Unknown, Recognition | Unknown]:
-    """Return what `module` computes in inference and in training; it is traced once where it does not ask which it is."""
-    try:
+class Recognizer:
+    """Recognises the modules of one model, one after the other.
+
+    What the answers about many modules depend on together, the code that they run, is compared once.
+    """
+
+    def __init__(self) -> None:
+        self._code_holds: dict[Entry, bool] = {}
+        self._known: dict[type[nn.Module], tuple[_Entries, _Entries]] = {}
+        with _lock:
+            _forget_if_operations_changed()
+
+    def both(self, module: nn.Module) -> tuple[Recognition | None, Recognition | None]:
+        """Return what `module` computes in inference and in training; None where that is not known.
+
+        The answers live as long as this recognizer.
+        """
+        known = self._known.get(type(module)) if "forward" not in module.__dict__ else None
+        with _lock:
+            if known is None:
+                try:
+                    forward = innermost_forward(module)
+                except Untraceable:
+                    return None, None
+                known = _entries_for(forward, type(module), False), _entries_for(forward, type(module), True)
+                if "forward" not in module.__dict__:
+                    self._known[type(module)] = known
+            inference = self.entry(module, False, known[0])
+            training = self.entry(module, True, known[1]) if inference.reads_training else inference
+        return inference.recognition, training.recognition
+
+    def entry(self, module: nn.Module, training: bool | None, entries: _Entries) -> Entry:
+        """Return the answer for a module among those remembered, or trace it. The lock is held."""
+        for entry in entries:
+            if entry.holds(module):
+                holds = self._code_holds.get(entry)
+                if holds is None:
+                    holds = self._code_holds[entry] = entry.code_holds()
+                if holds:
+                    return entry
         forward = innermost_forward(module)
-    except Untraceable as reason:
-        return Unknown(str(reason)), Unknown(str(reason))
-    with _lock:
-        inference = _entry(module, forward, False)
-        training = _entry(module, forward, True) if inference.reads_training else inference
-        return _known(inference), _known(training)
+        finding = find(module, training=training)
+        answer = _answer(finding, forward)
+        if isinstance(answer, Recognition):
+            answer = replace(answer, depends=_depends(module, answer, finding.reads))
+        entry = Entry(answer, finding.reads, (forward,))
+        self._code_holds[entry] = True
+        entries.insert(0, entry)
+        del entries[_MOST_ENTRIES:]
+        return entry
 
 
-def _entry(module: nn.Module, forward: Callable[..., Any], training: bool | None) -> Entry:
-    """Return the remembered answer for a module, or trace it."""
-    _forget_if_operations_changed()
+def _entries_for(forward: Callable[..., Any], cls: type[nn.Module], training: bool | None) -> _Entries:
     by_class = _modules.get(forward)
     if by_class is None:
         by_class = _modules[forward] = weakref.WeakKeyDictionary()
-    known = by_class.get(type(module))
+    known = by_class.get(cls)
     if known is None:
-        known = by_class[type(module)] = {}
-    entries = known.setdefault(training, [])
-    for entry in entries:
-        if entry.holds(module):
-            return entry
-    finding = find_module(module, training=training)
-    answer = _answer(finding, forward)
-    if isinstance(answer, Recognition):
-        answer = replace(answer, depends=_depends(module, answer, finding.reads))
-    entry = Entry(answer, finding.reads, (forward,))
-    entries.insert(0, entry)
-    del entries[_MOST_ENTRIES:]
-    return entry
+        known = by_class[cls] = {}
+    return known.setdefault(training, [])
 
 
 def _depends(module: nn.Module, answer: Recognition, reads: Reads) -> tuple[str, ...]:
@@ -135,10 +165,11 @@ def _recognize_function(function: types.FunctionType) -> Recognition | Unknown:
     with _lock:
         _forget_if_operations_changed()
         entry = _functions.get(function)
-        if entry is None or not entry.holds(None):
+        if entry is None or not entry.code_holds():
             finding = find_function(function)
             entry = _functions[function] = Entry(_answer(finding, function), Reads(), (function,))
-        return _known(entry)
+        known: Recognition | Unknown = entry.answer
+        return known
 
 
 def _forget_if_operations_changed() -> None:
@@ -159,9 +190,4 @@ def _answer(finding: Finding, function: Callable[..., Any]) -> Recognition | Unk
     return finding.recognition
 
 
-def _known(entry: Entry) -> Recognition | Unknown:
-    answer: Recognition | Unknown = entry.answer
-    return answer
-
-
-__all__ = ["NearMiss", "Unknown", "near_miss", "plain_function", "recognize", "recognize_both", "recognize_functions"]
+__all__ = ["NearMiss", "Recognizer", "Unknown", "near_miss", "plain_function", "recognize", "recognize_functions"]

@@ -14,7 +14,7 @@ from torch import nn
 
 MISSING = "<missing>"
 Token = Any
-_SCALARS = frozenset({bool, int, float, str, type(None)})
+SCALARS = frozenset({bool, int, float, str, type(None)})
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, type)
 CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.ModuleType, functools.partial)
 
@@ -36,7 +36,7 @@ class Reads:
 def token(value: Any) -> Token:
     """Return what a trace can see of `value`, as something that can be compared and that keeps nothing alive."""
     kind = type(value)
-    if kind in _SCALARS:
+    if kind in SCALARS:
         return (kind, value)
     if isinstance(value, torch.Tensor):
         floating = value.dtype.is_floating_point
@@ -63,6 +63,11 @@ def child_token(module: nn.Module) -> Token:
     return (weakref.ref(type(module)), is_function(module))
 
 
+def is_child_token(value: Token) -> bool:
+    """Whether a token is one that `child_token` makes."""
+    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], weakref.ref) and type(value[1]) is bool
+
+
 def has_hooks(module: nn.Module) -> bool:
     """Whether anything but the class's own forward runs when this module is called."""
     d = module.__dict__
@@ -80,12 +85,11 @@ def has_hooks(module: nn.Module) -> bool:
 def is_function(module: nn.Module) -> bool:
     """Whether a module is nothing but a function: no parameters, no buffers, nothing around its forward."""
     d = module.__dict__
-    return (
-        all(value is None for value in d["_parameters"].values())
-        and all(value is None for value in d["_buffers"].values())
-        and not has_hooks(module)
-        and all(child is None or is_function(child) for child in d["_modules"].values())
-    )
+    for tensors in (d["_parameters"], d["_buffers"]):
+        for tensor in tensors.values():
+            if tensor is not None:
+                return False
+    return not has_hooks(module) and all(child is None or is_function(child) for child in d["_modules"].values())
 
 
 def is_own_code(module: nn.Module, forward: object) -> bool:
