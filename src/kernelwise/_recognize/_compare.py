@@ -95,7 +95,7 @@ def arguments_of(op: Operation) -> list[Role]:
 def reference_graphs(num_arguments: int) -> Iterator[tuple[Operation, Variant, Graph]]:
     """Every variant of every operation of modules that takes so many tensors, with its graph at sizes of its own."""
     for op in OPERATIONS.values():
-        if not op.function and not op.norms and len(arguments_of(op)) == num_arguments:
+        if not op.function and not op.loss and not op.norms and len(arguments_of(op)) == num_arguments:
             for variant in op.variants:
                 graph = _reference_graph(op.name, op.reference, variant, (), FIRST, None)
                 if isinstance(graph, Graph):

@@ -7,6 +7,7 @@ from typing import Any
 
 from kernelwise._data import Recognition, Scalar
 from kernelwise.ops._activations import ACTIVATION
+from kernelwise.ops._cross_entropy import CROSS_ENTROPY
 from kernelwise.ops._decoder_layer import LAYERS
 from kernelwise.ops._gated_mlp import (
     GATED_MLP,
@@ -26,6 +27,7 @@ from kernelwise.ops._rms_norm import INVERSE_RMS, RMS_NORM, RMS_NORM_PRESCALED
 from kernelwise.ops._rms_norm_gated import RMS_NORM_GATED, RMS_NORM_GATED_GROUPED
 from kernelwise.ops._rotary import ROTARY, ROTARY_COMPLEX, ROTARY_ONE, ROTARY_VISION
 from kernelwise.ops._rotary_shared import ROTARY_COMPLEX_SHARED, ROTARY_SHARED
+from kernelwise.ops._router import SOFTMAX_ROUTER
 
 OPERATIONS: dict[str, Operation] = {
     op.name: op
@@ -33,7 +35,8 @@ OPERATIONS: dict[str, Operation] = {
         RMS_NORM, RMS_NORM_PRESCALED, INVERSE_RMS, RMS_NORM_GATED, RMS_NORM_GATED_GROUPED, LAYER_NORM,
         GATED_MLP, GATED_MLP_PACKED, GATED_MLP_CLAMPED, GATED_MLP_NORMED, GATED_MLP_CAST,
         MLP, MLP_CAST, LINEAR_ACTIVATION, ACTIVATION, LINEAR,
-        ROTARY_VISION, ROTARY, ROTARY_ONE, ROTARY_COMPLEX, ROTARY_SHARED, ROTARY_COMPLEX_SHARED, *LAYERS,
+        ROTARY_VISION, ROTARY, ROTARY_ONE, ROTARY_COMPLEX, ROTARY_SHARED, ROTARY_COMPLEX_SHARED,
+        SOFTMAX_ROUTER, CROSS_ENTROPY, *LAYERS,
     )
 }  # fmt: skip
 

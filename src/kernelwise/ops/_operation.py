@@ -25,7 +25,7 @@ class Role:
     name: str
     kind: RoleKind
     shape: Callable[[Sizes], Shape] = lambda sizes: ()
-    follows: Literal["activations", "parameters", "complex"] = "activations"
+    follows: Literal["activations", "parameters", "complex", "indices"] = "activations"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +60,7 @@ class Operation:
     forms: tuple[Callable[..., Any], ...] = ()
     function: bool = False  # a function that a forward calls through its globals, not a module
     norms: tuple[str, ...] = ()
+    loss: bool = False  # a loss function, whose arguments may be None, numbers and more keywords
     any_rank: bool = False  # inputs may have any number of leading dimensions, and a layer must take them all
 
     def layer_name(self, options: tuple[tuple[str, Scalar], ...]) -> str | None:
