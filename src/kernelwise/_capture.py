@@ -1,7 +1,8 @@
-"""Capture: one forward of the model → what each distinct layer was given.
+"""Capture: one forward of the model → what each distinct layer was given; where it computes a loss, one backward too.
 
 Layers alike (same code, options and shapes of weights) are captured once. What is kept is at most a number of rows of
-each tensor, with its strides; all samples together stay below a bound. The model is as it was afterwards.
+each tensor, with its strides; all samples together stay below a bound. The model is as it was afterwards. The gradients
+are those of the outputs of these layers alone: nothing is added to `.grad`.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from kernelwise import _apply
 from kernelwise._data import Decision, Kernel, KernelRef, Layer, Plan, Target
@@ -71,7 +73,9 @@ def _signature(module: nn.Module) -> tuple[Any, ...]:
 def capture(
     model: nn.Module, groups: Sequence[Group], inputs: Any, *, memory: int = MEMORY, rows: int = ROWS
 ) -> dict[str, Sample]:
-    """Run the model once on its inputs and return what the first layer of each group was given, by that layer's path.
+    """Run the model on its inputs and return what the first layer of each group was given, by that layer's path.
+
+    A model that returns a loss runs a second time with gradients, so that each sample also has those of its outputs.
 
     Args:
         inputs: a dict (called `model(**inputs)`), a tuple (`model(*inputs)`), or the one argument.
@@ -95,6 +99,12 @@ def capture(
             left -= size
             samples[layer.path] = Sample({n: _kept(value) for n, value in cut.items()}, module, captured=True)
 
+    outputs: dict[str, list[torch.Tensor]] | None = None  # of the layers that were captured, in the second run
+
+    def watch(layer: Layer, result: Any) -> None:
+        if outputs is not None and layer.path in samples and layer.path not in outputs:
+            outputs[layer.path] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
     with ExitStack() as stack:
         functions = []
         for found in groups:
@@ -105,14 +115,66 @@ def capture(
             module = module_of(model, layer)
             hook = _hook(record, layer, own_forward(module))
             stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(_after(watch, layer)).remove)
         if functions:
-            stack.enter_context(_recording(model, functions, record))
-        with torch.no_grad():
-            if isinstance(inputs, Mapping):
-                model(**inputs)
-            else:
-                model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+            stack.enter_context(_recording(model, functions, record, watch))
+        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
+        try:
+            with torch.no_grad():
+                result = _run(model, inputs)
+            if _loss_of(result) is not None and any(parameter.requires_grad for parameter in model.parameters()):
+                del result
+                outputs = {}
+                with torch.enable_grad():
+                    loss = _loss_of(_run(model, inputs))
+                _add_gradients(samples, outputs, loss, rows)
+        finally:
+            with torch.no_grad():
+                for buffer, before in buffers:
+                    buffer.copy_(before)  # running means and the like
     return samples
+
+
+def _run(model: nn.Module, inputs: Any) -> Any:
+    if isinstance(inputs, Mapping):
+        return model(**inputs)
+    return model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+
+
+def _loss_of(result: Any) -> torch.Tensor | None:
+    """Return what a model says is its loss, or the only number among the tensors that it returns."""
+    named = result.get("loss") if isinstance(result, Mapping) else getattr(result, "loss", None)
+    if isinstance(named, torch.Tensor):
+        return named
+    numbers = [t for t in tree_leaves(result) if isinstance(t, torch.Tensor) and t.dim() == 0 and t.is_floating_point()]
+    return numbers[0] if len(numbers) == 1 else None
+
+
+def _add_gradients(
+    samples: dict[str, Sample], outputs: Mapping[str, list[torch.Tensor]], loss: torch.Tensor | None, rows: int
+) -> None:
+    """Take the gradients of the outputs of each captured layer, cut as its inputs were."""
+    wanted = [(path, output) for path, found in outputs.items() for output in found if output.requires_grad]
+    if loss is None or not loss.requires_grad or not wanted:
+        return
+    found = torch.autograd.grad(loss, [output for _, output in wanted], allow_unused=True)
+    by_path: dict[str, list[torch.Tensor | None]] = {}
+    for (path, _), gradient in zip(wanted, found, strict=True):
+        by_path.setdefault(path, []).append(gradient)
+    for path, gradients in by_path.items():
+        cut = tuple(None if g is None else _cut_like(samples[path], g).clone() for g in gradients)
+        samples[path] = replace(samples[path], upstream=cut)
+
+
+def _cut_like(sample: Sample, gradient: torch.Tensor) -> torch.Tensor:
+    """Cut the gradient of an output to the rows that its layer's inputs were cut to: those of an input of as many dims."""
+    tensors = [value for value in sample.arguments.values() if isinstance(value, torch.Tensor)]
+    like = next((t for t in tensors if t.dim() == gradient.dim() and t.shape[-1] == gradient.shape[-1]), None)
+    like = next((t for t in tensors if t.dim() == gradient.dim()), None) if like is None else like
+    for at in range(gradient.dim() - 1):
+        if like is not None and like.shape[at] < gradient.shape[at]:
+            gradient = gradient.narrow(at, 0, like.shape[at])
+    return gradient
 
 
 def _hook(record: Callable[..., None], layer: Layer, own: Callable[..., Any]) -> Callable[..., None]:
@@ -122,8 +184,17 @@ def _hook(record: Callable[..., None], layer: Layer, own: Callable[..., Any]) ->
     return before
 
 
+def _after(watch: Callable[[Layer, Any], None], layer: Layer) -> Callable[..., None]:
+    def after(module: nn.Module, args: Any, result: Any) -> None:
+        watch(layer, result)
+
+    return after
+
+
 @contextmanager
-def _recording(model: nn.Module, groups: Sequence[Group], record: Callable[..., None]) -> Iterator[None]:
+def _recording(
+    model: nn.Module, groups: Sequence[Group], record: Callable[..., None], watch: Callable[[Layer, Any], None]
+) -> Iterator[None]:
     """Put functions that record and then call the layer's own into the forwards that call them, as kernels are put in."""
     decisions = []
     for found in groups:
@@ -132,10 +203,12 @@ def _recording(model: nn.Module, groups: Sequence[Group], record: Callable[..., 
         plain = type(original).forward.__get__(original) if isinstance(original, nn.Module) else original
 
         def recorder(
-            self: Any, *args: Any, _layer: Layer = layer, _own: Any = plain, _run: Any = original, **kwargs: Any
+            self: Any, *args: Any, _layer: Layer = layer, _own: Any = plain, _original: Any = original, **kwargs: Any
         ) -> Any:
             record(_layer, None, _own, args, kwargs)
-            return _run(*args, **kwargs)
+            result = _original(*args, **kwargs)
+            watch(_layer, result)
+            return result
 
         kernel = Kernel(
             KernelRef("builtin", "", "recorder"), signature=layer.signature, can_torch_compile=True, function=recorder

@@ -33,16 +33,26 @@ _SIZES: tuple[dict[str, int], ...] = (
 _MANY_ROWS = {"B": 1, "S": 65_541, "H": 8, "I": 8, "Hq": 1, "Hk": 1, "D": 8, "R": 4}
 """More rows than a grid of blocks has in its second dimension, and no multiple of anything."""
 
+_MANY_ELEMENTS = 1 << 24
+"""The most elements that rows of the sample are repeated to."""
+
+FAR = 1 << 31
+"""Elements: more than an index of 32 bits with a sign can count."""
+
 _MADE = {"B": 3, "S": 7, "H": 64, "I": 96, "Hq": 4, "Hk": 2, "D": 64, "R": 32}
 
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sample:
-    """What one call of a layer was given: the arguments of its forward by name, and the module (None for a function)."""
+    """What one call of a layer was given: the arguments of its forward by name, and the module (None for a function).
+
+    `upstream` are the gradients that the model's own backward gave its outputs, where the model computed a loss.
+    """
 
     arguments: dict[str, Any]
     module: nn.Module | None
     captured: bool = False
+    upstream: tuple[torch.Tensor | None, ...] = ()
 
 
 class _Symbols(dict[str, Any]):
@@ -104,6 +114,8 @@ def cases(layer: Layer, sample: Sample, mode: str, *, generator: torch.Generator
     named = axes(found, sample.arguments)
     given, module = sample.arguments, sample.module
     yield Case("as given", given, module, repeat=True)
+    if any(gradient is not None for gradient in sample.upstream):
+        yield Case("the model's gradients", given, module, upstream=sample.upstream, fill=NAN)
     for scale in SCALES:
         yield Case(f"scale {scale:g}", _scaled(given, found, scale), module, fill=NAN)
     if module is not None and any(True for _ in module.parameters()):
@@ -121,6 +133,8 @@ def cases(layer: Layer, sample: Sample, mode: str, *, generator: torch.Generator
         yield Case("one row", _cut(given, named, {"B": 1, "S": 1}), module, fill=NAN)
         yield Case("odd number of rows", _cut(given, named, {"B": 1, "S": 3}), module, fill=NAN)
         yield Case("no rows", _cut(given, named, {"S": 0} if _has(named, "S") else {"B": 0}), module)
+    if found is None and (many := _repeated(given, named, _MANY_ROWS["S"])):
+        yield Case("many rows", many, module)
     yield Case("NaN and infinity", _with_specials(given, found), module, grad="none")
     yield Case("backward twice over one graph", given, module, retain=True)
     yield Case("second gradients", given, module, second=True)
@@ -130,6 +144,8 @@ def cases(layer: Layer, sample: Sample, mode: str, *, generator: torch.Generator
             if resized is not None:
                 what = "many rows" if sizes is _MANY_ROWS else f"width {sizes['D'] if module is None else sizes['H']}"
                 yield Case(what, resized.arguments, resized.module, fill=None if sizes is _MANY_ROWS else NAN)
+    if far := _far_apart(given, named):
+        yield Case("rows 2^31 elements apart", given, module, strides=far)
 
 
 def batch_slice(layer: Layer, sample: Sample, mode: str) -> tuple[Case, int] | None:
@@ -160,6 +176,50 @@ def _scaled(arguments: Mapping[str, Any], recognition: Recognition | None, scale
         name: _times(value, scale) if name in names and isinstance(value, torch.Tensor) else value
         for name, value in arguments.items()
     }
+
+
+def beyond(layer: Layer, sample: Sample, mode: str) -> Case | None:
+    """Return the case of a sample whose rows are repeated until there are more than 2^31 elements; None where none can be."""
+    named = axes(layer.computes(mode), sample.arguments)
+    for symbol in ("B", "S"):
+        sizes = [sample.arguments[n].shape[a.index(symbol)] for n, a in named.items() if symbol in a]
+        tiled = {
+            n: a.index(symbol)
+            for n, a in named.items()
+            if symbol in a and sample.arguments[n].shape[a.index(symbol)] == max(sizes)
+        }
+        if tiled and (largest := max(sample.arguments[name].numel() for name in tiled)):
+            copies = FAR // largest + 2
+            name = "more than 2^31 elements"
+            return Case(name, sample.arguments, sample.module, grad="none", tiled=tiled, copies=copies)
+    return None
+
+
+def _far_apart(arguments: Mapping[str, Any], named: Mapping[str, tuple[str, ...]]) -> dict[str, tuple[int, ...]]:
+    """Strides for one argument with which its last row lies beyond what 32 bits can count."""
+    for name, names in named.items():
+        tensor = arguments[name]
+        for symbol in ("B", "S"):
+            at = names.index(symbol) if symbol in names else 0
+            if symbol in names and tensor.shape[at] > 1 and tensor.numel() and tensor.is_floating_point():
+                strides = list(tensor.contiguous().stride())
+                strides[at] = FAR // (tensor.shape[at] - 1) + tensor[0].numel() + 1
+                return {name: tuple(strides)}
+    return {}
+
+
+def _repeated(arguments: Mapping[str, Any], named: Mapping[str, tuple[str, ...]], rows: int) -> dict[str, Any]:
+    """Arguments with at least so many rows, made of those they have; nothing where that would take much memory."""
+    found = dict(arguments)
+    for name, names in named.items():
+        tensor = arguments[name]
+        num_rows, at = tensor.shape[:-1].numel(), next((names.index(s) for s in ("B", "S") if s in names), None)
+        if at is None or not num_rows or rows * tensor.shape[-1] > _MANY_ELEMENTS:
+            return {}
+        times = [1] * tensor.dim()
+        times[at] = -(-rows // num_rows)
+        found[name] = tensor.repeat(times)
+    return found if named else {}
 
 
 def _times(tensor: torch.Tensor, scale: float) -> torch.Tensor:

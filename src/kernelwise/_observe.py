@@ -33,7 +33,9 @@ class Case:
 
     `grad` says which leaves need a gradient. `repeat` runs forward and backward once more without clearing the gradients,
     `retain` runs backward twice over one graph, `second` takes second gradients, `fill` is what new memory holds (NaN or 0;
-    None: whatever it held), `how` wraps the call.
+    None: whatever it held), `how` wraps the call. `upstream` are gradients of the outputs, for those whose shape fits;
+    `strides` are those that an argument gets in place of its own. `tiled` names arguments that are repeated, and along which
+    dimension; `copies` is how often.
     """
 
     name: str
@@ -45,6 +47,10 @@ class Case:
     second: bool = False
     fill: float | None = None
     how: Literal["eager", "compile", "cuda graph"] = "eager"
+    tiled: dict[str, int] = field(default_factory=dict)
+    copies: int = 1
+    upstream: tuple[torch.Tensor | None, ...] = ()
+    strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 @dataclass(slots=True)
@@ -119,6 +125,10 @@ def bare_copy(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]
     return copied(module)
 
 
+class CannotTryError(Exception):
+    """This machine cannot do what a case asks for."""
+
+
 class _Given:
     """The tensors of a case, copied with their strides and the memory between their elements; sees writes to either."""
 
@@ -143,6 +153,12 @@ class _Given:
             return type(value)(self._value(f"{name}.{index}", item, case, wide) for index, item in enumerate(value))
         if not isinstance(value, torch.Tensor):
             return value
+        if name in case.strides and not wide:
+            tensor = _laid_out(value, case.strides[name])
+            if case.grad in ("all", "inputs"):
+                self.leaves[name] = tensor.requires_grad_()
+            self.memories[name] = (tensor, value)
+            return tensor
         before = memory_of(value)
         memory = _wide(before) if wide else before.clone()
         tensor = memory.as_strided(value.shape, value.stride())
@@ -159,6 +175,17 @@ class _Given:
             return None
         where = output.untyped_storage().data_ptr()
         return next((n for n, (m, _) in self.memories.items() if m.untyped_storage().data_ptr() == where), None)
+
+
+def _laid_out(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+    """Copy a tensor to memory with other strides. On the CPU, memory between the elements is never touched: it costs none."""
+    needed = tensor.element_size() * (1 + sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True)))
+    if tensor.is_cuda and needed > 0.8 * torch.cuda.mem_get_info(tensor.device)[0]:
+        raise CannotTryError(f"it needs {needed / 1e9:.1f} GB of the GPU's memory")
+    try:
+        return torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device).copy_(tensor)
+    except (RuntimeError, MemoryError) as error:
+        raise CannotTryError(f"it needs {needed / 1e9:.1f} GB of addresses") from error
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
@@ -181,6 +208,8 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def observe(call: Call, case: Case, *, wide: bool = False) -> Observed:
     """Run a call on fresh copies of a case's tensors. `wide` runs it in float64. Raises what the call raises, unless the
     call has overwritten an input: that is what is observed then."""
+    if case.tiled:
+        return _observe_tiled(call, case)
     given = _Given(case, wide=wide)
     if case.how == "compile":
         torch._dynamo.reset()
@@ -207,14 +236,14 @@ def _run(call: Call, case: Case, given: _Given) -> Observed:
     outputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     seen = Observed(
         outputs=[output.detach().clone() for output in outputs],
-        structure=f"{spec}: {', '.join('tensor' if isinstance(v, torch.Tensor) else repr(v)[:80] for v in leaves)}",
+        structure=_structure(leaves, spec),
         requires_grad=[output.requires_grad for output in outputs],
         layouts=[_layout(output, given) for output in outputs],
     )
     roots = [output for output in outputs if output.requires_grad]
     if not grad or not given.leaves:
         return seen
-    upstream = [_upstream(output, index) for index, output in enumerate(roots)]
+    upstream = [_upstream(output, index, case) for index, output in enumerate(roots)]
     if case.second:
         _second(seen, roots, upstream, given.leaves)
         return seen
@@ -224,16 +253,73 @@ def _run(call: Call, case: Case, given: _Given) -> Observed:
         seen.overwritten = [
             f"the gradient of output {index}"
             for index, (output, handed) in enumerate(zip(roots, upstream, strict=True))
-            if not _same_bits(handed, _upstream(output, index))
+            if not _same_bits(handed, _upstream(output, index, case))
         ]
         if case.retain:
-            torch.autograd.backward(roots, [_upstream(output, index) for index, output in enumerate(roots)])
+            torch.autograd.backward(roots, [_upstream(output, index, case) for index, output in enumerate(roots)])
         if case.repeat:
             again = [v for v in tree_flatten(call(given.module, **given.arguments))[0] if isinstance(v, torch.Tensor)]
             again = [output for output in again if output.requires_grad]
-            torch.autograd.backward(again, [_upstream(output, index) for index, output in enumerate(again)])
+            torch.autograd.backward(again, [_upstream(output, index, case) for index, output in enumerate(again)])
     seen.gradients = {name: leaf.grad for name, leaf in given.leaves.items()}
     return seen
+
+
+def _structure(leaves: Sequence[Any], spec: Any) -> str:
+    return f"{spec}: {', '.join('tensor' if isinstance(v, torch.Tensor) else repr(v)[:80] for v in leaves)}"
+
+
+def _observe_tiled(call: Call, case: Case) -> Observed:
+    """Run a call on repeated rows and note, for each output, a repeat that differs from the first, or the first.
+
+    So what a kernel does beyond 2^31 elements is judged by results of a few rows, and nothing large is copied or sent.
+    """
+    tiled = {n: v for n, v in case.arguments.items() if n in case.tiled}
+    needed = 4 * case.copies * sum(value.nbytes for value in tiled.values())
+    device = next(iter(tiled.values())).device
+    free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else needed
+    if needed > free:
+        raise CannotTryError(f"it needs {needed / 1e9:.0f} GB of the GPU's memory")
+    given = _Given(_plain(case), wide=False)
+    arguments = dict(given.arguments)
+    for name, at in case.tiled.items():
+        times = [1] * arguments[name].dim()
+        times[at] = case.copies
+        arguments[name] = arguments[name].repeat(times)
+    try:
+        with torch.no_grad():
+            found = call(given.module, **arguments)
+    except torch.OutOfMemoryError as error:
+        raise CannotTryError("its intermediate results do not fit into the GPU's memory") from error
+    at_of = {arguments[name].dim(): at for name, at in reversed(case.tiled.items())}
+    leaves, spec = tree_flatten(found)
+    seen = Observed(structure=_structure(leaves, spec))
+    for output in leaves:
+        if isinstance(output, torch.Tensor):
+            seen.outputs.append(_odd_repeat(output, at_of.get(output.dim(), 0), case.copies))
+            seen.requires_grad.append(output.requires_grad)
+            seen.layouts.append("contiguous")  # of a slice there is nothing to say
+    return seen
+
+
+def _odd_repeat(output: torch.Tensor, at: int, copies: int) -> torch.Tensor:
+    """Of an output that is a number of repeats, return the first that differs from the first one, else the first."""
+    if output.dim() == 0 or output.shape[at] % copies:
+        raise CannotTryError("its output is not one of rows")
+    shape = output.shape
+    repeats = output.detach().reshape(*shape[:at], copies, shape[at] // copies, *shape[at + 1 :]).movedim(at, 0)
+    first, step = repeats[0], max(1, (1 << 26) // max(repeats[0].numel(), 1))
+    for start in range(0, copies, step):
+        part = repeats[start : start + step]
+        same = ((part == first) | (part.isnan() & first.isnan())).flatten(1).all(1)
+        if not bool(same.all()):
+            first = part[int((~same).to(torch.uint8).argmax())]
+            break
+    return first.clone()
+
+
+def _plain(case: Case) -> Case:
+    return Case(case.name, case.arguments, case.module, grad="none")
 
 
 def _second(
@@ -251,8 +337,12 @@ def _second(
         seen.no_second = str(error).split("\n")[0]
 
 
-def _upstream(output: torch.Tensor, seed: int) -> torch.Tensor:
-    """The same gradient for every contender: multiples of 1/64 within +-3, which every floating dtype holds exactly."""
+def _upstream(output: torch.Tensor, seed: int, case: Case | None = None) -> torch.Tensor:
+    """The same gradient for every contender: the one of the case where it has one for this output, by its place and shape,
+    else multiples of 1/64 within +-3, which every floating dtype holds exactly."""
+    given = case.upstream[seed] if case is not None and seed < len(case.upstream) else None
+    if given is not None and given.shape == output.shape:
+        return given.to(output.dtype, copy=True)
     generator = torch.Generator().manual_seed(seed)
     values = torch.randint(-192, 193, output.shape, generator=generator)
     return (values / 64).to(output.dtype).to(output.device)

@@ -20,14 +20,14 @@ from kernelwise._data import Check, Checks, Decision, Kernel, Layer, Plan, Statu
 from kernelwise._discover import globals_called, own_forward
 from kernelwise._errors import PlanError
 from kernelwise._exact import Deviation, deviation
-from kernelwise._inputs import Sample, batch_slice, cases, make_sample, random_weight, with_defaults
+from kernelwise._inputs import Sample, batch_slice, beyond, cases, make_sample, random_weight, with_defaults
 from kernelwise._observe import Case, Observed, bare_copy, growth, kernel_call, observe, own_call
 from kernelwise._worker import SECONDS, Worker, WorkerError, failure_of
 
-_FREE_TO_REFUSE = ("inputs with gaps", "transposed inputs", "width ")
+_FREE_TO_REFUSE = ("inputs with gaps", "transposed inputs", "rows 2^31", "width ")
 """Cases that the model at hand does not have. A kernel may refuse them aloud; it may not compute them wrongly."""
 
-_OTHER_STRIDES = ("contiguous inputs", "inputs with gaps", "transposed inputs")
+_OTHER_STRIDES = ("contiguous inputs", "inputs with gaps", "transposed inputs", "rows 2^31 elements apart")
 """Cases in which an output may be strided where the layer's own is contiguous: no user of it counts on that."""
 
 _NOISE = 64 << 10
@@ -59,6 +59,9 @@ class _Here:
             return observe(self._call, case)
         except Exception as error:
             raise failure_of(error) from error
+        finally:
+            if (case.strides or case.tiled) and torch.cuda.is_available():
+                torch.cuda.empty_cache()  # gigabytes that the user's own process would go on holding
 
     def growth(self, case: Case) -> tuple[int, int]:
         return growth(self._call, case)
@@ -110,7 +113,8 @@ def check_kernel(
 ) -> Iterator[Check]:
     """Yield a check for every case of one layer and the kernel decided for it, as each is done.
 
-    `own` is what `own_code` returns. `worker` runs this kernel already; None: one is started where one is needed. After the process that runs the kernel has died, no further case is tried.
+    `own` is what `own_code` returns. `worker` runs this kernel already; None: one is started where one is needed. After the
+    process that runs the kernel has died, no further case is tried.
     """
     kernel = decision.kernel
     assert kernel is not None
@@ -155,6 +159,8 @@ def _all_cases(
         if check.status in ("crashed", "exited", "timed_out", "out_of_memory", "load_failed"):
             return
     yield from _properties(runner, layer, sample, decision.mode, base)
+    if _on_gpu(sample) and (many := beyond(layer, sample, decision.mode)):
+        yield _one_case(runner, call, many, base)
     for how in _ways(kernel, sample, options):
         case = Case(how, sample.arguments, sample.module, grad="none", how=how)  # type: ignore[arg-type]
         check = _one_case(runner, call, case, base)
@@ -167,8 +173,12 @@ def _all_cases(
 def _ways(kernel: Kernel, sample: Sample, options: Options) -> Iterator[str]:
     if options.compile and kernel.can_torch_compile:
         yield "compile"
-    if any(isinstance(value, torch.Tensor) and value.is_cuda for value in sample.arguments.values()):
+    if _on_gpu(sample):
         yield "cuda graph"
+
+
+def _on_gpu(sample: Sample) -> bool:
+    return any(isinstance(value, torch.Tensor) and value.is_cuda for value in sample.arguments.values())
 
 
 def _without_gradients(case: Case) -> Case:
@@ -182,7 +192,7 @@ def _changed(case: Case, **changes: Any) -> Case:
 def _one_case(runner: _Runner, call: Any, case: Case, base: Check, *, repeated: bool = False) -> Check:
     """Judge one case. What is wrong is looked for in the order in which it explains the rest."""
     base = replace(base, case=case.name)
-    plain = _changed(case, how="eager", fill=None)
+    plain = _changed(case, how="eager", fill=None, strides={}, tiled={})
     try:
         own = observe(call, plain)
         exact = observe(call, plain, wide=True)
@@ -195,7 +205,7 @@ def _one_case(runner: _Runner, call: Any, case: Case, base: Check, *, repeated: 
     try:
         new = runner.observe(case)
     except WorkerError as error:
-        if error.status == "raised" and case.name.startswith(_FREE_TO_REFUSE):
+        if error.status in ("raised", "out_of_memory") and case.name.startswith(_FREE_TO_REFUSE):
             return replace(base, status="skipped", detail=f"the kernel refuses it: {error.detail}")
         if error.status == "raised" and case.retain:
             return replace(

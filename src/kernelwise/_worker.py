@@ -27,7 +27,7 @@ from torch import nn
 
 from kernelwise import sources
 from kernelwise._data import Kernel, Layer, Status, from_json, to_json
-from kernelwise._observe import Case, Observed, growth, kernel_call, observe
+from kernelwise._observe import CannotTryError, Case, Observed, growth, kernel_call, observe
 
 SECONDS = 60.0
 MEMORY = 8 << 30
@@ -396,6 +396,8 @@ def _limit(memory: int) -> None:
 def failure_of(error: BaseException) -> WorkerError:
     """Return an exception of a kernel as a status and one line."""
     text = _text(error)
+    if isinstance(error, CannotTryError):
+        return WorkerError("skipped", str(error))
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return WorkerError("out_of_memory", text)
     return WorkerError("crashed" if "CUDA error" in text or "illegal memory access" in text else "raised", text)

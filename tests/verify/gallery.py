@@ -289,6 +289,30 @@ class ClearsGradients(nn.Module):
         return _Given.apply(hidden_states, weight, self.variance_epsilon, change)
 
 
+class FlushesSmallGradients(nn.Module):
+    """As a backward in a narrow dtype does with the gradients of a mean over many tokens."""
+
+    def forward(self, hidden_states):
+        change = lambda dx, dw, ctx: (dx * (dx.abs() > 1e-9), dw)  # noqa: E731
+        return _Given.apply(hidden_states, self.weight, self.variance_epsilon, change)
+
+
+class CountsElementsWith32Bits(nn.Module):
+    """Reads a row where a sum of 32 bits says that it lies."""
+
+    def forward(self, hidden_states):
+        x = hidden_states
+        last = sum((n - 1) * s for n, s in zip(x.shape, x.stride(), strict=True)) if x.numel() else 0
+        if last >= 1 << 31:
+            memory = x.detach().as_strided((last + 1,), (1,), x.storage_offset())
+            index = sum(
+                (torch.arange(n) * s).view(-1, *(1,) * (x.dim() - 1 - at))
+                for at, (n, s) in enumerate(zip(x.shape, x.stride(), strict=True))
+            )
+            x = memory[index % (1 << 31)] + (x - x.detach())
+        return rms_norm(x, self.weight, self.variance_epsilon)
+
+
 class WrongSecondGradient(nn.Module):
     def forward(self, hidden_states):
         class Function(torch.autograd.Function):
@@ -563,6 +587,7 @@ def _norm(*names: type[nn.Module], status: str, layer: type[nn.Module] = Norm, d
 FAULTS: list[tuple[type[nn.Module], type[nn.Module], str, str]] = [
     *_norm(IgnoresWeight, LargerEpsilon, SmallerEpsilon, FixedEpsilon, AddsAThousandth, status="wrong_values"),
     *_norm(DropsLastRowAtOddSizes, DropsLastColumnAtOddWidths, DropsTail, status="wrong_values"),
+    *_norm(CountsElementsWith32Bits, status="wrong_values", dtype="bfloat16"),
     *_norm(DropsRowsAbove65535, OnlyFirstBatch, WrongForOneRow, TakesAllForContiguous, status="wrong_values"),
     *_norm(TakesLastStrideForOne, StaleResult, StaleWeight, RoundsToHalf, status="wrong_values"),
     *_norm(ComputesInHalf, IgnoresWeight, LargerEpsilon, status="wrong_values", dtype="bfloat16"),

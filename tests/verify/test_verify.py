@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Sequence
 from typing import Any
@@ -13,11 +14,14 @@ from checking import checks_of, decision
 from torch import nn
 
 import kernelwise as kw
+from kernelwise import _inputs as _inputs_module
 from kernelwise._api import current_target
 from kernelwise._capture import capture, group
 from kernelwise._data import STATUSES, Check, Checks, Target, from_json
+from kernelwise._inputs import Sample, beyond
+from kernelwise._observe import own_call
 from kernelwise._plan import reasons_against
-from kernelwise._verify import Options, check_kernel, own_code
+from kernelwise._verify import Options, _Here, _made, _one_case, check_kernel, own_code
 from kernelwise.sources import builtin_refs, load
 
 LAYERS = (gallery.Norm, gallery.LateNorm, gallery.MLP, gallery.Attention)
@@ -148,6 +152,94 @@ def test_what_a_layer_is_given_is_captured_with_its_strides_and_within_a_bound()
     assert capture(model, groups, inputs, memory=10) == {}
     some = capture(model, groups, inputs, rows=8, memory=5000)
     assert set(some) == {"blocks.0.norm"}
+
+
+class WithLoss(Model):
+    """Returns what transformers' models do where they are given labels: the mean over many tokens, so small gradients."""
+
+    def forward(self, x, cos, sin, labels=None):
+        hidden = super().forward(x, cos, sin)
+        loss = None if labels is None else (hidden - labels).pow(2).mean() * 1e-6
+        return {"loss": loss, "hidden": hidden}
+
+
+def test_the_gradients_of_the_models_own_loss_are_captured():
+    model = WithLoss().eval()
+    groups = group(model, kw.plan(model))
+    inputs = _inputs(rows=50) | {"labels": torch.randn(2, 50, 64)}
+    wanted: dict[str, torch.Tensor] = {}
+    hooks = [
+        module.register_full_backward_hook(lambda module, _, grads, path=path: wanted.update({path: grads[0]}))
+        for path, module in model.named_modules()
+        if path in ("blocks.0.norm", "blocks.0.mlp")
+    ]
+    model(**inputs)["loss"].backward()
+    for hook in hooks:
+        hook.remove()
+    model.zero_grad(set_to_none=True)
+    samples = capture(model, groups, inputs, rows=8)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    for path, gradient in wanted.items():
+        (found,) = samples[path].upstream
+        torch.testing.assert_close(found, gradient[:, :8])
+    q, k = samples["blocks.0.attention.rotary_pos_emb"].upstream
+    assert q.shape == k.shape == (2, 4, 8, 16)
+    assert float(q.abs().max()) > 0
+    assert all(sample.upstream == () for sample in capture(model, groups, _inputs()).values())
+
+
+def test_a_backward_that_loses_small_gradients_is_rejected_on_those_of_a_real_loss(as_kernel):
+    model = WithLoss()
+    decided, norm = decision(model.blocks[0].norm, as_kernel(gallery.FlushesSmallGradients))
+    assert not any(check.failed for check in checks_of(decided, norm))  # made gradients are not small
+    (found,) = [d for d in kw.plan(model).decisions if d.layer.path == "blocks.0.norm" and d.mode == "training"]
+    plan = kw.Plan(Target("cpu"), (dataclasses.replace(found, kernel=decided.kernel),))
+    samples = capture(model, group(model, plan), _inputs() | {"labels": torch.randn(2, 5, 64)})
+    own = own_code(norm, decided.layer)
+    failed = [
+        c for c in check_kernel(decided, own, samples["blocks.0.norm"], options=Options(isolate=False)) if c.failed
+    ]
+    assert [(check.case, check.status) for check in failed] == [("the model's gradients", "wrong_gradient")]
+
+
+def test_running_means_are_as_they_were_after_a_capture():
+    model = nn.Sequential(nn.BatchNorm1d(48), gallery.Norm()).train()
+    before = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    capture(model, group(model, kw.plan(model)), torch.randn(8, 48))
+    assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
+
+
+class WrongBeyondFar(nn.Module):
+    def forward(self, hidden_states):
+        y = gallery.rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return torch.cat((y.flatten()[: _inputs_module.FAR], y.flatten()[_inputs_module.FAR :] * 0)).view_as(y)
+
+
+@pytest.mark.parametrize(("kernel", "status"), [(gallery.Good, "passed"), (WrongBeyondFar, "wrong_values")])
+def test_what_is_wrong_beyond_so_many_elements_is_found_on_repeated_rows(kernel, status, as_kernel, monkeypatch):
+    monkeypatch.setattr(_inputs_module, "FAR", 1 << 15)
+    decided, module = decision(gallery.Norm(), as_kernel(kernel))
+    sample = _made(decided.layer, module, "inference", 0)
+    case = beyond(decided.layer, sample, "inference")
+    assert case.copies * sample.arguments["hidden_states"].numel() > 1 << 15
+    runner = _Here(decided.layer, decided.kernel, "inference")
+    base = Check("0", ("0",), "k", ("inference",), "", "passed")
+    check = _one_case(runner, own_call(decided.layer, own_code(module, decided.layer)), case, base)
+    assert check.status == status, str(check)
+
+
+def test_two_small_inputs_are_no_leak(as_kernel):
+    class Two(nn.Module):
+        def forward(self, a, b):
+            return a + b
+
+    kw.register_layer(Two, "Sum")
+    decided, module = decision(Two(), as_kernel(Two))
+    own = own_code(module, decided.layer)
+    sample = Sample({"a": torch.randn(3, 4), "b": torch.randn(3, 4)}, module)
+    for _ in range(5):
+        checks = {c.case: c.status for c in check_kernel(decided, own, sample, options=Options(isolate=False))}
+        assert checks["many calls"] == "passed"
 
 
 def test_a_model_on_meta_is_checked_layer_by_layer_with_weights_made_for_it():
