@@ -37,8 +37,12 @@ from torch.nn import functional as F
 from kernelwise.kernels.triton import _norm_configs as configs
 from kernelwise.kernels.triton import rms_norm as rms_module
 from kernelwise.kernels.triton._norm_configs import NORM_BACKWARD, NORM_FORWARD, NormConfig
+from kernelwise.kernels.triton.add_layer_norm import add_layer_norm
 from kernelwise.kernels.triton.add_rms_norm import add_rms_norm
+from kernelwise.kernels.triton.cross_entropy import cross_entropy
 from kernelwise.kernels.triton.gated_activation import gated_activation
+from kernelwise.kernels.triton.layer_norm import layer_norm
+from kernelwise.kernels.triton.linear_cross_entropy import linear_cross_entropy
 from kernelwise.kernels.triton.rms_norm import rms_norm
 from kernelwise.kernels.triton.rotary import rotary
 
@@ -75,6 +79,22 @@ def eager_rotary(q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch
     return q * cos + rotate_half(q) * sin, k * cos + rotate_half(k) * sin
 
 
+def eager_loss(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(logits.float(), labels)
+
+
+def eager_linear_loss(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+    return F.cross_entropy(F.linear(hidden, weight).float(), labels)
+
+
+def three_products(hidden: torch.Tensor, weight: torch.Tensor, labels: torch.Tensor) -> None:
+    """What every head with a loss must multiply: the floor of its time. All logits at once, no loss."""
+    hidden, weight = hidden.detach(), weight.detach()
+    logits = hidden @ weight.T
+    torch.mm(logits, weight)
+    torch.mm(logits.T, hidden)
+
+
 # ---------------------------------------------------------------- cases
 
 
@@ -90,6 +110,7 @@ class Case:
     forward_bytes: int
     backward_bytes: int
     compiled: bool = True  # whether torch.compile, which takes seconds for each shape, is among the contenders
+    is_loss: bool = False  # forward and backward are timed together, and memory is measured
 
 
 def contender(module: str, *names: str) -> Any:
@@ -111,7 +132,13 @@ def peers() -> dict[str, Any]:
         "liger_silu": contender("liger_kernel.ops", "LigerSiLUMulFunction"),
         "liger_gelu": contender("liger_kernel.ops.geglu", "LigerGELUMulFunction"),
         "liger_rope": contender("liger_kernel.ops.rope", "LigerRopeFunction"),
+        "liger_layer_norm": contender("liger_kernel.ops", "LigerLayerNormFunction"),
+        "liger_loss": contender("liger_kernel.ops.cross_entropy", "LigerCrossEntropyFunction"),
+        "liger_linear_loss": contender(
+            "liger_kernel.ops.fused_linear_cross_entropy", "LigerFusedLinearCrossEntropyFunction"
+        ),
         "quack_norm": contender("quack.rmsnorm", "rmsnorm"),
+        "quack_loss": contender("quack.cross_entropy", "cross_entropy"),
     }
 
 
@@ -166,6 +193,88 @@ def add_norm_case(rows: int, width: int) -> Case:
     )
 
 
+def layer_norm_case(rows: int, width: int, add: bool = False) -> Case:
+    def own(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> torch.Tensor:
+        return F.layer_norm(x, (width,), weight, bias, EPS)
+
+    def own_add(x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor) -> Tensors:
+        total = x + residual
+        return F.layer_norm(total, (width,), weight, bias, EPS), total
+
+    found: dict[str, Callable[..., Any]]
+    if add:
+        found = {"ours": lambda x, r, w, b: add_layer_norm(x, r, w, b, EPS), "torch": own_add, "compile": own_add}
+    else:
+        found = {"ours": lambda x, w, b: layer_norm(x, w, b, EPS), "torch": own, "compile": own}
+        if peers()["liger_layer_norm"]:
+            found["liger"] = lambda x, w, b: peers()["liger_layer_norm"].apply(x, w, b, EPS)
+    rows_in = 2 if add else 1
+    return Case(
+        "add_layer_norm" if add else "layer_norm",
+        f"{rows}x{width}",
+        lambda: (*(normal(rows, width) for _ in range(rows_in)), 1 + 0.1 * normal(width), normal(width)),
+        found,
+        rows_in + 2,
+        (2 * rows_in * rows + 2) * width * 2,
+        ((rows_in + 2) * rows + 3) * width * 2,
+        rows in (1, 4096),
+    )
+
+
+def some_labels(rows: int, vocabulary: int) -> torch.Tensor:
+    labels = torch.randint(0, vocabulary, (rows,), device="cuda")
+    labels[1] = -100
+    return labels
+
+
+def loss_case(rows: int, vocabulary: int) -> Case:
+    found: dict[str, Callable[..., Any]] = {
+        "ours": cross_entropy,
+        "consume": lambda logits, labels: cross_entropy(logits, labels, consume_logits=True),
+        "torch": F.cross_entropy,
+        "eager": eager_loss,
+        "compile": eager_loss,
+    }
+    if peers()["liger_loss"]:
+        found["liger"] = lambda logits, labels: peers()["liger_loss"].apply(logits, labels, None)[0]
+    if peers()["quack_loss"]:
+        found["quack"] = lambda logits, labels: peers()["quack_loss"](logits, labels, reduction="mean")
+    return Case(
+        "cross_entropy",
+        f"{rows}x{vocabulary}",
+        lambda: (2 * normal(rows, vocabulary), some_labels(rows, vocabulary)),
+        found,
+        1,
+        rows * vocabulary * 2,
+        2 * rows * vocabulary * 2,
+        vocabulary == 128256,
+        True,
+    )
+
+
+def linear_loss_case(rows: int, width: int, vocabulary: int) -> Case:
+    found: dict[str, Callable[..., Any]] = {
+        "ours": linear_cross_entropy,
+        "products": three_products,
+        "eager": eager_linear_loss,
+        "compile": eager_linear_loss,
+    }
+    if peers()["liger_linear_loss"]:
+        found["liger"] = lambda hidden, weight, labels: peers()["liger_linear_loss"].apply(hidden, weight, labels)[0]
+    moved = (2 * rows * width + 2 * vocabulary * width) * 2
+    return Case(
+        "linear_cross_entropy",
+        f"{rows}x{width}x{vocabulary}",
+        lambda: (normal(rows, width), normal(vocabulary, width) / width**0.5, some_labels(rows, vocabulary)),
+        found,
+        2,
+        moved,
+        moved,
+        rows == 4096,
+        True,
+    )
+
+
 def gated_case(rows: int, width: int, activation: str = "silu", packed: bool = False) -> Case:
     own = eager_silu if activation == "silu" else eager_gelu
     found = {
@@ -206,7 +315,18 @@ def cases(small: bool) -> Iterator[Case]:
         yield from (add_norm_case(r, w) for r, w in ((3, 577), (5000, 64)))
         yield from (gated_case(3, w, a, p) for w in (33, 2048) for a in ("silu", "gelu_tanh") for p in (False, True))
         yield from (rotary_case(2, 3, 4, 2, w) for w in (64, 80))
+        yield from (layer_norm_case(r, w, a) for r, w in ((3, 577), (5000, 64)) for a in (False, True))
+        yield from (layer_norm_case(1100, 128), layer_norm_case(40, 1024))
+        yield from (loss_case(r, v) for r, v in ((3, 577), (40, 2048), (5, 50257)))
+        yield linear_loss_case(140, 64, 1003)
         return
+    yield from (linear_loss_case(4096, 4096, 128256), linear_loss_case(4096, 4096, 32000))
+    yield linear_loss_case(16384, 4096, 128256)
+    yield from (loss_case(4096, 128256), loss_case(4096, 32000), loss_case(4096, 50257), loss_case(1024, 151936))
+    for rows, width in ((1, 1024), (16, 1024), (512, 1024), (4096, 1024), (16384, 1024), (512, 4096), (4096, 4096)):
+        yield layer_norm_case(rows, width)
+    yield from (layer_norm_case(r, w) for r, w in ((1, 4096), (4096, 768), (16384, 768), (4096, 5120), (4096, 8192)))
+    yield from (layer_norm_case(r, w, True) for r, w in ((1, 1024), (512, 1024), (4096, 1024), (4096, 4096)))
     for rows, width in (
         (1, 14336),
         (16, 14336),
@@ -271,6 +391,21 @@ def gpu_time_us(calls: Sequence[Callable[[], Any]]) -> float:
     return statistics.median(times)
 
 
+def loop_time_us(call: Callable[[], Any]) -> float:
+    """Microseconds of one call that takes long and may wait for the GPU: the median of single calls, without a graph."""
+    begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    for _ in range(3):
+        call()
+    times: list[float] = []
+    while len(times) < 9 or (len(times) < 60 and sum(times) < 4e5):
+        begin.record()
+        call()
+        end.record()
+        torch.cuda.synchronize()
+        times.append(begin.elapsed_time(end) * 1e3)
+    return statistics.median(times)
+
+
 def host_time_us(call: Callable[[], Any], count: int = 100) -> float:
     """Microseconds of the host for one call, the GPU kept from falling behind; the best of twenty rounds."""
     best = math.inf
@@ -306,7 +441,7 @@ def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:
 def error_of(function: Callable[..., Any], case: Case, exact: Callable[..., Any]) -> float:
     """The largest relative error (in norm) of outputs and gradients against `exact` in float64; NaN never passes."""
     inputs = case.make()
-    wide = [t.double().requires_grad_(i < case.num_grads) for i, t in enumerate(inputs)]
+    wide = [t.double().requires_grad_(i < case.num_grads) if t.is_floating_point() else t for i, t in enumerate(inputs)]
     narrow = [t.clone().requires_grad_(i < case.num_grads) for i, t in enumerate(inputs)]
     expected, actual = as_tuple(exact(*wide)), as_tuple(function(*narrow))
     errors = [relative_error(a.detach(), e.detach()) for a, e in zip(actual, expected, strict=True)]
@@ -325,12 +460,15 @@ class Row:
     direction: str
     num_bytes: int
     median_us: dict[str, float] = field(default_factory=dict)
+    peak_bytes: dict[str, int] = field(default_factory=dict)
 
     def line(self, bandwidth: float) -> str:
         parts = []
         for who, us in self.median_us.items():
-            share = 100 * self.num_bytes / (us * 1e-6) / bandwidth
-            parts.append(f"{who} {us:.1f} ({share:.0f}%)")
+            note = f"{100 * self.num_bytes / (us * 1e-6) / bandwidth:.0f}%"
+            if who in self.peak_bytes:
+                note = f"{self.peak_bytes[who] / 1e9:.2f} GB"
+            parts.append(f"{who} {us:.1f} ({note})")
         return f"{self.name:12s} {self.direction} {self.shape:20s} " + "  ".join(parts)
 
 
@@ -354,18 +492,41 @@ def exact_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS) * weight
 
 
+def loss_step(function: Callable[..., Any], case: Case) -> tuple[float, int]:
+    """Time of forward and backward together in microseconds, and the memory they take beside their inputs in bytes."""
+    inputs = [t.requires_grad_(i < case.num_grads) for i, t in enumerate(case.make())]
+
+    def step() -> Any:
+        loss = function(*inputs)
+        return None if loss is None else torch.autograd.grad(loss, inputs[: case.num_grads])
+
+    torch.cuda.synchronize()
+    step()
+    gc.collect()
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    kept = step()
+    torch.cuda.synchronize()
+    peak = torch.cuda.max_memory_allocated() - before
+    del kept
+    return loop_time_us(step), peak
+
+
 def exact_of(case: Case) -> Callable[..., Any]:
     if case.name == "add_rms_norm":
         return lambda x, r, w: (exact_norm(x + r, w), x + r)
     if case.name == "rms_norm":
         return exact_norm
+    if "layer_norm" in case.name:
+        return case.contenders["torch"]
     return case.contenders["eager"]
 
 
 def run_case(case: Case, without: set[str], problems: list[str], compile_too: bool) -> list[Row]:
     rows = [
         Row(case.name, case.shape, "forward ", case.forward_bytes),
-        Row(case.name, case.shape, "backward", case.backward_bytes),
+        Row(case.name, case.shape, "together" if case.is_loss else "backward", case.backward_bytes),
     ]
     few_tokens = case.forward_bytes < 2_000_000  # nobody trains on that few; one direction is enough
     for who, function in case.contenders.items():
@@ -376,8 +537,15 @@ def run_case(case: Case, without: set[str], problems: list[str], compile_too: bo
             if who == "compile":
                 torch._dynamo.reset()
                 function = torch.compile(function, dynamic=False)
-            if case.backward_bytes < 1 << 29 and (error := error_of(function, case, exact_of(case))) > 8e-3:
+            checked = who != "products" and (case.is_loss or case.backward_bytes < 1 << 29)
+            if checked and (error := error_of(function, case, exact_of(case))) > 8e-3:
                 problems.append(f"{where}: relative error {error:.1e}, not timed")
+                continue
+            if case.is_loss:
+                if "linear" not in case.name and who not in ("consume", "compile"):
+                    with torch.no_grad():
+                        rows[0].median_us[who] = loop_time_us(functools.partial(function, *case.make()))
+                rows[1].median_us[who], rows[1].peak_bytes[who] = loss_step(function, case)
                 continue
             with torch.no_grad():
                 rows[0].median_us[who] = gpu_time_us(forward_calls(function, case))
@@ -385,8 +553,9 @@ def run_case(case: Case, without: set[str], problems: list[str], compile_too: bo
                 rows[1].median_us[who] = gpu_time_us(backward_calls(function, case))
         except Exception as error:  # a peer that fails is a finding, not the end of the run
             problems.append(f"{where}: {type(error).__name__}: {str(error).strip().splitlines()[:1]}")
-        gc.collect()
-        torch.cuda.empty_cache()
+        finally:
+            gc.collect()
+            torch.cuda.empty_cache()
     return [row for row in rows if row.median_us]
 
 

@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 CASES = (
     "rms_norm", "add_rms_norm", "gated_activation", "rotary", "cross_entropy", "linear_cross_entropy", "layer_norm",
-    "add_layer_norm",
+    "add_layer_norm", "qk_norm_rotary",
 )  # fmt: skip
 
 
@@ -146,7 +146,7 @@ def _cross_entropy() -> None:
     from kernelwise.kernels.triton import cross_entropy as module
     from kernelwise.kernels.triton.cross_entropy import cross_entropy
 
-    module._BLOCK = 1024
+    module._FORWARD = module._CONSUMING = module._UNALIGNED = (1024, 2, 16)
     for rows, width in ((8, 32), (9, 33), (1, 7), (4, 2500), (2, 4096)):
         for options in LOSSES:
             labels = torch.randint(0, width, (rows,))
@@ -252,10 +252,33 @@ def _add_layer_norm() -> None:
         assert_as_exact(own, lambda x, residual, weight, bias: add_layer_norm(x, residual, weight, bias, 1e-5), given)
 
 
+def _qk_norm_rotary() -> None:
+    from exact import assert_as_exact
+
+    from kernelwise.kernels.triton.qk_norm_rotary import _plain, qk_norm_rotary
+
+    for heads, tokens, width, batch in (((4, 2), 3, 16, 1), ((3, 1), 1, 6, 2), ((5, 5), 40, 8, 1)):
+        q, k = (torch.randn(2, tokens, n, width).transpose(1, 2) for n in heads)
+        phase = torch.randn(batch, tokens, width)
+        for dim, offset, cast in ((1, 0.0, "before"), (2, 1.0, "after")):
+            given = {"q": q, "k": k} if dim == 1 else {"q": q.transpose(1, 2), "k": k.transpose(1, 2)}
+            given |= {"q_weight": torch.randn(width), "k_weight": torch.randn(width)}
+            assert_as_exact(
+                lambda q, k, q_weight, k_weight, p=phase, d=dim, o=offset, c=cast: _plain(
+                    q, k, q_weight, k_weight, p.to(q.dtype).cos(), p.to(q.dtype).sin(), 1e-6, o, c, d
+                ),
+                lambda q, k, q_weight, k_weight, p=phase, d=dim, o=offset, c=cast: qk_norm_rotary(
+                    q, k, q_weight, k_weight, p.cos(), p.sin(), 1e-6, offset=o, cast=c, unsqueeze_dim=d
+                ),
+                given,
+                scaled=("q", "k"),
+            )
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     cases = (
         _rms_norm, _add_rms_norm, _gated_activation, _rotary, _cross_entropy, _linear_cross_entropy, _layer_norm,
-        _add_layer_norm,
+        _add_layer_norm, _qk_norm_rotary,
     )  # fmt: skip
     dict(zip(CASES, cases, strict=True))[sys.argv[1]]()

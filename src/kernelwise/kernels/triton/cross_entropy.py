@@ -21,9 +21,12 @@ Reduction = Literal["mean", "sum", "none"]
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 REDUCTIONS = ("mean", "sum", "none")
 
-_BLOCK = 16384  # logits of a row that a program reads at a time
-_SUBROWS = 2
-_GRADIENT_BLOCK = 4096
+# Elements that a program reads at a time, into how many rows it folds them, and elements of one thread; measured on sm_90.
+_FORWARD = (16384, 4, 32)
+_CONSUMING = (32768, 4, 32)
+_UNALIGNED = (4096, 2, 16)  # the first and the last block are read element by element, so they are small
+_GRADIENT = (4096, 1, 32)
+_GRADIENT_UNALIGNED = (1024, 1, 8)
 _REDUCE_BLOCK = 4096
 _MULTIPLY_BLOCK = 4096
 
@@ -86,8 +89,7 @@ def run_rows(
     key = (logits.get_device(), logits.dtype, width, unit, align, scale is None, by_rows, options)
     launcher = _rows_launchers.get(key)
     if launcher is None:
-        block = max(64, min(_BLOCK, power_of_2(width)))
-        subrows = _SUBROWS if block >= 1024 else 1
+        block, subrows, warps = _cut(_UNALIGNED if align > 1 else _FORWARD if scale is None else _CONSUMING, width)
         launcher = _rows_launchers[key] = Launcher(
             rows_kernel,
             1,
@@ -102,10 +104,17 @@ def run_rows(
             Z_LOSS=options.z_loss,
             GRADIENT=scale is not None,
             SCALE_ROWS=by_rows,
-            num_warps=max(1, min(32, block // 512)),
+            num_warps=warps,
         )
     tensors = (logits, labels, logits if scale is None else scale, losses, losses if lse is None else lse)
     launcher(num_rows, 1, tensors, (stride // unit,), traced)
+
+
+def _cut(config: tuple[int, int, int], width: int) -> tuple[int, int, int]:
+    """Elements of a block, its rows, and warps; less than `config` says where a row is shorter than a block."""
+    block, subrows, elements = config
+    block = max(64, min(block, power_of_2(width)))
+    return block, subrows if block >= 1024 else 1, max(1, min(32, block // (32 * elements)))
 
 
 def _alignment(logits: Tensor) -> tuple[int, int]:
@@ -206,7 +215,7 @@ def _backward(
     key = (logits.get_device(), logits.dtype, width, unit, align, by_rows, options)
     launcher = _gradient_launchers.get(key)
     if launcher is None:
-        block = min(_GRADIENT_BLOCK, max(64, power_of_2(width)))
+        block, _, warps = _cut(_GRADIENT_UNALIGNED if align > 1 else _GRADIENT, width)
         launcher = _gradient_launchers[key] = Launcher(
             gradient_kernel,
             -(-(width + align - 1) // block),
@@ -220,7 +229,7 @@ def _backward(
             SOFTCAP=options.softcap,
             Z_LOSS=options.z_loss,
             UPSTREAM_ROWS=by_rows,
-            num_warps=max(1, block // 512),
+            num_warps=warps,
         )
     tensors = (logits, labels, lse, scale, dloss, gradient)
     launcher(num_rows * launcher.size, 1, tensors, (int(logits.stride(0)) // unit,), traced)

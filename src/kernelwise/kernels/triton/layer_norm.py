@@ -35,7 +35,7 @@ MAX_WIDTH = 32768  # a row lives in the registers of one program
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 # Backward with programs of two kinds: as long as the rows and their gradients stay in the second-level cache.
-_FEW_ROWS = 4096
+_FEW_ROWS = 1024
 _FEW_WIDTH = 8192
 _FEW_BYTES = 32 << 20
 _PARTIAL_COLUMNS = 32

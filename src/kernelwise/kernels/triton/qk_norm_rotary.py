@@ -1,0 +1,592 @@
+"""RMS norm of every head of queries and keys, then rotary embedding (half layout), all in one launch, and backward.
+
+A program handles one token and a share of its heads, as in `rotary`; a head is normalised and rotated in registers, and
+rounded once. Backward keeps nothing but the inputs: programs go through the tokens, normalise again, and keep their part
+of the gradients of the two weights in registers; a second kernel adds one partial row per program.
+"""
+# mypy: disable-error-code="no-untyped-def, no-untyped-call, untyped-decorator, misc"
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import rms_norm as norm
+from . import rotary as turn
+from ._launch import (
+    NAMESPACE,
+    Launcher,
+    Launchers,
+    check,
+    fresh,
+    needs_grad,
+    num_processors,
+    power_of_2,
+    unit_of,
+    watched,
+)
+from ._norm_kernels import sum_partials_kernel
+
+_SHARES_FEW = 8  # into how many programs the heads of one token are cut, with few tokens
+_PROGRAMS = 4  # of the backward pass, for each multiprocessor
+_PARTIAL_COLUMNS = 32
+
+
+@triton.jit
+def _halves(ptr, offsets, inside, HALF: tl.constexpr, EXACT: tl.constexpr):
+    if EXACT:
+        return tl.load(ptr + offsets).to(tl.float32), tl.load(ptr + offsets + HALF).to(tl.float32)
+    else:
+        first = tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        return first, tl.load(ptr + offsets + HALF, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_halves(ptr, offsets, first, second, inside, HALF: tl.constexpr, EXACT: tl.constexpr):
+    if EXACT:
+        tl.store(ptr + offsets, first.to(ptr.dtype.element_ty))
+        tl.store(ptr + offsets + HALF, second.to(ptr.dtype.element_ty))
+    else:
+        tl.store(ptr + offsets, first.to(ptr.dtype.element_ty), mask=inside)
+        tl.store(ptr + offsets + HALF, second.to(ptr.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def _angles(ptr, offsets, BLOCK: tl.constexpr, HALF: tl.constexpr):
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = columns < HALF
+    first = tl.load(ptr + offsets + columns, mask=inside, other=0.0).to(tl.float32)
+    return first, tl.load(ptr + offsets + columns + HALF, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _forward_heads(
+    x_ptr,
+    y_ptr,
+    stride,
+    first,
+    weight_ptr,
+    cos1,
+    cos2,
+    sin1,
+    sin2,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Heads first .. first + SHARE of one token; x_ptr and y_ptr point at its first head."""
+    heads = first + tl.arange(0, SHARE)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (heads < HEADS) & (columns < HALF)
+    x1, x2 = _halves(x_ptr, heads * stride + columns, inside, HALF, EXACT)
+    w1, w2 = _angles(weight_ptr, 0, BLOCK, HALF)
+    rstd = tl.math.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (2 * HALF) + EPS)[:, None]
+    x1 = x1 * rstd * (w1 + OFFSET)
+    x2 = x2 * rstd * (w2 + OFFSET)
+    y_offsets = heads * (2 * HALF) + columns
+    _store_halves(y_ptr, y_offsets, x1 * cos1 - x2 * sin1, x2 * cos2 + x1 * sin2, inside, HALF, EXACT)
+
+
+@triton.jit
+def _backward_heads(
+    dy_ptr,
+    x_ptr,
+    dx_ptr,
+    dy_stride,
+    x_stride,
+    weight_ptr,
+    cos1,
+    cos2,
+    sin1,
+    sin2,
+    dweight1,
+    dweight2,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    HEADS: tl.constexpr,
+    ALL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """All heads of one token; the gradients of the weight are added to the last two tiles."""
+    heads = tl.arange(0, ALL)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (heads < HEADS) & (columns < HALF)
+    x1, x2 = _halves(x_ptr, heads * x_stride + columns, inside, HALF, EXACT)
+    dy1, dy2 = _halves(dy_ptr, heads * dy_stride + columns, inside, HALF, EXACT)
+    w1, w2 = _angles(weight_ptr, 0, BLOCK, HALF)
+    rstd = tl.math.rsqrt((tl.sum(x1 * x1, 1) + tl.sum(x2 * x2, 1)) / (2 * HALF) + EPS)[:, None]
+    x1 = x1 * rstd
+    x2 = x2 * rstd
+    back1 = dy1 * cos1 + dy2 * sin2
+    back2 = dy2 * cos2 - dy1 * sin1
+    dweight1 += back1 * x1
+    dweight2 += back2 * x2
+    back1 = back1 * (w1 + OFFSET)
+    back2 = back2 * (w2 + OFFSET)
+    mean = ((tl.sum(x1 * back1, 1) + tl.sum(x2 * back2, 1)) / (2 * HALF))[:, None]
+    dx_offsets = heads * (2 * HALF) + columns
+    _store_halves(dx_ptr, dx_offsets, (back1 - x1 * mean) * rstd, (back2 - x2 * mean) * rstd, inside, HALF, EXACT)
+    return dweight1, dweight2
+
+
+@triton.jit(
+    do_not_specialize=[
+        "q_batch_stride",
+        "q_head_stride",
+        "q_token_stride",
+        "k_batch_stride",
+        "k_head_stride",
+        "k_token_stride",
+        "cos_batch_stride",
+        "cos_token_stride",
+    ]
+)
+def _forward_kernel(
+    q_ptr,
+    k_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    k_batch_stride,
+    k_head_stride,
+    k_token_stride,
+    cos_batch_stride,
+    cos_token_stride,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    SHARES: tl.constexpr,
+    Q_SHARE: tl.constexpr,
+    K_SHARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    token = tl.program_id(0).to(tl.int64)
+    batch = (tl.program_id(1) // SHARES).to(tl.int64)
+    share = tl.program_id(1) % SHARES
+    angles = batch * (cos_batch_stride * UNIT) + token * (cos_token_stride * UNIT)
+    cos1, cos2 = _angles(cos_ptr, angles, BLOCK, HALF)
+    sin1, sin2 = _angles(sin_ptr, angles, BLOCK, HALF)
+    place = batch * tl.num_programs(0) + token  # outputs lie as [batch, token, head, column]
+    q = q_ptr + batch * (q_batch_stride * UNIT) + token * (q_token_stride * UNIT)
+    k = k_ptr + batch * (k_batch_stride * UNIT) + token * (k_token_stride * UNIT)
+    Q_EXACT: tl.constexpr = BLOCK == HALF and SHARES * Q_SHARE == Q_HEADS
+    K_EXACT: tl.constexpr = BLOCK == HALF and SHARES * K_SHARE == K_HEADS
+    q_out = q_out_ptr + place * (Q_HEADS * 2 * HALF)
+    k_out = k_out_ptr + place * (K_HEADS * 2 * HALF)
+    q_stride = tl.full([], q_head_stride, tl.int64) * UNIT
+    k_stride = tl.full([], k_head_stride, tl.int64) * UNIT
+    _forward_heads(
+        q, q_out, q_stride, share * Q_SHARE, q_weight_ptr, cos1, cos2, sin1, sin2, EPS, OFFSET, Q_HEADS, Q_SHARE,
+        BLOCK, HALF, Q_EXACT,
+    )  # fmt: skip
+    _forward_heads(
+        k, k_out, k_stride, share * K_SHARE, k_weight_ptr, cos1, cos2, sin1, sin2, EPS, OFFSET, K_HEADS, K_SHARE,
+        BLOCK, HALF, K_EXACT,
+    )  # fmt: skip
+
+
+@triton.jit(
+    do_not_specialize=[
+        "num_batches",
+        "num_tokens",
+        "dq_batch_stride",
+        "dq_head_stride",
+        "dq_token_stride",
+        "dk_batch_stride",
+        "dk_head_stride",
+        "dk_token_stride",
+        "q_batch_stride",
+        "q_head_stride",
+        "q_token_stride",
+        "k_batch_stride",
+        "k_head_stride",
+        "k_token_stride",
+        "cos_batch_stride",
+        "cos_token_stride",
+    ]
+)
+def _backward_kernel(
+    dq_ptr,
+    dk_ptr,
+    q_ptr,
+    k_ptr,
+    q_weight_ptr,
+    k_weight_ptr,
+    cos_ptr,
+    sin_ptr,
+    dq_out_ptr,
+    dk_out_ptr,
+    partial_ptr,
+    num_batches,
+    num_tokens,
+    dq_batch_stride,
+    dq_head_stride,
+    dq_token_stride,
+    dk_batch_stride,
+    dk_head_stride,
+    dk_token_stride,
+    q_batch_stride,
+    q_head_stride,
+    q_token_stride,
+    k_batch_stride,
+    k_head_stride,
+    k_token_stride,
+    cos_batch_stride,
+    cos_token_stride,
+    EPS: tl.constexpr,
+    OFFSET: tl.constexpr,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    Q_ALL: tl.constexpr,
+    K_ALL: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    UNIT: tl.constexpr,
+):
+    Q_EXACT: tl.constexpr = BLOCK == HALF and Q_ALL == Q_HEADS
+    K_EXACT: tl.constexpr = BLOCK == HALF and K_ALL == K_HEADS
+    program = tl.program_id(0)
+    dq1 = tl.zeros([Q_ALL, BLOCK], dtype=tl.float32)
+    dq2 = tl.zeros([Q_ALL, BLOCK], dtype=tl.float32)
+    dk1 = tl.zeros([K_ALL, BLOCK], dtype=tl.float32)
+    dk2 = tl.zeros([K_ALL, BLOCK], dtype=tl.float32)
+    for i in tl.range(program, num_batches * num_tokens, tl.num_programs(0)):
+        place = tl.zeros([], dtype=tl.int64) + i
+        batch = place // num_tokens
+        token = place % num_tokens
+        angles = batch * (cos_batch_stride * UNIT) + token * (cos_token_stride * UNIT)
+        cos1, cos2 = _angles(cos_ptr, angles, BLOCK, HALF)
+        sin1, sin2 = _angles(sin_ptr, angles, BLOCK, HALF)
+        dq1, dq2 = _backward_heads(
+            dq_ptr + batch * (dq_batch_stride * UNIT) + token * (dq_token_stride * UNIT),
+            q_ptr + batch * (q_batch_stride * UNIT) + token * (q_token_stride * UNIT),
+            dq_out_ptr + place * (Q_HEADS * 2 * HALF),
+            tl.full([], dq_head_stride, tl.int64) * UNIT, tl.full([], q_head_stride, tl.int64) * UNIT,
+            q_weight_ptr, cos1, cos2, sin1, sin2, dq1, dq2, EPS, OFFSET, Q_HEADS, Q_ALL, BLOCK, HALF, Q_EXACT,
+        )  # fmt: skip
+        dk1, dk2 = _backward_heads(
+            dk_ptr + batch * (dk_batch_stride * UNIT) + token * (dk_token_stride * UNIT),
+            k_ptr + batch * (k_batch_stride * UNIT) + token * (k_token_stride * UNIT),
+            dk_out_ptr + place * (K_HEADS * 2 * HALF),
+            tl.full([], dk_head_stride, tl.int64) * UNIT, tl.full([], k_head_stride, tl.int64) * UNIT,
+            k_weight_ptr, cos1, cos2, sin1, sin2, dk1, dk2, EPS, OFFSET, K_HEADS, K_ALL, BLOCK, HALF, K_EXACT,
+        )  # fmt: skip
+    columns = tl.arange(0, BLOCK)
+    partial = partial_ptr + program * (4 * HALF) + columns
+    tl.store(partial, tl.sum(dq1, 0), mask=columns < HALF)
+    tl.store(partial + HALF, tl.sum(dq2, 0), mask=columns < HALF)
+    tl.store(partial + 2 * HALF, tl.sum(dk1, 0), mask=columns < HALF)
+    tl.store(partial + 3 * HALF, tl.sum(dk2, 0), mask=columns < HALF)
+
+
+_forward_launchers = Launchers()
+_backward_launchers = Launchers()
+_sum_launchers = Launchers()
+
+
+def _check(q: Tensor, k: Tensor, q_weight: Tensor, k_weight: Tensor, cos: Tensor, sin: Tensor, dim: int) -> None:
+    turn._check(q, k, cos, sin, dim)
+    for name, weight in (("q_weight", q_weight), ("k_weight", k_weight)):
+        check(
+            weight.shape == q.shape[3:] and weight.device == q.device,
+            lambda n=name, w=weight: f"{n} is [{q.shape[3]}] on {q.device}, not {tuple(w.shape)} on {w.device}",
+        )
+        check(
+            weight.dtype == q_weight.dtype and weight.dtype in (q.dtype, torch.float32),
+            lambda n=name, w=weight: f"both weights have the dtype of q ({q.dtype}) or float32; {n} is {w.dtype}",
+        )
+
+
+def _dtype(q: Tensor, weight: Tensor, cos: Tensor, cast: str) -> torch.dtype:
+    """The dtype of the results: what the norm gives, promoted with that of cos."""
+    normed = torch.promote_types(q.dtype, weight.dtype) if cast == "before" else q.dtype
+    return torch.promote_types(normed, cos.dtype)
+
+
+def _by_token(x: Tensor, dim: int) -> tuple[Tensor, tuple[int, int, int]]:
+    """x with unit last stride, and its strides of batch, head and token."""
+    x = x if x.stride(3) == 1 else x.contiguous()
+    first, second, third, _ = x.stride()
+    return x, (first, second, third) if dim == 1 else (first, third, second)
+
+
+def _results(x: Tensor, dim: int, dtype: torch.dtype) -> Tensor:
+    """A tensor of the shape of x that lies as [batch, token, head, column]."""
+    batch, second, third, width = x.shape
+    if dim == 2:
+        return fresh(x, (batch, second, third, width), dtype)
+    return x.new_empty_strided(x.shape, (second * third * width, width, second * width, 1), dtype=dtype)
+
+
+def _forward(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    offset: float,
+    cast: str,
+    dim: int,
+    traced: Any = None,
+) -> tuple[Tensor, Tensor]:
+    _check(q, k, q_weight, k_weight, cos, sin, dim)
+    dtype = _dtype(q, q_weight, cos, cast)
+    batch, num_tokens = q.shape[0], q.shape[3 - dim]
+    q_heads, k_heads, width = int(q.shape[dim]), int(k.shape[dim]), int(q.shape[3])
+    q_out, k_out = _results(q, dim, dtype), _results(k, dim, dtype)
+    total: Any = batch * num_tokens
+    counted = isinstance(total, int)
+    if counted and total == 0:
+        return q_out, k_out
+    q, q_strides = _by_token(q, dim)
+    k, k_strides = _by_token(k, dim)
+    cos, sin = cos.contiguous(), sin.contiguous()
+    strides = (*q_strides, *k_strides, 0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1))
+    unit = unit_of(*strides)
+    device = q.get_device()
+    many = not counted or total > 2 * num_processors(device)
+    key = (device, q.dtype, q_weight.dtype, cos.dtype, dtype, q_heads, k_heads, width, unit, many, eps, offset)
+    launcher = _forward_launchers.get(key)
+    if launcher is None:
+        block = power_of_2(width // 2)
+        shares = 1 if many else min(_SHARES_FEW, power_of_2(max(q_heads, k_heads)))
+        q_share, k_share = (power_of_2(-(-n // shares)) for n in (q_heads, k_heads))
+        launcher = _forward_launchers[key] = Launcher(
+            _forward_kernel,
+            shares,
+            EPS=float(eps),
+            OFFSET=float(offset),
+            Q_HEADS=q_heads,
+            K_HEADS=k_heads,
+            SHARES=shares,
+            Q_SHARE=q_share,
+            K_SHARE=k_share,
+            BLOCK=block,
+            HALF=width // 2,
+            UNIT=unit,
+            num_warps=max(1, min(4, q_share * block // 256)),
+        )
+    tensors = (q, k, q_weight.contiguous(), k_weight.contiguous(), cos, sin, q_out, k_out)
+    launcher(num_tokens, batch * launcher.size, tensors, [s // unit for s in strides], traced)
+    return q_out, k_out
+
+
+def _backward(
+    dq: Tensor,
+    dk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    offset: float,
+    dim: int,
+    traced: tuple[Any, Any] = (None, None),
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q and k, and those of the two weights one behind the other."""
+    batch, num_tokens = q.shape[0], q.shape[3 - dim]
+    q_heads, k_heads, width = int(q.shape[dim]), int(k.shape[dim]), int(q.shape[3])
+    q_out, k_out = _results(q, dim, q.dtype), _results(k, dim, k.dtype)
+    dweights = fresh(q_weight, (2 * width,))
+    total: Any = batch * num_tokens
+    counted = isinstance(total, int)
+    if counted and total == 0:
+        return q_out, k_out, dweights.zero_()
+    all_strides: list[int] = []
+    tensors = []
+    for tensor in (dq, dk, q, k):
+        tensor, strides = _by_token(tensor, dim)
+        tensors.append(tensor)
+        all_strides += strides
+    cos, sin = cos.contiguous(), sin.contiguous()
+    all_strides += (0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1))
+    unit = unit_of(*all_strides)
+    device = q.get_device()
+    key = (device, dq.dtype, q.dtype, q_weight.dtype, cos.dtype, q_heads, k_heads, width, unit, eps, offset)
+    launcher = _backward_launchers.get(key)
+    if launcher is None:
+        block = power_of_2(width // 2)
+        q_all, k_all = power_of_2(q_heads), power_of_2(k_heads)
+        launcher = _backward_launchers[key] = Launcher(
+            _backward_kernel,
+            1,
+            EPS=float(eps),
+            OFFSET=float(offset),
+            Q_HEADS=q_heads,
+            K_HEADS=k_heads,
+            Q_ALL=q_all,
+            K_ALL=k_all,
+            BLOCK=block,
+            HALF=width // 2,
+            UNIT=unit,
+            num_warps=max(1, min(16, max(q_all, k_all) * block // 256)),
+        )
+    grid = _PROGRAMS * num_processors(device)
+    if counted:
+        grid = min(grid, total)
+    partials = fresh(q, (grid, 2 * width), torch.float32)
+    numbers = (batch, num_tokens, *(s // unit for s in all_strides))
+    tensors += (q_weight.contiguous(), k_weight.contiguous(), cos, sin, q_out, k_out, partials)
+    launcher(grid, 1, tensors, numbers, traced[0])
+    adding = _sum_launchers.get((device, width, dweights.dtype))
+    if adding is None:
+        adding = _sum_launchers[device, width, dweights.dtype] = Launcher(
+            sum_partials_kernel, _PARTIAL_COLUMNS, WIDTH=2 * width, COLUMNS=_PARTIAL_COLUMNS, CHUNK=256, num_warps=8
+        )
+    adding(triton.cdiv(2 * width, _PARTIAL_COLUMNS), 1, (partials, dweights), (grid,), traced[1])
+    return q_out, k_out, dweights
+
+
+def _plain(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    offset: float,
+    cast: str,
+    dim: int,
+) -> tuple[Tensor, Tensor]:
+    q, k = norm._plain(q, q_weight, eps, offset, cast), norm._plain(k, k_weight, eps, offset, cast)
+    return turn._plain(q, k, cos, sin, dim)
+
+
+class _Function(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any,
+        q: Tensor,
+        k: Tensor,
+        q_weight: Tensor,
+        k_weight: Tensor,
+        cos: Tensor,
+        sin: Tensor,
+        eps: float,
+        offset: float,
+        cast: str,
+        dim: int,
+    ) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(q, k, q_weight, k_weight, cos, sin)
+        ctx.options = (eps, offset, cast, dim)
+        return _forward(q, k, q_weight, k_weight, cos, sin, eps, offset, cast, dim)
+
+    @staticmethod
+    def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+        saved, (eps, offset, cast, dim) = ctx.saved_tensors, ctx.options
+        nothing = (None,) * 6
+        if torch.is_grad_enabled():  # create_graph=True: the gradient itself is to be differentiated
+            results = _plain(*saved, eps, offset, cast, dim)
+            leaves = [t for t, needed in zip(saved, ctx.needs_input_grad, strict=False) if needed]
+            wanted = [(r, g) for r, g in zip(results, (dq, dk), strict=True) if r.requires_grad]
+            roots, upstream = zip(*wanted, strict=True)
+            found = iter(torch.autograd.grad(roots, leaves, upstream, create_graph=True, allow_unused=True))
+            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), *nothing
+        dq, dk, dweights = _backward(dq, dk, *saved, eps, offset, dim)
+        return dq, dk, *dweights.chunk(2), *nothing
+
+
+@torch.library.triton_op(f"{NAMESPACE}::qk_norm_rotary", mutates_args={})
+def _operation(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    offset: float,
+    cast: str,
+    dim: int,
+) -> tuple[Tensor, Tensor]:
+    kernel = torch.library.wrap_triton(_forward_kernel)
+    return _forward(q, k, q_weight, k_weight, cos, sin, float(eps), float(offset), cast, dim, kernel)
+
+
+@torch.library.triton_op(f"{NAMESPACE}::qk_norm_rotary_backward", mutates_args={})
+def _backward_operation(
+    dq: Tensor,
+    dk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    offset: float,
+    dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    kernels = (torch.library.wrap_triton(_backward_kernel), torch.library.wrap_triton(sum_partials_kernel))
+    return _backward(dq, dk, q, k, q_weight, k_weight, cos, sin, float(eps), float(offset), dim, kernels)
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:6])
+    ctx.eps, ctx.offset, _, ctx.dim = inputs[6:]
+
+
+def _operation_backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
+    dq, dk, dweights = _backward_operation(dq, dk, *ctx.saved_tensors, ctx.eps, ctx.offset, ctx.dim)
+    return dq, dk, *dweights.chunk(2), None, None, None, None, None, None
+
+
+_operation.register_autograd(_operation_backward, setup_context=_setup_context)
+
+
+def qk_norm_rotary(
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    *,
+    offset: float = 0.0,
+    cast: norm.Cast = "before",
+    unsqueeze_dim: int = 1,
+) -> tuple[Tensor, Tensor]:
+    """`rotary` of `rms_norm` of q and k over their last dimension, computed in float32 and rounded once.
+
+    `q` [B, Hq, S, D] and `k` [B, Hk, S, D], or heads and tokens swapped (`unsqueeze_dim=2`), and `cos` and `sin` are as
+    for `rotary`; `q_weight` and `k_weight` [D], of the dtype of q or float32, `offset` and `cast` as for `rms_norm`
+    (`cast` decides the dtype of the results alone). The results lie in memory as [B, S, H, D]. Where cos or sin needs a
+    gradient, the plain formula is computed instead. Raises ValueError for anything else.
+    """
+    check(cast in ("before", "after"), lambda: f"cast is 'before' or 'after', not {cast!r}")
+    check(unsqueeze_dim in (1, 2), lambda: f"unsqueeze_dim is 1 or 2, not {unsqueeze_dim}")
+    arguments = (q, k, q_weight, k_weight, cos, sin, eps, offset, cast, unsqueeze_dim)
+    if needs_grad(cos, sin):
+        return _plain(*arguments)
+    if watched(q, k, q_weight, k_weight, cos, sin):
+        results: tuple[Tensor, Tensor] = _operation(*arguments)
+        return results
+    if needs_grad(q, k, q_weight, k_weight):
+        results = _Function.apply(*arguments)
+        return results
+    return _forward(*arguments)
