@@ -270,9 +270,9 @@ def refresh() -> None:
 
 def kernels_used() -> str:
     """Whether this transformers uses the kernels library that is installed."""
-    from transformers.integrations import hub_kernels
+    from transformers.utils.import_utils import is_kernels_available
 
-    return "used" if getattr(hub_kernels, "_kernels_available", False) else "not used"
+    return "used" if is_kernels_available() else "not used"
 
 
 # ---------------------------------------------------------------------------------------------------------------------
