@@ -9,7 +9,7 @@ from __future__ import annotations
 import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -208,8 +208,17 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
 def observe(call: Call, case: Case, *, wide: bool = False) -> Observed:
     """Run a call on fresh copies of a case's tensors. `wide` runs it in float64. Raises what the call raises, unless the
     call has overwritten an input: that is what is observed then."""
-    if case.tiled:
-        return _observe_tiled(call, case)
+    with _device_of(case):
+        return _observe_tiled(call, case) if case.tiled else _observe(call, case, wide)
+
+
+def _device_of(case: Case) -> AbstractContextManager[Any]:
+    """Make the GPU of a case's tensors the current one: a kernel is started there unless it says otherwise."""
+    found = next((v.device for v in case.arguments.values() if isinstance(v, torch.Tensor) and v.is_cuda), None)
+    return nullcontext() if found is None else torch.cuda.device(found)
+
+
+def _observe(call: Call, case: Case, wide: bool) -> Observed:
     given = _Given(case, wide=wide)
     if case.how == "compile":
         torch._dynamo.reset()
@@ -414,8 +423,8 @@ def growth(call: Call, case: Case) -> tuple[int, int]:
 
     The smallest growth of three rounds after a warm-up: what grows once is a cache, what grows every time is a leak.
     """
-    given = _Given(case, wide=False)
-    with torch.no_grad():
+    with _device_of(case), torch.no_grad():
+        given = _Given(case, wide=False)
         outputs = [v for v in tree_flatten(call(given.module, **given.arguments))[0] if isinstance(v, torch.Tensor)]
         nbytes = sum(output.nbytes for output in outputs)
         on_gpu = any(output.is_cuda for output in outputs)
