@@ -37,14 +37,17 @@ from torch.nn import functional as F
 from kernelwise.kernels.triton import _norm_configs as configs
 from kernelwise.kernels.triton import rms_norm as rms_module
 from kernelwise.kernels.triton._norm_configs import NORM_BACKWARD, NORM_FORWARD, NormConfig
+from kernelwise.kernels.triton.activation import activation as own_activation
 from kernelwise.kernels.triton.add_layer_norm import add_layer_norm
 from kernelwise.kernels.triton.add_rms_norm import add_rms_norm
 from kernelwise.kernels.triton.cross_entropy import cross_entropy
 from kernelwise.kernels.triton.gated_activation import gated_activation
 from kernelwise.kernels.triton.layer_norm import layer_norm
 from kernelwise.kernels.triton.linear_cross_entropy import linear_cross_entropy
+from kernelwise.kernels.triton.qk_norm_rotary import qk_norm_rotary
 from kernelwise.kernels.triton.rms_norm import rms_norm
 from kernelwise.kernels.triton.rotary import rotary
+from kernelwise.ops._activations import ACTIVATIONS
 
 START = time.time()
 BF16 = torch.bfloat16
@@ -221,6 +224,37 @@ def layer_norm_case(rows: int, width: int, add: bool = False) -> Case:
     )
 
 
+def qk_case(batch: int, tokens: int, q_heads: int = 32, k_heads: int = 8, width: int = 128) -> Case:
+    def two_steps(function: Any, turn: Any) -> Callable[..., Any]:
+        return lambda q, k, a, b, cos, sin: turn(function(q, a), function(k, b), cos, sin)
+
+    def make() -> Tensors:
+        phase = 7 * torch.randn(1, tokens, width // 2, device="cuda").repeat(1, 1, 2)
+        q, k = (normal(batch, tokens, n, width).transpose(1, 2) for n in (q_heads, k_heads))
+        return q, k, 1 + 0.1 * normal(width), 1 + 0.1 * normal(width), phase.cos().to(BF16), phase.sin().to(BF16)
+
+    found = {
+        "ours": lambda q, k, a, b, cos, sin: qk_norm_rotary(q, k, a, b, cos, sin, EPS),
+        "two steps": two_steps(lambda x, w: rms_norm(x, w, EPS), rotary),
+        "eager": two_steps(eager_norm, eager_rotary),
+        "compile": two_steps(eager_norm, eager_rotary),
+    }
+    if peers()["liger_norm"] and peers()["liger_rope"]:
+        found["liger"] = two_steps(
+            lambda x, w: peers()["liger_norm"].apply(x, w, EPS, 0.0, "llama", False, None), peers()["liger_rope"].apply
+        )
+    elements = batch * tokens * (q_heads + k_heads) * width
+    shape = f"{batch}x{tokens}x{q_heads}/{k_heads}x{width}"
+    return Case("qk_norm_rotary", shape, make, found, 4, 2 * elements * 2, 3 * elements * 2)
+
+
+def activation_case(rows: int, width: int, name: str) -> Case:
+    own = ACTIVATIONS[name][0]
+    found = {"ours": lambda x: own_activation(x, activation=name), "eager": own, "compile": own}
+    moved = rows * width * 2
+    return Case(name, f"{rows}x{width}", lambda: (normal(rows, width),), found, 1, 2 * moved, 3 * moved, rows == 4096)
+
+
 def some_labels(rows: int, vocabulary: int) -> torch.Tensor:
     labels = torch.randint(0, vocabulary, (rows,), device="cuda")
     labels[1] = -100
@@ -319,6 +353,8 @@ def cases(small: bool) -> Iterator[Case]:
         yield from (layer_norm_case(1100, 128), layer_norm_case(40, 1024))
         yield from (loss_case(r, v) for r, v in ((3, 577), (40, 2048), (5, 50257)))
         yield linear_loss_case(140, 64, 1003)
+        yield from (qk_case(2, 3, 4, 2, w) for w in (64, 80))
+        yield from (activation_case(3, w, "gelu_new") for w in (577, 2048))
         return
     yield from (linear_loss_case(4096, 4096, 128256), linear_loss_case(4096, 4096, 32000))
     yield linear_loss_case(16384, 4096, 128256)
@@ -327,6 +363,10 @@ def cases(small: bool) -> Iterator[Case]:
         yield layer_norm_case(rows, width)
     yield from (layer_norm_case(r, w) for r, w in ((1, 4096), (4096, 768), (16384, 768), (4096, 5120), (4096, 8192)))
     yield from (layer_norm_case(r, w, True) for r, w in ((1, 1024), (512, 1024), (4096, 1024), (4096, 4096)))
+    yield from (qk_case(1, t) for t in (1, 512, 4096))
+    yield qk_case(1, 4096, 8, 4, 256)
+    yield from (activation_case(r, 3072, "gelu_new") for r in (1, 512, 4096, 16384))
+    yield activation_case(4096, 4096, "quick_gelu")
     for rows, width in (
         (1, 14336),
         (16, 14336),

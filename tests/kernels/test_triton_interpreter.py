@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 CASES = (
     "rms_norm", "add_rms_norm", "gated_activation", "rotary", "cross_entropy", "linear_cross_entropy", "layer_norm",
-    "add_layer_norm", "qk_norm_rotary",
+    "add_layer_norm", "qk_norm_rotary", "activation",
 )  # fmt: skip
 
 
@@ -275,10 +275,22 @@ def _qk_norm_rotary() -> None:
             )
 
 
+def _activation() -> None:
+    from exact import assert_as_exact
+
+    from kernelwise.kernels.triton.activation import MEANING, activation
+    from kernelwise.ops._activations import ACTIVATIONS
+
+    for name in MEANING:
+        for x in (torch.randn(3, 33), torch.randn(2, 4, 5).transpose(1, 2), torch.randn(4, 96)[:, 3:40]):
+            kernel = lambda x, name=name: activation(x, activation=name)  # noqa: E731
+            assert_as_exact(ACTIVATIONS[name][0], kernel, (x,), scales=(1e-2, 1.0, 10.0))
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     cases = (
         _rms_norm, _add_rms_norm, _gated_activation, _rotary, _cross_entropy, _linear_cross_entropy, _layer_norm,
-        _add_layer_norm, _qk_norm_rotary,
+        _add_layer_norm, _qk_norm_rotary, _activation,
     )  # fmt: skip
     dict(zip(CASES, cases, strict=True))[sys.argv[1]]()
