@@ -19,7 +19,26 @@ from setuptools.command.bdist_wheel import bdist_wheel
 from setuptools.command.build_ext import build_ext
 
 SOURCE = Path("src/kernelwise/kernels/cpu/csrc")
-VECTOR_SOURCES = ("rms_norm.cpp", "gated_activation.cpp", "rotary.cpp", "linear.cpp")
+VECTOR_SOURCES = (
+    "activation.cpp",
+    "cross_entropy.cpp",
+    "gated_activation.cpp",
+    "layer_norm.cpp",
+    "linear.cpp",
+    "qk_norm_rotary.cpp",
+    "rms_norm.cpp",
+    "rotary.cpp",
+)
+OPERATOR_SOURCES = (
+    "isa.cpp",
+    "ops.cpp",
+    "ops_activations.cpp",
+    "ops_linear.cpp",
+    "ops_loss.cpp",
+    "ops_norms.cpp",
+    "ops_rotary.cpp",
+)
+HEADERS = ("activations.h", "kernels.h", "norm.h", "products.h", "tensors.h", "vec.h")
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32"
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
 if X86:
@@ -70,7 +89,7 @@ class BuildKernels(build_ext):
         includes = [str(root / "include"), str(root / "include/torch/csrc/api/include"), str(SOURCE)]
         target = [("TORCH_TARGET_VERSION", "0x020a000000000000")]  # the stable ABI of torch 2.10
         x86 = [("KERNELWISE_X86", "1")] if X86 else []
-        jobs = [("ops.cpp", "common", []), ("isa.cpp", "common", [])]
+        jobs = [(source, "common", []) for source in OPERATOR_SOURCES]
         jobs += [(source, isa, flags) for isa, flags in ISA_FLAGS.items() for source in VECTOR_SOURCES]
 
         def compile_one(job: tuple[str, str, list[str]]) -> list[str]:
@@ -108,8 +127,8 @@ setup(
     ext_modules=[
         Extension(
             "kernelwise.kernels.cpu._kernels",
-            sources=[str(SOURCE / name) for name in ("ops.cpp", "isa.cpp", *VECTOR_SOURCES)],
-            depends=[str(SOURCE / name) for name in ("kernels.h", "vec.h")],
+            sources=[str(SOURCE / name) for name in (*OPERATOR_SOURCES, *VECTOR_SOURCES)],
+            depends=[str(SOURCE / name) for name in HEADERS],
             language="c++",
             optional=True,
         )

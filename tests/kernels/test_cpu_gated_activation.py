@@ -12,7 +12,12 @@ mlp = pytest.importorskip("kernelwise.kernels.cpu.gated_mlp", exc_type=ImportErr
 gated_activation = cpu.gated_activation
 
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
-ACTIVATIONS = {"silu": F.silu, "gelu": F.gelu, "gelu_tanh": lambda x: F.gelu(x, approximate="tanh")}
+ACTIVATIONS = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "quick_gelu": lambda x: x * torch.sigmoid(1.702 * x),
+}
 EVERY = pytest.mark.parametrize("activation", ACTIVATIONS)
 
 
@@ -20,11 +25,13 @@ EVERY = pytest.mark.parametrize("activation", ACTIVATIONS)
 def _kernel_for_few_numbers_too(request, monkeypatch):
     if "plain" not in request.node.name:
         monkeypatch.setattr(cpu, "_PLAIN_BELOW", dict.fromkeys(ACTIVATIONS, 0))
+        monkeypatch.setattr(cpu, "_PLAIN_BELOW_ELSE", 0)
 
 
 @EVERY
 def test_few_numbers_with_gradients_are_plain(activation):
-    for num, plain in ((cpu._PLAIN_BELOW[activation] - 1, True), (cpu._PLAIN_BELOW[activation] + 1, False)):
+    limit = cpu._PLAIN_BELOW.get(activation, cpu._PLAIN_BELOW_ELSE)
+    for num, plain in ((limit - 1, True), (limit + 1, False)):
         if num > 0:
             gate = torch.randn(num, requires_grad=True)
             y = gated_activation(gate, torch.randn(num), activation=activation)

@@ -18,9 +18,17 @@ from kernelwise.kernels.cpu import _library
 if reason := cpu.why_unavailable():
     pytest.skip(reason, allow_module_level=True)
 
+from kernelwise.kernels.cpu import gated_activation as gated_module
 from kernelwise.kernels.cpu import linear as linear_module
+from kernelwise.kernels.cpu.activation import activation
+from kernelwise.kernels.cpu.add_layer_norm import add_layer_norm
+from kernelwise.kernels.cpu.add_rms_norm import add_rms_norm
+from kernelwise.kernels.cpu.cross_entropy import cross_entropy
 from kernelwise.kernels.cpu.gated_activation import gated_activation
+from kernelwise.kernels.cpu.layer_norm import layer_norm
 from kernelwise.kernels.cpu.linear import linear
+from kernelwise.kernels.cpu.linear_cross_entropy import linear_cross_entropy
+from kernelwise.kernels.cpu.qk_norm_rotary import qk_norm_rotary
 from kernelwise.kernels.cpu.rms_norm import rms_norm
 from kernelwise.kernels.cpu.rotary import rotary
 
@@ -34,17 +42,47 @@ def calls(dtype=torch.float32):
     torch.manual_seed(0)
     half = torch.bfloat16 if dtype == torch.float32 else dtype
     angles = [torch.randn(1, 130, 64, dtype=dtype) for _ in range(2)]
+    labels = torch.arange(90) * 7
+    labels[3::5] = -100
     return {
         "rms_norm": (
             lambda x, w: rms_norm(x, w, 1e-6),
             torch.randn(600, 130, dtype=dtype),
             torch.randn(130, dtype=dtype),
         ),
+        "add_rms_norm": (
+            lambda x, r, w: add_rms_norm(x, r, w, 1e-6),
+            *torch.randn(2, 600, 130, dtype=dtype),
+            torch.randn(130, dtype=dtype),
+        ),
+        "layer_norm": (
+            lambda x, w, b: layer_norm(x, w, b, 1e-5),
+            torch.randn(600, 130, dtype=dtype),
+            *torch.randn(2, 130, dtype=dtype),
+        ),
+        "add_layer_norm": (
+            lambda x, r, w, b: add_layer_norm(x, r, w, b, 1e-5),
+            *torch.randn(2, 600, 130, dtype=dtype),
+            *torch.randn(2, 130, dtype=dtype),
+        ),
+        "activation": (activation, torch.randn(70, 600, dtype=dtype)),
         "gated_activation": (gated_activation, torch.randn(70, 600, dtype=dtype), torch.randn(70, 600, dtype=dtype)),
         "rotary": (
             lambda q, k: rotary(q, k, *angles),
             torch.randn(1, 6, 130, 64, dtype=dtype),
             torch.randn(1, 3, 130, 64, dtype=dtype),
+        ),
+        "qk_norm_rotary": (
+            lambda q, k, qw, kw: qk_norm_rotary(q, k, qw, kw, *angles, 1e-6),
+            torch.randn(1, 6, 130, 64, dtype=dtype),
+            torch.randn(1, 3, 130, 64, dtype=dtype),
+            *torch.randn(2, 64, dtype=dtype),
+        ),
+        "cross_entropy": (lambda x: cross_entropy(x, labels, z_loss=1e-3), torch.randn(90, 700, dtype=dtype)),
+        "linear_cross_entropy": (
+            lambda x, w: linear_cross_entropy(x, w, labels, chunk_bytes=100_000),
+            torch.randn(90, 72, dtype=dtype),
+            torch.randn(700, 72, dtype=dtype) / 8,
         ),
         "linear": (
             linear,
@@ -84,10 +122,10 @@ def threads():
 @pytest.mark.parametrize(("capability", "isa"), [("default", "baseline"), ("avx2", "avx2")])
 @pytest.mark.skipif("ATEN_CPU_CAPABILITY" in os.environ, reason="runs inside the run of one instruction set")
 def test_every_instruction_set_is_exact(capability, isa):
-    """The exactness tests again, in a process that is allowed less than this processor offers."""
+    """Most exactness tests again, in a process that is allowed less than this processor offers."""
     expected = isa if cpu.isa() != "baseline" else "baseline"
-    files = [str(HERE / f"test_cpu_{op}.py") for op in ("rms_norm", "gated_activation", "rotary", "linear")]
-    arguments = ["-q", "-x", "-p", "no:cacheprovider", "-k", "exact or digits", *files]
+    files = sorted(str(file) for file in HERE.glob("test_cpu_*.py") if file != Path(__file__))
+    arguments = ["-q", "-x", "-p", "no:cacheprovider", "-k", "width or whole or digits or option or shape", *files]
     code = (
         "import sys, pytest; from kernelwise.kernels import cpu; "
         f"assert cpu.isa() == {expected!r}, cpu.isa(); sys.exit(pytest.main({arguments!r}))"
@@ -117,7 +155,10 @@ def test_every_number_of_threads_gives_the_same_numbers(name, dtype, threads, bl
 
 
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="only GNU's OpenMP is in the way, only on Linux")
-@pytest.mark.parametrize("name", ["rms_norm", "gated_activation", "rotary"])
+@pytest.mark.parametrize(
+    "name",
+    [name for name in calls() if name not in ("linear", "linear_cross_entropy")],  # torch's products wait too
+)
 def test_works_in_a_child_of_a_process_with_threads(name, threads):
     """Where torch's own operators wait for ever, the kernels must not."""
     threads(2)
@@ -170,6 +211,48 @@ def test_compiles_in_one_graph_forward_and_backward(name, dynamic, blockwise):
         assert torch.equal(compiled(*leaves), sums(*leaves))
 
 
+@NAMES
+def test_second_derivatives_are_those_of_plain_pytorch(name, blockwise, monkeypatch):
+    """By what the backward functions do where they are differentiated themselves, against differences of gradients."""
+    monkeypatch.setattr(gated_module, "_PLAIN_BELOW_ELSE", 0)
+    monkeypatch.setattr(gated_module, "_PLAIN_BELOW", {})
+    function, *tensors = calls()[name]
+    leaves = [t.float().requires_grad_() if name != "linear" else t.requires_grad_() for t in tensors]
+
+    def gradients(tensors, **options):
+        outputs = function(*tensors)
+        outputs = outputs if isinstance(outputs, tuple) else (outputs,)
+        return torch.autograd.grad(sum(o.float().square().sum() for o in outputs), tensors, **options)
+
+    directions = [torch.randn_like(t) for t in leaves]
+    first = gradients(leaves)
+    for a, b in zip(first, gradients(leaves, create_graph=True), strict=True):
+        assert_close(a, b, 2e-2 if a.dtype == torch.bfloat16 else 1e-4)
+    along = sum((g * d).sum() for g, d in zip(gradients(leaves, create_graph=True), directions, strict=True))
+    found = torch.autograd.grad(along, leaves)
+    if name == "linear":  # differences of bfloat16 numbers have no digits: the same formula in float32 has
+        wide = [t.detach().float().requires_grad_() for t in leaves]
+        loss = torch.nn.functional.linear(*wide).square().sum()
+        grads = torch.autograd.grad(loss, wide, create_graph=True)
+        along = sum((g * d.float()).sum() for g, d in zip(grads, directions, strict=True))
+        expected = torch.autograd.grad(along, wide)
+    else:
+        step = 1e-2
+        ends = [
+            gradients(
+                [(t + sign * step * d).detach().requires_grad_() for t, d in zip(leaves, directions, strict=True)]
+            )
+            for sign in (1, -1)
+        ]
+        expected = [(a - b) / (2 * step) for a, b in zip(*ends, strict=True)]
+    for a, b in zip(found, expected, strict=True):
+        assert_close(a.float(), b.float(), 3e-2)
+
+
+def assert_close(a, b, bound):
+    assert (a - b).abs().max() <= bound * b.abs().max()
+
+
 def test_compiles_with_inductor():
     """Strides of the results must be those that the fake implementations promise."""
     function, q, k = calls()["rotary"]
@@ -196,6 +279,27 @@ def _samples():
     yield operators.rotary, (q.transpose(1, 2), k.transpose(1, 2), c, c, 2)
     yield operators.rotary, (q[:, :, :0], k[:, :, :0], c[:, :0], c[:, :0], 1)
     yield operators.rotary_backward, (q, k, c, c, 1, torch.float16)
+    yield operators.add_rms_norm, (x, x, w, 1e-6, 1.0, True)
+    yield operators.add_rms_norm, (x.bfloat16(), x.bfloat16().transpose(0, 1).contiguous().transpose(0, 1), w, 1e-6)
+    yield operators.rms_norm_backward, (x, x, w, 1e-6, 0.0, False, False, x)
+    yield operators.layer_norm, (x, w, w, 1e-5)
+    yield operators.layer_norm, (x.half().transpose(0, 1), None, None, 1e-5, 0.0)
+    yield operators.add_layer_norm, (x.half(), x.half(), w, None, 1e-5)
+    yield operators.layer_norm_backward, (x, x, w, w, 1e-5, 0.0, True, True)
+    yield operators.layer_norm_backward, (x, x, w, None, 1e-5, 0.0, False, True, x)
+    yield operators.activation, (x.bfloat16(), 1)
+    yield operators.activation_backward, (x, x.transpose(0, 1).contiguous().transpose(0, 1), 3)
+    yield operators.qk_norm_rotary, (q, k, w, w, c, c, 1e-6, 0.0, False, 1)
+    yield operators.qk_norm_rotary, (q.half(), k.half(), w, None, c, c, 1e-6, 0.0, True, 1)
+    yield operators.qk_norm_rotary_backward, (q, k, q, k, w, None, c, c, 1e-6, 0.0, False, 1, True)
+    yield operators.qk_norm_rotary_backward, (q, k, q, k, w, w, c, c, 1e-6, 0.0, False, 1, False)
+    labels, losses, kept = torch.tensor([1, -100, 7]), torch.randn(3), torch.rand(3, 2) + 1
+    yield operators.cross_entropy, (x[:, 0].bfloat16(), labels, -100, 0.1, 0.0, 0.0)
+    yield operators.cross_entropy_backward, (losses, x[:, 0], labels, kept, -100, 0.0, 30.0, 0.1)
+    yield operators.cross_entropy_backward_, (losses, x[:, 0].clone(), labels, kept, -100, 0.0, 0.0, 0.0)
+    yield operators.linear_cross_entropy, (x[:, 0], x[0], None, labels % 4, None, -100, 0, 0, 0, 64, True, True, True)
+    yield operators.linear_cross_entropy, (h[:3], h, h[:, 0], labels % 5, losses, 2, 0, 0, 0, 64, True, True, True)
+    yield operators.linear_cross_entropy, (h[:3], h, None, labels % 5, losses, 2, 0, 0, 0, 64, False, True, False)
     yield operators.linear, (h, torch.randn(6, 8).bfloat16(), None, 8)
     yield operators.linear, (h[None], torch.randn(6, 8).bfloat16(), torch.randn(6).bfloat16(), 0)
     yield operators.linear_grad_x, (h, torch.randn(8, 6).bfloat16())
@@ -219,6 +323,10 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
         (tmp_path / "_kernels.so").write_bytes(b"not a library")
         _library._loaded.cache_clear()
         assert "does not load with torch" in cpu.why_unavailable()
+        monkeypatch.undo()
+        monkeypatch.setitem(_library.SHAPES, "an operator of tomorrow", _library.SHAPES["rms_norm"])
+        _library._loaded.cache_clear()
+        assert "was built from other sources (it has no an operator of tomorrow)" in cpu.why_unavailable()
     finally:
         monkeypatch.undo()
         _library._loaded.cache_clear()
@@ -231,3 +339,18 @@ def test_importing_the_package_loads_nothing():
         "import kernelwise.kernels.cpu.rms_norm; print(hasattr(torch.ops.kernelwise, 'rms_norm'))"
     )
     assert _run(code, ENVIRONMENT) == ["False", "False", "True"]
+
+
+@pytest.mark.parametrize("name", ["rms_norm", "layer_norm"])
+def test_second_derivatives_where_the_input_was_computed_from_the_weight(name):
+    """The path from the weight through the input is autograd's to follow, once."""
+    wanted = torch.nn.functional.rms_norm if name == "rms_norm" else torch.nn.functional.layer_norm
+
+    def gradient(norm):
+        w = torch.linspace(0.5, 2, 8).requires_grad_()
+        (first,) = torch.autograd.grad(norm(w * torch.arange(16.0).view(2, 8), w).pow(3).sum(), w, create_graph=True)
+        return first, torch.autograd.grad(first.sum(), w)[0]
+
+    own = (lambda x, w: rms_norm(x, w, 1e-6)) if name == "rms_norm" else (lambda x, w: layer_norm(x, w, None, 1e-6))
+    for a, b in zip(gradient(own), gradient(lambda x, w: wanted(x, (8,), w, eps=1e-6)), strict=True):
+        assert_close(a, b, 1e-4)

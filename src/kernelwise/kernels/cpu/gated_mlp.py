@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import torch
 
-from .gated_activation import Activation, gated_activation
+from ._activations import Activation
+from .gated_activation import gated_activation
 
 
 def gated_mlp(

@@ -11,8 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from ._autograd import wants_graph
 from ._library import isa, load
 
 _ops = load()
@@ -114,11 +114,14 @@ class _Linear(torch.autograd.Function):
         return _product(x, weight, bias, choice)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         need_x, need_weight, need_bias, _ = ctx.needs_input_grad
-        dx = _grad_x(grad, weight) if need_x else None
-        dw = _grad_weight(grad, x) if need_weight else None
+        if wants_graph():
+            dx = grad @ weight if need_x else None
+            dw = grad.flatten(0, -2).t() @ x.flatten(0, -2) if need_weight else None
+        else:
+            dx = _grad_x(grad, weight) if need_x else None
+            dw = _grad_weight(grad, x) if need_weight else None
         db = grad.reshape(_num_rows(grad), grad.shape[-1]).sum(0) if need_bias else None
         return dx, dw, db, None

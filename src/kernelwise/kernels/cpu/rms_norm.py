@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
-from torch.autograd.function import once_differentiable
 
 from .._layout import inverse, leading_order
+from ._autograd import plain_gradients, wants_graph
 from ._library import load
 
 _ops = load()
@@ -46,6 +46,17 @@ def rms_norm(
     return y
 
 
+def plain(x: torch.Tensor, weight: torch.Tensor | None, eps: float, offset: float, cast_after: bool) -> torch.Tensor:
+    """The same in plain PyTorch."""
+    wide = x.float()
+    normed = wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    if weight is None:
+        return normed.to(x.dtype)
+    if cast_after:
+        return ((offset + weight.float()) * normed).to(x.dtype)
+    return (weight + offset if offset else weight) * normed.to(x.dtype)
+
+
 class _RmsNorm(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -57,9 +68,15 @@ class _RmsNorm(torch.autograd.Function):
         return y
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
+        if wants_graph():
+            return (
+                *plain_gradients(lambda x, weight: plain(x, weight, *ctx.options), (x, weight), (grad,)),
+                None,
+                None,
+                None,
+            )
         need_x, need_weight = ctx.needs_input_grad[:2]
         grad_x, grad_weight = _backward(grad, x, weight, *ctx.options, need_weight)
         return grad_x if need_x else None, grad_weight if need_weight else None, None, None, None

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from torch.autograd.function import once_differentiable
 
+from ._autograd import wants_graph
 from ._library import load
 
 _ops = load()
@@ -27,13 +27,20 @@ def rotary(
     """
     if torch.is_grad_enabled():
         if cos.requires_grad or sin.requires_grad:
-            c, s = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
-            return q * c + _rotate_half(q) * s, k * c + _rotate_half(k) * s
+            return plain(q, k, cos, sin, unsqueeze_dim)
         if q.requires_grad or k.requires_grad:
             recorded: tuple[torch.Tensor, torch.Tensor] = _Rotary.apply(q, k, cos, sin, unsqueeze_dim)  # type: ignore[no-untyped-call]
             return recorded
     rotated: tuple[torch.Tensor, torch.Tensor] = _forward(q, k, cos, sin, unsqueeze_dim)
     return rotated
+
+
+def plain(
+    q: torch.Tensor, k: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor, unsqueeze_dim: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The same in plain PyTorch."""
+    c, s = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    return q * c + _rotate_half(q) * s, k * c + _rotate_half(k) * s
 
 
 def _rotate_half(x: torch.Tensor) -> torch.Tensor:
@@ -52,8 +59,13 @@ class _Rotary(torch.autograd.Function):
         return rotated
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_q: torch.Tensor, grad_k: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        if wants_graph():
+            # The map back is again a rotation: with the halves of sin in each other's place, and the other sign.
+            cos, sin = ctx.saved_tensors
+            first, second = sin.chunk(2, -1)
+            back = rotary(grad_q, grad_k, cos, -torch.cat((second, first), -1), unsqueeze_dim=ctx.unsqueeze_dim)
+            return back[0].to(ctx.dtype), back[1].to(ctx.dtype), None, None, None
         dq, dk = _backward(grad_q, grad_k, *ctx.saved_tensors, ctx.unsqueeze_dim, ctx.dtype)
         need_q, need_k = ctx.needs_input_grad[:2]
         return dq if need_q else None, dk if need_k else None, None, None, None

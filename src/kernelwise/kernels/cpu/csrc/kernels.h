@@ -10,23 +10,28 @@
 namespace kernelwise {
 
 enum class DType { kFloat32, kBFloat16, kFloat16 };
-enum class Activation : int64_t { kSilu = 0, kGelu = 1, kGeluTanh = 2 };
+enum class Activation : int64_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kQuickGelu = 3 };
 
-struct RmsNormArgs {
-  const void* x;       // [rows, width], rows x_stride apart
-  const void* weight;  // [width] or null
-  void* y;             // [rows, width], contiguous
-  int64_t x_stride, width;
+// RMSNorm and LayerNorm. What is normalised is x, or x + residual in their dtype, which is then written to `sum`.
+struct NormArgs {
+  const void* x;         // [rows, width], rows x_stride apart
+  const void* residual;  // the same, residual_stride apart; or null
+  const void* weight;    // [width] or null
+  const void* bias;      // [width] in the weight's dtype, or null (LayerNorm alone)
+  void* y;               // [rows, width], contiguous
+  void* sum;             // the same in x's dtype; or null
+  int64_t x_stride, residual_stride, width;
   float eps, offset;
-  bool cast_after;  // round to y's dtype after the weight was applied, else round to x's dtype before
+  bool cast_after;  // RMSNorm: round to y's dtype after the weight was applied, else round to x's dtype before
 };
 
-struct RmsNormBackwardArgs {
-  const void* grad;  // [rows, width], rows grad_stride apart
-  const void* x;
+struct NormBackwardArgs {
+  const void* grad;      // [rows, width], rows grad_stride apart
+  const void* x;         // what was normalised
+  const void* grad_sum;  // [rows, width] in x's dtype, grad_sum_stride apart: added to the result; or null
   const void* weight;
-  void* grad_x;          // [rows, width], contiguous
-  int64_t grad_stride, x_stride, width;
+  void* grad_x;  // [rows, width], contiguous
+  int64_t grad_stride, x_stride, grad_sum_stride, width;
   float eps, offset;
 };
 
@@ -41,19 +46,50 @@ struct RotaryArgs {
   bool backward;
 };
 
+// RMSNorm over the width of q and k, then the rotation, backward the same in reverse. Strides as in RotaryArgs.
+struct QkNormRotaryArgs {
+  RotaryArgs rotary;
+  const void* grad[2];  // backward: gradients of the results, [batch, heads, positions, width] by strides, unit last stride
+  int64_t grad_batch[2], grad_head[2], grad_position[2];
+  const float* weight[2];  // [width] with the offset, as the layer's own code has them, but in float32; or null
+  DType angles;            // of cos and sin
+  float eps;
+};
+
+struct CrossEntropyArgs {
+  const void* logits;  // [rows, width], rows stride apart
+  const int64_t* labels;
+  int64_t stride, width, ignore_index;
+  float smoothing, softcap, z_loss;  // softcap 0: none
+};
+
 // Dtypes that a function is chosen by. `other` is the weight (norm) or cos and sin (rotary), `out` the result; in a
 // backward function `in` is x, `out` the dtype of the incoming gradient (norm).
 struct Signature {
   DType in, other, out;
 };
 
-using RmsNormRows = void (*)(const RmsNormArgs&, int64_t begin, int64_t end);
-// Adds the rows' share of the weight's gradient to grad_weight [width], unless that is null.
-using RmsNormBackwardRows = void (*)(const RmsNormBackwardArgs&, float* grad_weight, int64_t begin, int64_t end);
+using NormRows = void (*)(const NormArgs&, int64_t begin, int64_t end);
+// Adds the rows' share of the gradients of weight and bias to grad_weight [width] and grad_bias [width], if not null.
+using NormBackwardRows =
+    void (*)(const NormBackwardArgs&, float* grad_weight, float* grad_bias, int64_t begin, int64_t end);
+using ActivationBlock = void (*)(Activation, const void* x, void* y, int64_t num);
+using ActivationBackwardBlock = void (*)(Activation, const void* grad, const void* x, void* grad_x, int64_t num);
 using GatedBlock = void (*)(Activation, const void* gate, const void* up, void* y, int64_t num);
 using GatedBackwardBlock =
     void (*)(Activation, const void* grad, const void* gate, const void* up, void* grad_gate, void* grad_up, int64_t num);
 using RotaryPositions = void (*)(const RotaryArgs&, int64_t begin, int64_t end);
+constexpr int64_t kWidestHead = 1024;  // numbers of a head that QkNormRotary takes
+using QkNormRotaryPositions = void (*)(const QkNormRotaryArgs&, int64_t begin, int64_t end);
+// Adds the positions' share of the weights' gradients to grad_weights [2, width], unless that is null.
+using QkNormRotaryBackwardPositions =
+    void (*)(const QkNormRotaryArgs&, float* grad_weights, int64_t begin, int64_t end);
+// losses [rows]; statistics [rows, 2]: the largest logit and the sum of e^(logit - largest) of each row.
+using CrossEntropyRows =
+    void (*)(const CrossEntropyArgs&, float* losses, float* statistics, int64_t begin, int64_t end);
+// grad_losses [rows]; grad_logits has the logits' dtype, its rows are grad_stride apart, and it may be the logits.
+using CrossEntropyBackwardRows = void (*)(const CrossEntropyArgs&, const float* statistics, const float* grad_losses,
+                                          void* grad_logits, int64_t grad_stride, int64_t begin, int64_t end);
 using Widen = void (*)(const void* from, float* to, int64_t num);
 using Narrow = void (*)(const float* from, const float* bias, void* to, int64_t num);
 // The most rows that FewRows takes.
@@ -65,27 +101,43 @@ using FewRows = void (*)(const float* x, const void* weight, const float* bias, 
 // Each returns null for a combination of dtypes that is not built.
 struct Kernels {
   const char* isa;
-  RmsNormRows (*rms_norm)(Signature);
-  RmsNormBackwardRows (*rms_norm_backward)(Signature);
+  NormRows (*rms_norm)(Signature);
+  NormBackwardRows (*rms_norm_backward)(Signature);
+  NormRows (*layer_norm)(Signature);
+  NormBackwardRows (*layer_norm_backward)(Signature);
+  ActivationBlock (*activation)(DType);
+  ActivationBackwardBlock (*activation_backward)(DType);
   GatedBlock (*gated)(DType);
   GatedBackwardBlock (*gated_backward)(DType);
   RotaryPositions (*rotary)(Signature);
+  QkNormRotaryPositions (*qk_norm_rotary)(Signature);
+  QkNormRotaryBackwardPositions (*qk_norm_rotary_backward)(Signature);
+  CrossEntropyRows (*cross_entropy)(DType);
+  CrossEntropyBackwardRows (*cross_entropy_backward)(DType);
   Widen (*widen)(DType);
   Narrow (*narrow)(DType);
   FewRows (*few_rows)(DType);
 };
 
 // One set of getters per instruction set; KERNELWISE_ISA is given on the compiler's command line.
-#define KERNELWISE_DECLARE(isa)                          \
-  namespace isa {                                        \
-  RmsNormRows rms_norm(Signature);                       \
-  RmsNormBackwardRows rms_norm_backward(Signature);      \
-  GatedBlock gated(DType);                               \
-  GatedBackwardBlock gated_backward(DType);              \
-  RotaryPositions rotary(Signature);                     \
-  Widen widen(DType);                                    \
-  Narrow narrow(DType);                                  \
-  FewRows few_rows(DType);                               \
+#define KERNELWISE_DECLARE(isa)                                                           \
+  namespace isa {                                                                         \
+  NormRows rms_norm(Signature);                                                           \
+  NormBackwardRows rms_norm_backward(Signature);                                          \
+  NormRows layer_norm(Signature);                                                         \
+  NormBackwardRows layer_norm_backward(Signature);                                        \
+  ActivationBlock activation(DType);                                                      \
+  ActivationBackwardBlock activation_backward(DType);                                     \
+  GatedBlock gated(DType);                                                                \
+  GatedBackwardBlock gated_backward(DType);                                               \
+  RotaryPositions rotary(Signature);                                                      \
+  QkNormRotaryPositions qk_norm_rotary(Signature);                                        \
+  QkNormRotaryBackwardPositions qk_norm_rotary_backward(Signature);                       \
+  CrossEntropyRows cross_entropy(DType);                                                  \
+  CrossEntropyBackwardRows cross_entropy_backward(DType);                                 \
+  Widen widen(DType);                                                                     \
+  Narrow narrow(DType);                                                                   \
+  FewRows few_rows(DType);                                                                \
   }
 KERNELWISE_DECLARE(baseline)
 KERNELWISE_DECLARE(avx2)

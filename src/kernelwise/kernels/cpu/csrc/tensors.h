@@ -1,0 +1,134 @@
+// What the operators share: tensors as rows, fresh results, work split among torch's threads. Built against torch's stable
+// ABI.
+//
+// Rows are independent of each other, and where rows are summed they are summed in groups that depend on the shape alone:
+// results are the same for every number of threads.
+#pragma once
+
+#include <torch/csrc/inductor/aoti_torch/c/shim.h>
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+
+#include <algorithm>
+#include <initializer_list>
+#include <optional>
+#include <string>
+#include <tuple>
+#include <vector>
+
+#include "kernels.h"
+
+namespace kernelwise {
+
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using MaybeTensor = std::optional<Tensor>;
+
+constexpr int64_t kSerial = 16384;  // numbers that one thread works through faster than it could wake another
+
+inline DType dtype_of(const Tensor& t, const char* name) {
+  switch (t.scalar_type()) {
+    case ScalarType::Float: return DType::kFloat32;
+    case ScalarType::BFloat16: return DType::kBFloat16;
+    case ScalarType::Half: return DType::kFloat16;
+    default: STD_TORCH_CHECK(false, "kernelwise: ", name, " must be float32, bfloat16 or float16");
+  }
+}
+
+inline ScalarType scalar_type_of(DType dtype) {
+  switch (dtype) {
+    case DType::kFloat32: return ScalarType::Float;
+    case DType::kBFloat16: return ScalarType::BFloat16;
+    default: return ScalarType::Half;
+  }
+}
+
+constexpr int64_t kMostDims = 16;
+
+// Sizes or strides, without memory from the heap: a call at one token takes few microseconds in all.
+struct Dims {
+  int64_t values[kMostDims];
+  int64_t num;
+};
+
+inline Tensor empty(const Dims& sizes, const Dims& strides, ScalarType dtype) {
+  AtenTensorHandle handle;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_empty_strided(sizes.num, sizes.values, strides.values, int32_t(dtype),
+                                                         aoti_torch_device_type_cpu(), 0, &handle));
+  return Tensor(handle);
+}
+
+inline Tensor empty(const Dims& sizes, ScalarType dtype) {
+  Dims strides{{}, sizes.num};
+  int64_t stride = 1;
+  for (int64_t i = sizes.num; i-- > 0;) {
+    strides.values[i] = stride;
+    stride *= std::max<int64_t>(sizes.values[i], 1);
+  }
+  return empty(sizes, strides, dtype);
+}
+
+inline Dims sizes_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  STD_TORCH_CHECK(sizes.size() <= size_t(kMostDims), "kernelwise: more than ", kMostDims, " dimensions");
+  Dims dims{{}, int64_t(sizes.size())};
+  std::copy(sizes.begin(), sizes.end(), dims.values);
+  return dims;
+}
+
+inline void check_same_shape(const Tensor& a, const Tensor& b, const char* names) {
+  const auto x = a.sizes(), y = b.sizes();
+  STD_TORCH_CHECK(x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin()),
+                  "kernelwise: ", names, " must have one shape");
+}
+
+// A tensor seen as rows of its last dimension, `stride` apart; copied where no single stride does it.
+struct Rows {
+  std::optional<Tensor> copy;
+  const char* data;
+  int64_t num, width, stride;
+};
+
+inline std::optional<int64_t> row_stride(const Tensor& t) {
+  const auto sizes = t.sizes(), strides = t.strides();
+  const size_t dims = sizes.size();
+  if (sizes[dims - 1] > 1 && strides[dims - 1] != 1) return std::nullopt;
+  int64_t stride = sizes[dims - 1], expected = -1;
+  for (size_t i = dims - 1; i-- > 0;) {
+    if (sizes[i] == 1) continue;
+    if (expected < 0) {
+      stride = strides[i];
+    } else if (strides[i] != expected) {
+      return std::nullopt;
+    }
+    expected = strides[i] * sizes[i];
+  }
+  return stride;
+}
+
+inline Rows rows_of(const Tensor& t) {
+  const int64_t dims = t.dim();
+  STD_TORCH_CHECK(dims >= 1, "kernelwise: expected at least one dimension");
+  const int64_t width = t.size(dims - 1), num = width == 0 ? 0 : t.numel() / width;
+  if (const std::optional<int64_t> stride = row_stride(t))
+    return {std::nullopt, static_cast<const char*>(t.data_ptr()), num, width, *stride};
+  Rows rows{torch::stable::contiguous(t), nullptr, num, width, width};
+  rows.data = static_cast<const char*>(rows.copy->data_ptr());
+  return rows;
+}
+
+// Whether to work on the calling thread alone: GNU's OpenMP waits for ever in the child of a process that had threads, as
+// torch's own operators then do. A child of a process without further threads may start its own.
+bool serial();
+
+template <class F>
+void each_row(int64_t rows, int64_t width, const F& f) {
+  if (serial() || rows * width <= kSerial) {
+    if (rows > 0) f(int64_t(0), rows);
+    return;
+  }
+  torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kSerial / width), f);
+}
+
+}  // namespace kernelwise
