@@ -8,6 +8,7 @@ import pkgutil
 import re
 import runpy
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,8 @@ import torch
 
 import kernelwise
 from kernelwise._cli import app, main
+from kernelwise._register import unregister_op
+from kernelwise.ops import OPERATIONS
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -45,6 +48,15 @@ def test_the_python_of_a_page_runs_from_top_to_bottom(page: Path) -> None:
     names: dict[str, Any] = {"__name__": page.stem}
     for number, block in enumerate(blocks(page, "python"), start=1):
         exec(compile(block, f"{page.name}, block {number}", "exec"), names)
+
+
+@pytest.fixture(autouse=True)
+def own_operations() -> Iterator[None]:
+    """Operations that a page adds are gone after it."""
+    before = set(OPERATIONS)
+    yield
+    for name in set(OPERATIONS) - before:
+        unregister_op(name)
 
 
 def test_the_pages_that_should_have_examples_have_them() -> None:

@@ -25,6 +25,7 @@ from kernelwise._config import KernelConfig
 from kernelwise._data import KernelRef, Plan, Target
 from kernelwise._discover import discover, register_layer
 from kernelwise._errors import ApplyError, KernelConfigError, KernelLoadError, KernelwiseError, PlanError
+from kernelwise._register import register_op
 
 if TYPE_CHECKING:
     from kernels import Mode
@@ -49,6 +50,7 @@ __all__ = [
     "kernelized",
     "plan",
     "register_layer",
+    "register_op",
     "report",
     "unkernelize",
     "verify",

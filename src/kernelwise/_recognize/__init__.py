@@ -47,8 +47,9 @@ def recognize(module: nn.Module, *, training: bool | None = None) -> Recognition
     except Untraceable as reason:
         return Unknown(str(reason))
     with _lock:
+        recognizer = Recognizer()  # before its answers are looked up: it forgets those of other operations
         entries = _entries_for(forward, type(module), training)
-        answer: Recognition | Unknown = Recognizer().entry(module, training, entries).answer
+        answer: Recognition | Unknown = recognizer.entry(module, training, entries).answer
         return answer
 
 

@@ -12,6 +12,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kernelwise._data import Kernel, KernelRef, Limits, Scalar
+from kernelwise.sources import registered
 from kernelwise.sources._explain import failure, no_such_layer, one_line
 from kernelwise.sources._layer_class import signature
 from kernelwise.sources._repository import content_hash
@@ -43,26 +44,32 @@ _SILU = (("activation", ("silu",)),)
 _RMS = (("cast", ("before", "after")), ("offset", (0.0, 1.0)))
 _ROTARY = (("layout", ("half",)), ("angles", ("full",)), ("dtype", ("promoted",)), ("part", ("all",)))
 _GELU = (("activation", ("gelu", "gelu_tanh")),)
+_LAYER = (("offset", (0.0, 1.0)), ("dtype", ("own", "float32")))
 
 CATALOGUE: tuple[_Entry, ...] = (
     *(_Entry("RMSNorm", "rms_norm", backend, _RMS) for backend in ("cpu", "triton")),
     *(_Entry("SwiGLUMLP", "gated_mlp", backend, _SILU) for backend in ("cpu", "triton")),
     *(_Entry("GEGLUMLP", "gated_mlp", backend, _GELU) for backend in ("cpu", "triton")),
     *(_Entry("rotary_pos_emb", "rotary", backend, _ROTARY) for backend in ("cpu", "triton")),
+    _Entry("LayerNorm", "layer_norm", "triton", _LAYER),
+    # SiLU and GELU that are one operator of PyTorch are as fast there; these are written out in several.
+    _Entry("NewGELU", "activation", "triton", (("activation", ("gelu_new",)),)),
+    _Entry("FastGELU", "activation", "triton", (("activation", ("gelu_fast",)),)),
+    _Entry("QuickGELU", "activation", "triton", (("activation", ("quick_gelu",)),)),
     _Entry("Linear", "linear", "cpu", dtypes=("bfloat16", "float16")),
 )
 
 
 def refs(op: str, *, device: str) -> tuple[KernelRef, ...]:
-    """Return the references of the builtin kernels that compute an operation on a device type."""
+    """Return the kernels that are offered for an operation on a device type: those that users registered, then ours."""
     found = [entry.layer for entry in CATALOGUE if entry.op == op and device in _DEVICES[entry.backend]]
-    return tuple(KernelRef("builtin", "", layer) for layer in found)
+    return (*registered.refs(op, device=device), *(KernelRef("builtin", "", layer) for layer in found))
 
 
 def describe(ref: KernelRef, *, device: str) -> Kernel | None:
     """Return a builtin kernel as data, without its function; None where there is none of that name for the device."""
     entry = _find(ref.layer, device)
-    return None if entry is None else _kernel(ref, entry)
+    return registered.find(ref.layer, device=device) if entry is None else _kernel(ref, entry)
 
 
 def load(ref: KernelRef, *, device: str) -> Kernel:
@@ -73,6 +80,9 @@ def load(ref: KernelRef, *, device: str) -> Kernel:
             PyTorch's own code is as good on this processor.
     """
     entry = _find(ref.layer, device)
+    function = registered.find(ref.layer, device=device)
+    if entry is None and function is not None:
+        return function
     if entry is None:
         devices = {name for e in CATALOGUE if e.layer == ref.layer for name in _DEVICES[e.backend]}
         if not devices:
