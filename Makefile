@@ -5,9 +5,16 @@ BIN := $(VENV)/bin
 TORCH := torch==2.13.0
 # For a CPU build where pip's default brings CUDA: make demo TORCH_ARGS="--index-url https://download.pytorch.org/whl/cpu"
 TORCH_ARGS ?=
-# transformers 5.23 does not accept the kernels library that 5.22 does: tests run against both.
+# transformers 5.23 and 5.13 do not accept the kernels library that 5.22 does: tests run against all three. 5.13 also wants
+# older tokenizers and an older Hub client.
 OTHER_TRANSFORMERS := 5.23.0
 OTHER := $(VENV)/other/transformers-$(OTHER_TRANSFORMERS)
+OLDEST_TRANSFORMERS := 5.13.0
+OLDEST := $(VENV)/other/transformers-$(OLDEST_TRANSFORMERS)
+OLDEST_NEEDS := "tokenizers<=0.23.0" "huggingface-hub<2" httpx httpcore h11 anyio
+# Models that are not of transformers. torchvision is the one of this torch.
+MODELS := $(VENV)/other/models
+MODEL_LIBRARIES := timm==1.0.31 diffusers==0.42.1 torchvision==0.28.0 pillow
 
 .PHONY: demo test check lint test-gpu docs bench clean
 
@@ -32,6 +39,14 @@ $(OTHER)/.ready: $(VENV)/.ready
 	$(BIN)/python -m pip install -q --no-deps --target $(OTHER) transformers==$(OTHER_TRANSFORMERS)
 	@touch $@
 
+$(OLDEST)/.ready: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --no-deps --target $(OLDEST) transformers==$(OLDEST_TRANSFORMERS) $(OLDEST_NEEDS)
+	@touch $@
+
+$(MODELS)/.ready: $(VENV)/.ready
+	$(BIN)/python -m pip install -q --no-deps --target $(MODELS) $(MODEL_LIBRARIES)
+	@touch $@
+
 demo: $(VENV)/.demo
 	$(BIN)/kernelwise demo
 
@@ -43,9 +58,11 @@ lint: $(VENV)/.ready
 
 check: lint
 
-test: lint $(VENV)/.demo $(OTHER)/.ready
-	$(BIN)/python -m pytest -n 2
+test: lint $(VENV)/.demo $(OTHER)/.ready $(OLDEST)/.ready $(MODELS)/.ready
+	$(BIN)/python -m pytest -n 2 --ignore tests/elsewhere
 	PYTHONPATH=$(OTHER) $(BIN)/python -m pytest -n 2 tests/integrations tests/recognize
+	PYTHONPATH=$(OLDEST) $(BIN)/python -m pytest -n 2 tests/recognize/test_models.py
+	PYTHONPATH=$(MODELS) $(BIN)/python -m pytest -n 2 tests/elsewhere
 
 test-gpu:
 	python3 -m pytest -m gpu tests
