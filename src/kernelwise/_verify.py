@@ -30,6 +30,9 @@ _FREE_TO_REFUSE = ("inputs with gaps", "transposed inputs", "rows 2^31", "width 
 _OTHER_STRIDES = ("contiguous inputs", "inputs with gaps", "transposed inputs", "rows 2^31 elements apart")
 """Cases in which an output may be strided where the layer's own is contiguous: no user of it counts on that."""
 
+_DEADLY = ("crashed", "exited", "timed_out", "out_of_memory", "load_failed")
+"""Statuses after which no further case is tried."""
+
 _NOISE = 64 << 10
 """Bytes by which a process may grow whatever it runs."""
 
@@ -156,11 +159,14 @@ def _all_cases(
         if index == 0 and not kernel.has_backward:
             check = replace(check, marks=(*check.marks, NO_BACKWARD))
         yield check
-        if check.status in ("crashed", "exited", "timed_out", "out_of_memory", "load_failed"):
+        if check.status in _DEADLY:
             return
     yield from _properties(runner, layer, sample, decision.mode, base)
     if _on_gpu(sample) and (many := beyond(layer, sample, decision.mode)):
-        yield _one_case(runner, call, many, base)
+        check = _one_case(runner, call, many, base)
+        yield check
+        if check.status in _DEADLY:
+            return
     for how in _ways(kernel, sample, options):
         case = Case(how, sample.arguments, sample.module, grad="none", how=how)  # type: ignore[arg-type]
         check = _one_case(runner, call, case, base)

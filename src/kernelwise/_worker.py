@@ -131,7 +131,10 @@ class Worker:
             self.close()
             raise WorkerError("crashed", "the worker's answer cannot be read")
         if "failed" in answer:
-            raise WorkerError(*answer["failed"])
+            error = WorkerError(*answer["failed"])
+            if error.status == "crashed":  # its GPU context is lost: what comes next needs another process
+                self.close()
+            raise error
         return answer["ok"]
 
     def _drain(self, pipe: BinaryIO) -> None:
