@@ -8,11 +8,10 @@ Tables are keyed by architecture. An entry is (width, most rows it is for, confi
 from __future__ import annotations
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from ._launch import device_name, power_of_2
 
-MANY_ROWS = 8192  # backward: a program for each multiprocessor up to here, then more of them
 _SHARED_BYTES = {"sm_90": 160 << 10, "sm_100": 160 << 10}  # for pipelined rows; elsewhere little is taken for granted
 
 
@@ -26,6 +25,7 @@ class NormConfig(NamedTuple):
 
 
 _ANY = 1 << 62
+_SIZES = (1024, 8192, _ANY)  # configurations of the backward pass change at these numbers of rows
 
 NORM_FORWARD: dict[str, list[tuple[int, int, NormConfig]]] = {}
 NORM_BACKWARD: dict[str, list[tuple[int, int, NormConfig]]] = {
@@ -37,6 +37,7 @@ NORM_BACKWARD: dict[str, list[tuple[int, int, NormConfig]]] = {
         (4096, _ANY, NormConfig(1, 4, 2, 5)),
         (5120, _ANY, NormConfig(1, 16, 1, 4)),
         (8192, _ANY, NormConfig(1, 16, 1, 3)),
+        (16384, 1024, NormConfig(1, 16, 1, 1)),
         (16384, _ANY, NormConfig(1, 16, 1, 2)),
     ]
 }
@@ -71,11 +72,20 @@ def forward_config(device: int, width: int, many: bool) -> NormConfig:
     return NormConfig(rows=1, warps=min(16, max(4, _warps(block, elements))))
 
 
+def size_class(num_rows: Any) -> int:
+    """The number of rows that stands for `num_rows` in the tables; a symbolic one (while compiling) is large."""
+    if isinstance(num_rows, int):
+        for size in _SIZES:
+            if num_rows <= size:
+                return size
+    return _ANY
+
+
 @functools.cache
-def backward_config(device: int, width: int, many: bool) -> NormConfig:
-    """For rows of `width`; `many` is more than MANY_ROWS."""
+def backward_config(device: int, width: int, size: int) -> NormConfig:
+    """For rows of `width`; `size` is the `size_class` of their number."""
     block = power_of_2(width)
-    found = _find(NORM_BACKWARD, device_name(device), width, _ANY if many else MANY_ROWS)
+    found = _find(NORM_BACKWARD, device_name(device), width, size)
     if found is not None:
         return found
     if block <= 512:

@@ -335,11 +335,11 @@ def cross_entropy(
 ) -> Tensor:
     """Cross-entropy as `F.cross_entropy(logits.float(), labels, ...)` has it, with what language models add to it.
 
-    `logits` [N, V] are float32, bfloat16 or float16; `labels` [N] are int64. Rows labelled `ignore_index` count nothing;
-    any other label outside of the vocabulary makes the loss NaN. With `softcap` c, logits are c * tanh(logits / c). With
-    `z_loss` z, every counted row adds z * logsumexp(row)^2. The result is float32: the mean over counted rows (NaN if
-    there is none), their sum, or [N] losses. With `num_items`, a number or a tensor with one element, the sum is divided
-    by that, whether "mean" or "sum" is asked for.
+    `logits` [N, V] are float32, bfloat16 or float16; `labels` [N] are int64. Rows labelled `ignore_index` count nothing,
+    and what they hold is not read; any other label outside of the vocabulary makes the loss NaN. With `softcap` c,
+    logits are c * tanh(logits / c). With `z_loss` z, every counted row adds z * logsumexp(row)^2. The result is float32:
+    the mean over counted rows (NaN if there is none), their sum, or [N] losses. With `num_items`, a number or a tensor
+    with one element, the sum is divided by that, whether "mean" or "sum" is asked for.
 
     `consume_logits=True` lets the call overwrite the logits, which saves the memory of the gradient and a third of the
     time; there is one backward pass then and no second derivative. It is a permission: the logits are preserved all the
@@ -356,13 +356,15 @@ def cross_entropy(
     if isinstance(num_rows, int) and (num_rows == 0 or logits.shape[1] == 0):
         return plain(logits, labels, items, options, reduction)
     labels = labels.contiguous()
-    if watched(logits, labels):
-        dense = logits if logits.stride(1) == 1 else logits.contiguous()
-        return _operation(dense, labels, items, *options, reduction)[0]
+    loss: Tensor
     if logits.stride(1) != 1:
         logits = logits.contiguous()
-    if not needs_grad(logits):
-        return _forward(logits, labels, items, options, reduction)[0]
-    if consume_logits and reduction != "none" and logits.dtype is not torch.float16 and logits.is_contiguous():
-        return _Consuming.apply(logits, labels, items, options)
-    return _Function.apply(logits, labels, items, options, reduction)
+    if watched(logits, labels):
+        loss = _operation(logits, labels, items, *options, reduction)[0]
+    elif not needs_grad(logits):
+        loss = _forward(logits, labels, items, options, reduction)[0]
+    elif consume_logits and reduction != "none" and logits.dtype is not torch.float16 and logits.is_contiguous():
+        loss = _Consuming.apply(logits, labels, items, options)
+    else:
+        loss = _Function.apply(logits, labels, items, options, reduction)
+    return loss

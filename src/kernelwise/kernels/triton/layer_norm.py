@@ -28,7 +28,7 @@ from ._launch import (
     watched,
 )
 from ._layer_norm_kernels import backward_few_rows_kernel, backward_kernel, forward_kernel
-from ._norm_configs import MANY_ROWS, backward_config, forward_config, stages
+from ._norm_configs import backward_config, forward_config, size_class, stages
 from ._norm_kernels import sum_partials_kernel
 
 MAX_WIDTH = 32768  # a row lives in the registers of one program
@@ -39,6 +39,10 @@ _FEW_ROWS = 1024
 _FEW_WIDTH = 8192
 _FEW_BYTES = 32 << 20
 _PARTIAL_COLUMNS = 32
+
+# Up to so many elements PyTorch's own operator, which costs the host less; with gradients it saves the more.
+_SMALL = 1 << 17
+_SMALL_RECORDED = 1 << 19
 
 Saved = tuple[Tensor, Tensor, Tensor]
 
@@ -166,10 +170,10 @@ def _backward(
     strides = (dy.stride(0), x.stride(0))
     unit = unit_of(*strides)
     numbers = (num_rows, strides[0] // unit, strides[1] // unit)
-    many = not isinstance(num_rows, int) or num_rows > MANY_ROWS
+    size = size_class(num_rows)
     weight_dtype = None if weight is None else weight.dtype
     dsum_dtype = None if dsum is None else dsum.dtype
-    key = (device, width, unit, many, dy.dtype, x.dtype, weight_dtype, has_bias, offset, summing, dtype, dsum_dtype)
+    key = (device, width, unit, size, dy.dtype, x.dtype, weight_dtype, has_bias, offset, summing, dtype, dsum_dtype)
     block = power_of_2(width)
     if sums is not None and weight is not None and _few(num_rows, x):
         launcher = _few_rows_launchers.get(key)
@@ -193,7 +197,7 @@ def _backward(
         launcher(grid, 1, (dy, x, weight, moments, x if dsum is None else dsum, dx, sums), numbers, traced[0])
         return dx, *_parts(sums, weight, bias, width)
 
-    config = backward_config(device, width, many)
+    config = backward_config(device, width, size)
     launcher = _backward_launchers.get(key)
     if launcher is None:
         sizes = dy.element_size() + x.element_size() + (0 if dsum is None else dsum.element_size())
@@ -250,6 +254,23 @@ def _plain(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float, of
     wide = None if weight is None else offset + weight.float()
     shift = None if bias is None else bias.float()
     return torch.nn.functional.layer_norm(x.float(), x.shape[-1:], wide, shift, eps).to(x.dtype)
+
+
+def _is_small(x: Tensor, weight: Tensor | None, bias: Tensor | None, offset: float, recorded: bool) -> bool:
+    """Whether PyTorch's own operator is the better choice: it takes these inputs, and the host is what takes the time.
+
+    In a CUDA graph the host does not count.
+    """
+    return (
+        x.numel() <= (_SMALL_RECORDED if recorded else _SMALL)
+        and x.is_cuda
+        and offset == 0.0
+        and (weight is None or weight.dtype is x.dtype)
+        and (bias is None or bias.dtype is x.dtype)
+        and _fits(x, weight)
+        and _fits(x, bias)
+        and not torch.cuda.is_current_stream_capturing()
+    )
 
 
 class _Function(torch.autograd.Function):
@@ -369,14 +390,18 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
 
     (x - mean) / sqrt(var + eps) * (offset + weight) + bias. `weight` and `bias` are [H], of the dtype of x or float32,
     or None. x is float32, bfloat16 or float16 with H <= 32768 and any strides; the result has its dtype and lies in
-    memory in its order. Raises ValueError for anything else.
+    memory in its order. Few elements go to PyTorch's own operator, except under torch.compile and in a CUDA graph.
+    Raises ValueError for anything else.
     """
     if not x.is_contiguous() and (order := leading_order(x)) is not None:
         return layer_norm(x.permute(order), weight, bias, eps, offset=offset).permute(inverse(order))
     if watched(x, weight, bias):
         y: Tensor = _operation(x, weight, bias, eps, offset)[0]
         return y
-    if needs_grad(x, weight, bias):
+    recorded = needs_grad(x, weight, bias)
+    if _is_small(x, weight, bias, offset, recorded):
+        return torch.nn.functional.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    if recorded:
         y = _Function.apply(x, None, weight, bias, eps, offset)
         return y
     return _forward(x, None, weight, bias, eps, offset, False)[0]

@@ -327,9 +327,11 @@ def linear_cross_entropy(
             grad = torch.is_grad_enabled() and _at_once(hidden, reduction)
             wanted = [grad and t is not None and t.requires_grad for t in (hidden, weight, bias)]
             arguments = (*options, reduction, chunk_bytes or 0, wanted)
-            return _operation(hidden, weight, bias, labels, items, *arguments)[0]
+            loss: Tensor = _operation(hidden, weight, bias, labels, items, *arguments)[0]
+            return loss
         if needs_grad(hidden, weight, bias):
-            return _Function.apply(hidden, weight, bias, labels, items, options, reduction, chunk_bytes)
+            loss = _Function.apply(hidden, weight, bias, labels, items, options, reduction, chunk_bytes)
+            return loss
         losses, _ = _chunks(hidden, weight, bias, labels, None, options, (False, False, False), chunk_bytes)
         if reduction == "none":
             return losses

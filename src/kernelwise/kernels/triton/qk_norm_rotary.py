@@ -32,7 +32,7 @@ from ._launch import (
 from ._norm_kernels import sum_partials_kernel
 
 _SHARES_FEW = 8  # into how many programs the heads of one token are cut, with few tokens
-_PROGRAMS = 4  # of the backward pass, for each multiprocessor
+_PROGRAMS = 2  # of the backward pass, for each multiprocessor
 _PARTIAL_COLUMNS = 32
 
 
@@ -404,16 +404,14 @@ def _backward(
     eps: float,
     offset: float,
     dim: int,
-    traced: tuple[Any, Any] = (None, None),
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q and k, and those of the two weights one behind the other."""
     batch, num_tokens = q.shape[0], q.shape[3 - dim]
     q_heads, k_heads, width = int(q.shape[dim]), int(k.shape[dim]), int(q.shape[3])
     q_out, k_out = _results(q, dim, q.dtype), _results(k, dim, k.dtype)
     dweights = fresh(q_weight, (2 * width,))
-    total: Any = batch * num_tokens
-    counted = isinstance(total, int)
-    if counted and total == 0:
+    total = batch * num_tokens
+    if total == 0:
         return q_out, k_out, dweights.zero_()
     all_strides: list[int] = []
     tensors = []
@@ -444,19 +442,17 @@ def _backward(
             UNIT=unit,
             num_warps=max(1, min(16, max(q_all, k_all) * block // 256)),
         )
-    grid = _PROGRAMS * num_processors(device)
-    if counted:
-        grid = min(grid, total)
+    grid = min(_PROGRAMS * num_processors(device), total)
     partials = fresh(q, (grid, 2 * width), torch.float32)
     numbers = (batch, num_tokens, *(s // unit for s in all_strides))
     tensors += (q_weight.contiguous(), k_weight.contiguous(), cos, sin, q_out, k_out, partials)
-    launcher(grid, 1, tensors, numbers, traced[0])
+    launcher(grid, 1, tensors, numbers)
     adding = _sum_launchers.get((device, width, dweights.dtype))
     if adding is None:
         adding = _sum_launchers[device, width, dweights.dtype] = Launcher(
             sum_partials_kernel, _PARTIAL_COLUMNS, WIDTH=2 * width, COLUMNS=_PARTIAL_COLUMNS, CHUNK=256, num_warps=8
         )
-    adding(triton.cdiv(2 * width, _PARTIAL_COLUMNS), 1, (partials, dweights), (grid,), traced[1])
+    adding(triton.cdiv(2 * width, _PARTIAL_COLUMNS), 1, (partials, dweights), (grid,))
     return q_out, k_out, dweights
 
 
@@ -497,16 +493,17 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-        saved, (eps, offset, cast, dim) = ctx.saved_tensors, ctx.options
+        q, k, q_weight, k_weight, cos, sin = saved = ctx.saved_tensors
+        eps, offset, cast, dim = ctx.options
         nothing = (None,) * 6
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself is to be differentiated
-            results = _plain(*saved, eps, offset, cast, dim)
+            results = _plain(q, k, q_weight, k_weight, cos, sin, eps, offset, cast, dim)
             leaves = [t for t, needed in zip(saved, ctx.needs_input_grad, strict=False) if needed]
             wanted = [(r, g) for r, g in zip(results, (dq, dk), strict=True) if r.requires_grad]
             roots, upstream = zip(*wanted, strict=True)
             found = iter(torch.autograd.grad(roots, leaves, upstream, create_graph=True, allow_unused=True))
             return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), *nothing
-        dq, dk, dweights = _backward(dq, dk, *saved, eps, offset, dim)
+        dq, dk, dweights = _backward(dq, dk, q, k, q_weight, k_weight, cos, sin, eps, offset, dim)
         return dq, dk, *dweights.chunk(2), *nothing
 
 
@@ -527,7 +524,8 @@ def _operation(
     return _forward(q, k, q_weight, k_weight, cos, sin, float(eps), float(offset), cast, dim, kernel)
 
 
-@torch.library.triton_op(f"{NAMESPACE}::qk_norm_rotary_backward", mutates_args={})
+# Opaque, unlike the others: with symbolic sizes, Inductor (torch 2.11) fails to take a kernel of this many strides apart.
+@torch.library.custom_op(f"{NAMESPACE}::qk_norm_rotary_backward", mutates_args=())
 def _backward_operation(
     dq: Tensor,
     dk: Tensor,
@@ -541,8 +539,24 @@ def _backward_operation(
     offset: float,
     dim: int,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    kernels = (torch.library.wrap_triton(_backward_kernel), torch.library.wrap_triton(sum_partials_kernel))
-    return _backward(dq, dk, q, k, q_weight, k_weight, cos, sin, float(eps), float(offset), dim, kernels)
+    return _backward(dq, dk, q, k, q_weight, k_weight, cos, sin, eps, offset, dim)
+
+
+@_backward_operation.register_fake
+def _(
+    dq: Tensor,
+    dk: Tensor,
+    q: Tensor,
+    k: Tensor,
+    q_weight: Tensor,
+    k_weight: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    eps: float,
+    offset: float,
+    dim: int,
+) -> tuple[Tensor, Tensor, Tensor]:
+    return _results(q, dim, q.dtype), _results(k, dim, k.dtype), q_weight.new_empty(2 * q.shape[3])
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:

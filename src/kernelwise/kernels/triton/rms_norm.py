@@ -28,7 +28,7 @@ from ._launch import (
     unit_of,
     watched,
 )
-from ._norm_configs import MANY_ROWS, backward_config, forward_config, stages
+from ._norm_configs import backward_config, forward_config, size_class, stages
 from ._norm_kernels import backward_few_rows_kernel, backward_kernel, forward_kernel, sum_partials_kernel
 
 Cast = Literal["before", "after"]
@@ -152,8 +152,8 @@ def _backward(
     dy_stride, x_stride = dy.stride(0), x.stride(0)
     unit = unit_of(dy_stride, x_stride)
     numbers = (num_rows, dy_stride // unit, x_stride // unit)
-    many = not isinstance(num_rows, int) or num_rows > MANY_ROWS
-    key = (device, width, unit, many, dy.dtype, x.dtype, weight_dtype, offset, dweight is not None, dsum is None)
+    size = size_class(num_rows)
+    key = (device, width, unit, size, dy.dtype, x.dtype, weight_dtype, offset, dweight is not None, dsum is None)
     if weight is not None and dweight is not None and _few(num_rows, x):
         launcher = _few_rows_launchers.get(key)
         if launcher is None:
@@ -179,7 +179,7 @@ def _backward(
         return dx, dweight
 
     launcher = _backward_launchers.get(key)
-    config = backward_config(device, width, many)
+    config = backward_config(device, width, size)
     if launcher is None:
         block = power_of_2(width)
         again = block >= 16384
