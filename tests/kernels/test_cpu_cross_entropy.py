@@ -34,6 +34,23 @@ OPTIONS = pytest.mark.parametrize(
 WAYS = pytest.mark.parametrize("way", ["logits", "hidden"])
 
 
+@pytest.fixture(autouse=True)
+def _kernel_for_few_numbers_too(request, monkeypatch):
+    if "plain" not in request.node.name:
+        monkeypatch.setattr(whole, "_PLAIN_BELOW", 0)
+        monkeypatch.setattr(chunked, "_FEW_ROWS", 0)
+
+
+def test_few_rows_with_gradients_are_plain(monkeypatch):
+    logits, labels = torch.randn(3, 50, requires_grad=True), torch.tensor([1, -100, 49])
+    assert type(cross_entropy(logits, labels, reduction="none").grad_fn).__name__ == "NllLossBackward0"
+    hidden, weight = torch.randn(3, 8, requires_grad=True), torch.randn(50, 8)
+    monkeypatch.setattr(chunked, "_op", None)
+    assert torch.allclose(linear_cross_entropy(hidden, weight, labels), own(hidden @ weight.t(), labels))
+    monkeypatch.setattr(whole, "_PLAIN_BELOW", 150)
+    assert "_CrossEntropy" in type(cross_entropy(logits, labels, reduction="none").grad_fn).__name__
+
+
 def own(logits, labels, *, softcap=None, z_loss=0.0, num_items=None, reduction="mean", ignore_index=-100, **options):
     wide = logits.float()
     if softcap is not None:
@@ -178,6 +195,17 @@ def test_consumed_logits_hold_the_gradient_and_no_second_backward_is_had():
     assert grad.data_ptr() == logits.data_ptr()
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         torch.autograd.grad(loss, logits)
+
+
+@pytest.mark.parametrize("factor", [1.0, 2.0])
+def test_a_second_backward_of_the_linear_loss_gives_the_same_again(factor):
+    hidden, weight = torch.randn(20, 8, requires_grad=True), torch.randn(50, 8, requires_grad=True)
+    total = linear_cross_entropy(hidden, weight, labels_for(20, 50)) * factor
+    first, second = (torch.autograd.grad(total, (hidden, weight), retain_graph=True) for _ in range(2))
+    expected = torch.autograd.grad(own(hidden @ weight.t(), labels_for(20, 50)) * factor, (hidden, weight))
+    for a, b, c in zip(first, second, expected, strict=True):
+        assert torch.equal(a, b)
+        assert torch.allclose(a, c, atol=1e-6)
 
 
 def test_kept_logits_give_the_same_gradient_twice():

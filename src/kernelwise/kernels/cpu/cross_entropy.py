@@ -14,6 +14,9 @@ _forward = _ops.cross_entropy.default
 _backward = _ops.cross_entropy_backward.default
 _backward_in_place = _ops.cross_entropy_backward_.default
 
+# With gradients, fewer numbers than this go to plain PyTorch: autograd in Python costs more than the kernel gains.
+_PLAIN_BELOW = 100_000
+
 Reduction = Literal["mean", "sum", "none"]
 
 
@@ -45,8 +48,11 @@ def cross_entropy(
     True
     """
     options = ignore_index, label_smoothing, softcap or 0.0, z_loss
-    if torch.is_grad_enabled() and logits.requires_grad:
-        losses: torch.Tensor = _CrossEntropy.apply(logits, labels, options, consume_logits)  # type: ignore[no-untyped-call]
+    losses: torch.Tensor
+    if torch.is_grad_enabled() and logits.requires_grad and logits.numel() < _PLAIN_BELOW:
+        losses = plain(logits, labels, *options)
+    elif torch.is_grad_enabled() and logits.requires_grad:
+        losses = _CrossEntropy.apply(logits, labels, options, consume_logits)  # type: ignore[no-untyped-call]
     else:
         losses = _forward(logits, labels, *options)[0]
     if reduction == "none":

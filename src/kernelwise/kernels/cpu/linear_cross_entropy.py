@@ -7,11 +7,13 @@ from typing import Any
 import torch
 
 from . import cross_entropy as loss
+from . import linear as product
 from ._autograd import plain_gradients, wants_graph
 from ._library import load
 
 _op = load().linear_cross_entropy.default
 _CHUNK_BYTES = 64 << 20
+_FEW_ROWS = 16  # fewer have all their logits at once, from products that are faster for them
 
 
 def linear_cross_entropy(
@@ -34,6 +36,8 @@ def linear_cross_entropy(
     int64. The options and the result are those of `cross_entropy`. Logits are float32 and take at most `chunk_bytes`
     (64 MiB unless given, at least one row); rows whose label is ignored are left out of every product.
 
+    Fewer than 16 rows have all their logits at once, in the dtype of hidden, unless `chunk_bytes` is given.
+
     Gradients are computed in forward, those alone that are needed, and scaled in backward (with reduction "none":
     computed in backward). Where the rows take more than one chunk, the gradient of a bfloat16 or float16 weight is summed
     in float32 memory of its shape, for that long. Raises as `cross_entropy` does.
@@ -43,6 +47,17 @@ def linear_cross_entropy(
     >>> torch.allclose(linear_cross_entropy(hidden, weight, labels), whole)
     True
     """
+    if hidden.shape[0] < _FEW_ROWS and hidden.dim() == 2 and chunk_bytes is None:
+        return loss.cross_entropy(
+            product.linear(hidden, weight, bias),
+            labels,
+            ignore_index=ignore_index,
+            label_smoothing=label_smoothing,
+            softcap=softcap,
+            z_loss=z_loss,
+            reduction=reduction,
+            num_items=num_items,
+        )
     options = ignore_index, label_smoothing, softcap or 0.0, z_loss
     chunk_bytes = chunk_bytes or _CHUNK_BYTES
     needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (hidden, weight, bias))
@@ -128,8 +143,12 @@ class _Loss(torch.autograd.Function):
     ) -> torch.Tensor:
         grad = divisor.reciprocal().expand(labels.shape[0])
         losses, *found = _op(hidden, weight, bias, labels, grad, *options, chunk_bytes, *ctx.needs_input_grad[:3])
-        ctx.save_for_backward(hidden, weight, bias, labels, divisor, *found)
-        ctx.options = options
+        ctx.options, ctx.chunk_bytes = options, chunk_bytes
+        if torch.compiler.is_compiling():  # tracing follows saved tensors alone
+            ctx.save_for_backward(hidden, weight, bias, labels, divisor, *found)
+        else:
+            ctx.save_for_backward(hidden, weight, bias, labels, divisor)
+            ctx.found = found
         total: torch.Tensor = losses.sum() / divisor
         return total
 
@@ -142,5 +161,15 @@ class _Loss(torch.autograd.Function):
                 lambda h, w, b: _plain(h, w, b, labels, ctx.options).sum() / divisor, leaves, (grad,)
             )
         else:
-            scaled = [g * grad if wanted else None for g, wanted in zip(found, need, strict=True)]
+            if not torch.compiler.is_compiling():
+                # Given away, as large as they are, and scaled in place; a second backward computes them again.
+                found, ctx.found = ctx.found, None
+                if found is None:
+                    rows = divisor.reciprocal().expand(labels.shape[0])
+                    found = _op(*leaves, labels, rows, *ctx.options, ctx.chunk_bytes, *need)[1:]
+                if grad != 1:
+                    found = [g.mul_(grad) for g in found]
+            else:
+                found = [g * grad for g in found]
+            scaled = found
         return *(g if wanted else None for g, wanted in zip(scaled, need, strict=True)), *[None] * 4
