@@ -3,7 +3,8 @@
     python benchmarks/gpu_e2e.py [--variants eager,ours,...] [--layers 8] [--seconds 400] [--out FOLDER]
 
 Variants: `eager`; `ours` (`kernelwise.kernelize(model)`: RMS norm, gated MLP, rotary embedding); `ours+add` (and the
-second norm of a layer fused with the addition before it, by hand); `compile` (torch.compile of the model);
+second norm of a layer fused with the addition before it, by hand); `ours+loss` (and the head fused with its loss in
+training, by hand, as kernelize leaves the head alone); `compile` (torch.compile of the model);
 `ours+compile`; `liger` (apply_liger_kernel_to_llama without its fused loss, and with it
 as `liger+loss`). Each measures prefill of 1 x 4096 tokens, decoding with a dynamic cache (a Python loop) and with a
 static cache and the whole step in one CUDA graph, and a training step (forward and backward) of 1 x 4096. Logits, loss
@@ -36,6 +37,7 @@ from transformers.models.llama import modeling_llama as llama
 
 import kernelwise
 from kernelwise.kernels.triton.add_rms_norm import add_rms_norm
+from kernelwise.kernels.triton.linear_cross_entropy import linear_cross_entropy
 
 START = time.time()
 TOKENS = 4096
@@ -198,7 +200,11 @@ def run_variant(variant: str, layers: int, reference: dict[str, Any]) -> dict[st
     call = prepared()
 
     def step() -> torch.Tensor:
-        loss = call(input_ids=ids, labels=ids, use_cache=False).loss
+        if variant == "ours+loss":
+            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
+            loss = linear_cross_entropy(hidden[0, :-1], model.lm_head.weight, ids[0, 1:])
+        else:
+            loss = call(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         return loss.detach()
 
@@ -218,7 +224,7 @@ def run_variant(variant: str, layers: int, reference: dict[str, Any]) -> dict[st
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", default="eager,ours,ours+add,liger,liger+loss,compile,ours+compile")
+    parser.add_argument("--variants", default="eager,ours,ours+add,ours+loss,liger,liger+loss,compile,ours+compile")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=400, help="stop starting new variants after this long")
     parser.add_argument("--out", type=Path, default=None, help="folder for gpu_e2e.json and gpu_e2e.txt")

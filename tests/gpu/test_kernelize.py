@@ -103,3 +103,32 @@ def test_a_model_moved_to_the_cpu_afterwards_runs_its_own_code(model: torch.nn.M
     model.cpu()
     assert torch.isfinite(logits(model, ids.cpu())).all()
     assert any(row.fallbacks for row in kw.report(model).rows)
+
+
+def test_layer_norm_and_written_out_activations(ids: torch.Tensor) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    built = GPT2LMHeadModel(GPT2Config(vocab_size=512, n_positions=256, n_embd=128, n_layer=2, n_head=4))
+    with torch.no_grad():
+        for name, parameter in built.named_parameters():
+            if "ln_" in name:
+                parameter.add_(torch.rand_like(parameter))
+    gpt = built.to("cuda", torch.bfloat16).eval()
+    own = logits(gpt, ids)
+    exact = logits(gpt.double(), ids)
+    gpt.bfloat16()
+    kw.kernelize(gpt)
+    kernels = {row.name: row.kernel for row in kw.report(gpt).rows if row.kernel}
+    assert kernels == {name: f"builtin:{name}" for name in ("LayerNorm", "NewGELU")}
+    assert error(logits(gpt, ids), exact) <= 1.5 * error(own, exact)
+    gpt.train()
+    for module in gpt.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    gpt(ids, labels=ids).loss.backward()
+    assert all(torch.isfinite(p.grad).all() for p in gpt.parameters() if p.requires_grad)
+    assert all(not row.fallbacks for row in kw.report(gpt).rows)
+    kw.unkernelize(gpt)
+    gpt.eval()
+    assert torch.equal(logits(gpt, ids), own)
