@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -48,11 +47,11 @@ def seconds(function: Callable[[], Any]) -> float:
     return time.process_time() - start
 
 
-def test_planning_and_applying_take_at_most_a_tenth_of_a_millisecond_a_layer(repository: Path) -> None:
-    """A model of 1,000 registered layers and a local kernel that is loaded already; the median of interleaved runs.
+def test_planning_and_applying_take_at_most_twice_as_long_as_in_the_kernels_library(repository: Path) -> None:
+    """A model of 1,000 registered layers and a local kernel that is loaded already; the least of interleaved runs.
 
-    The kernels library looks at registered names alone and takes 0.01 ms a layer here; recognition, a decision with its
-    reasons and an undo for each layer cost more than that, but little.
+    The kernels library looks at registered names alone; recognition, a decision with its reasons and an undo for each
+    layer come on top of that.
     """
     from kernels import LocalLayerRepository, Mode, kernelize, use_kernel_mapping
 
@@ -84,9 +83,9 @@ def test_planning_and_applying_take_at_most_a_tenth_of_a_millisecond_a_layer(rep
             if repeat:  # the first run loads and recognises
                 taken[name].append(took)
     clean()
-    ours_median, theirs_median = statistics.median(taken["ours"]), statistics.median(taken["theirs"])
+    least = {name: min(values) for name, values in taken.items()}
     print(
-        f"\nplan and apply {NUM_LAYERS} layers: {ours_median * 1e3:.1f} ms; "
-        f"kernels.kernelize: {theirs_median * 1e3:.1f} ms; ratio {ours_median / theirs_median:.2f}"
+        f"\nplan and apply {NUM_LAYERS} layers: {least['ours'] * 1e3:.1f} ms; "
+        f"kernels.kernelize: {least['theirs'] * 1e3:.1f} ms; ratio {least['ours'] / least['theirs']:.2f}"
     )
-    assert ours_median <= 1e-4 * NUM_LAYERS
+    assert least["ours"] <= 2 * least["theirs"]

@@ -47,9 +47,9 @@ class Token:
         return self
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True, eq=False)
 class Entry:
-    """What one kernelization put on one module for one layer: a call per mode (None: the own code there).
+    """What one kernelization put on one module for one layer: a call per mode (None: the own code there). Not changed.
 
     `asked` has the modes in which a rule of the user decided; there this entry beats what mere defaults put in.
     """
@@ -185,6 +185,7 @@ def _prepare(model: nn.Module, plan: Plan, token: Token) -> list[tuple[nn.Module
     for decision in plan.decisions:
         by_layer.setdefault((decision.layer.path, decision.layer.function), []).append(decision)
     bound: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # alike layers share their calls
+    found = {"": model}
     prepared: list[tuple[nn.Module, Entry]] = []
     for decisions in by_layer.values():
         layer = decisions[0].layer
@@ -194,7 +195,7 @@ def _prepare(model: nn.Module, plan: Plan, token: Token) -> list[tuple[nn.Module
             is_asked |= decision.asked_by != "default"
         if not has_kernel and not is_asked:
             continue
-        module = _find(model, layer)
+        module = _find(layer, found)
         if not has_kernel and STATE not in module.__dict__:
             continue
         key = _what_binds(module, layer, decisions)
@@ -214,7 +215,7 @@ def _what_binds(module: nn.Module, layer: Layer, decisions: Sequence[Decision]) 
         layer.function,
         *module._parameters,
         *module._modules,
-        *((id(d.kernel), d.mode, d.asked_by) for d in decisions),
+        *[(id(d.kernel), d.mode, d.asked_by) for d in decisions],
     )
 
 
@@ -257,15 +258,12 @@ def _in_both_modes(layer: Layer, calls: dict[str, Call | None]) -> tuple[Call | 
     return (other, call) if mode.startswith("training") else (call, other)
 
 
-def _find(model: nn.Module, layer: Layer) -> nn.Module:
+def _find(layer: Layer, found: dict[str, nn.Module]) -> nn.Module:
+    """Return the module of a layer. `found` has the modules found before by their paths, the model itself by ""."""
     path = layer.path.rpartition(".")[0] if layer.function is not None else layer.path
     try:
-        module = model
-        for name in filter(None, path.split(".")):
-            child = module._modules[name]
-            assert child is not None
-            module = child
-    except (KeyError, AssertionError) as error:
+        module = _module_at(path, found)
+    except KeyError as error:
         raise ApplyError(
             f"the plan has a layer at {layer.path}, which this model does not have\n  go on      plan again for this model"
         ) from error
@@ -280,6 +278,17 @@ def _find(model: nn.Module, layer: Layer) -> nn.Module:
             f"{layer.path} is on the meta device: it can be planned, but kernels are put into a model that has its weights\n"
             "  go on      load the weights first (from_pretrained, or to_empty and load_state_dict), then kernelize"
         )
+    return module
+
+
+def _module_at(path: str, found: dict[str, nn.Module]) -> nn.Module:
+    module = found.get(path)
+    if module is None:
+        above, _, name = path.rpartition(".")
+        module = _module_at(above, found)._modules[name]
+        if module is None:
+            raise KeyError(path)
+        found[path] = module
     return module
 
 

@@ -24,13 +24,15 @@ from torch.nn.modules.lazy import LazyModuleMixin
 from kernelwise import ops
 from kernelwise._data import Layer, Parameter, Recognition
 from kernelwise._errors import PlanError
-from kernelwise._recognize import Recognizer, recognize_functions
+from kernelwise._recognize import NOTHING, Entry, Recognizer, recognize_functions
 
 STATE = "_kernelwise"
 """The one attribute in which Kernelwise keeps what it knows about a module it changed."""
 
 OURS = (STATE, "__reduce_ex__", "__deepcopy__", "_replicate_for_data_parallel")
 """All that stands in the `__dict__` of a module it changed, besides the forward."""
+
+_MOST_KINDS = 64  # kinds of one class that a look compares a module with
 
 _named: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
 
@@ -139,6 +141,7 @@ class _Class:
     shared: str | None
     condition: Callable[[nn.Module], Any] | None
     functions: tuple[tuple[str, Recognition], ...]
+    kinds: list[_Kind]
 
 
 def _facts_of(module: nn.Module) -> _Class:
@@ -156,7 +159,23 @@ def _facts_of(module: nn.Module) -> _Class:
         shared=_shared_function(module),
         condition=getattr(cls, "kernel_condition", None),
         functions=recognize_functions(module),
+        kinds=[],
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Kind:
+    """What a look has found out about a module, and all that another one of its class must share to be alike."""
+
+    inference: Entry
+    training: Entry
+    layer: Layer | None = None  # without a place; None where the module has no name
+    names: tuple[str, ...] = ()
+    tensors: _Tensors = (None, ())
+    excluded: str | None = None
+
+
+_Tensors = tuple[str | None, tuple[torch.dtype, ...]]  # the device type and the dtypes of a module's parameters
 
 
 class _Look:
@@ -167,7 +186,7 @@ class _Look:
         self._fallback_device = fallback_device
         self._recognizer = Recognizer()
         self._classes: dict[type[nn.Module], _Class] = {}
-        self._alike: dict[tuple[Any, ...], Layer] = {}
+        self._known_tensors: dict[nn.Module, _Tensors] = {}
         self._functions: dict[tuple[Any, ...], tuple[Layer, ...]] = {}
 
     def add(self, module: nn.Module, paths: tuple[str, ...]) -> None:
@@ -176,42 +195,93 @@ class _Look:
         if facts is None:
             facts = self._classes[type(module)] = _facts_of(module)
         d = module.__dict__
-        replaced = None if "forward" not in d and STATE not in d else _replaced_forward(module)
-        inference, training = self._recognizer.both(module) if replaced is None else (None, None)
-        if facts.registered or facts.named or inference is not None or training is not None:
-            device, dtypes = _device_and_dtypes(module)
-            excluded = _condition(module) if facts.condition is not None else None
-            # The recognizer keeps its answers, so that an id stands for one answer as long as this look lasts.
-            key = (type(module), id(inference), id(training), _names(module), device, dtypes, replaced, excluded)
-            alike = self._alike.get(key)
-            if alike is None:
-                found = inference or training
-                alike = self._alike[key] = Layer(
-                    path="",
-                    name=facts.registered or facts.named or (ops.layer_name(found) if found else ""),
-                    class_name=facts.name,
-                    how="registered" if facts.registered else "named" if facts.named else "recognised",
-                    device=device or self._fallback_device,
-                    dtypes=dtypes,
-                    signature=facts.signature,
-                    attributes=_attributes(module),
-                    recognition=inference,
-                    recognition_in_training=training,
-                    blocked=replaced or facts.shared,
-                    excluded=excluded,
-                )
-            self.layers.append(alike.at(paths))
+        replaced: str | None = None
+        if "forward" in d or STATE in d:
+            replaced = _replaced_forward(module)
+            layer = self._kind(module, facts, replaced).layer
+        else:
+            layer = self._alike(module, facts)
+        if layer is not None:
+            self.layers.append(layer.at(paths))
         if facts.functions or "_kernel_funcs" in d or "_hidden_kernels" in d:
             self._add_functions(module, facts, paths, replaced)
 
+    def _alike(self, module: nn.Module, facts: _Class) -> Layer | None:
+        """Return what is known of a module of this class that is like this one, or find it out."""
+        for kind in facts.kinds:
+            if kind.inference.holds(module) and (kind.training is kind.inference or kind.training.holds(module)):
+                if kind.layer is None:
+                    return None
+                if (
+                    kind.names == _names(module)
+                    and kind.tensors == self._tensors(module)
+                    and (facts.condition is None or kind.excluded == _condition(module))
+                ):
+                    return kind.layer
+        kind = self._kind(module, facts, None)
+        facts.kinds.insert(0, kind)
+        del facts.kinds[_MOST_KINDS:]
+        return kind.layer
+
+    def _kind(self, module: nn.Module, facts: _Class, replaced: str | None) -> _Kind:
+        inference, training = self._recognizer.both(module) if replaced is None else (NOTHING, NOTHING)
+        found = inference.recognition or training.recognition
+        name = facts.registered or facts.named or (ops.layer_name(found) if found else None)
+        if name is None:
+            return _Kind(inference, training)
+        device, dtypes = tensors = self._tensors(module)
+        excluded = _condition(module) if facts.condition is not None else None
+        layer = Layer(
+            path="",
+            name=name,
+            class_name=facts.name,
+            how="registered" if facts.registered else "named" if facts.named else "recognised",
+            device=device or self._fallback_device,
+            dtypes=_names_of(dtypes),
+            signature=facts.signature,
+            attributes=_attributes(module),
+            recognition=inference.recognition,
+            recognition_in_training=training.recognition,
+            blocked=replaced or facts.shared,
+            excluded=excluded,
+        )
+        return _Kind(inference, training, layer, _names(module), tensors, excluded)
+
+    def _tensors(self, module: nn.Module) -> _Tensors:
+        """Return the device type of a module and the dtypes of its parameters, its children's included."""
+        d = module.__dict__
+        device: str | None = None
+        dtypes: tuple[torch.dtype, ...] = ()
+        for parameter in d["_parameters"].values():
+            if parameter is not None:
+                device = device or _device_name(parameter.device)
+                if parameter.dtype not in dtypes:
+                    dtypes += (parameter.dtype,)
+        if not d["_modules"]:
+            return (model_device(module) if device is None or device == "meta" else device), dtypes
+        known = self._known_tensors.get(module)
+        if known is None:
+            for child in d["_modules"].values():
+                if child is not None:
+                    its_device, its_dtypes = self._tensors(child)
+                    device = device or its_device
+                    if its_dtypes != dtypes:
+                        dtypes = tuple(dict.fromkeys(dtypes + its_dtypes))
+            if device is None or device == "meta":
+                device = model_device(module)
+            known = self._known_tensors[module] = device, dtypes
+        return known
+
     def _add_functions(self, module: nn.Module, facts: _Class, paths: tuple[str, ...], replaced: str | None) -> None:
         wrappers = _wrappers(module)
-        device, dtypes = _device_and_dtypes(module)
+        device, dtypes = self._tensors(module)
         each = tuple((type(wrapper), _names(wrapper), _condition(wrapper)) for wrapper in wrappers)
         key = (type(module), each, device, dtypes, replaced)
         functions = self._functions.get(key)
         if functions is None:
-            functions = _functions_of(module, facts, wrappers, device or self._fallback_device, dtypes, replaced)
+            functions = _functions_of(
+                module, facts, wrappers, device or self._fallback_device, _names_of(dtypes), replaced
+            )
             self._functions[key] = functions
         for layer in functions:
             self.layers.append(layer.at(tuple(f"{path}.{layer.name}" if path else layer.name for path in paths)))
@@ -438,30 +508,13 @@ def _attributes(module: nn.Module) -> frozenset[str]:
     return frozenset(dir(type(module))).union(_names(module))
 
 
-def _device_and_dtypes(module: nn.Module) -> tuple[str | None, tuple[str, ...]]:
-    """Return the device type of a module and the dtypes of its parameters, its children's included."""
-    device: torch.device | None = None
-    dtypes: dict[torch.dtype, None] = {}
-    stack = [module]
-    while stack:  # `parameters()` would do, at several times the cost
-        d = stack.pop().__dict__
-        for parameter in d["_parameters"].values():
-            if parameter is not None:
-                device = device or parameter.device
-                dtypes[parameter.dtype] = None
-        if d["_modules"]:
-            stack.extend(child for child in reversed(d["_modules"].values()) if child is not None)
-    names = _dtype_names(*dtypes)
-    return (model_device(module), names) if device is None or device.type == "meta" else (_device_name(device), names)
-
-
 @lru_cache(maxsize=64)
 def _device_name(device: torch.device) -> str:
     return device_type(device)
 
 
 @lru_cache(maxsize=64)
-def _dtype_names(*dtypes: torch.dtype) -> tuple[str, ...]:
+def _names_of(dtypes: tuple[torch.dtype, ...]) -> tuple[str, ...]:
     return tuple(str(dtype).removeprefix("torch.") for dtype in dtypes)
 
 

@@ -61,28 +61,20 @@ class Recognizer:
 
     def __init__(self) -> None:
         self._code_holds: dict[Entry, bool] = {}
-        self._known: dict[type[nn.Module], tuple[_Entries, _Entries]] = {}
         with _lock:
             _forget_if_operations_changed()
 
-    def both(self, module: nn.Module) -> tuple[Recognition | None, Recognition | None]:
-        """Return what `module` computes in inference and in training; None where that is not known.
-
-        The answers live as long as this recognizer.
-        """
-        known = self._known.get(type(module)) if "forward" not in module.__dict__ else None
+    def both(self, module: nn.Module) -> tuple[Entry, Entry]:
+        """Return the answers for `module` in inference and in training; `NOTHING` where another forward stands on it."""
+        try:
+            forward = innermost_forward(module)
+        except Untraceable:
+            return NOTHING, NOTHING
         with _lock:
-            if known is None:
-                try:
-                    forward = innermost_forward(module)
-                except Untraceable:
-                    return None, None
-                known = _entries_for(forward, type(module), False), _entries_for(forward, type(module), True)
-                if "forward" not in module.__dict__:
-                    self._known[type(module)] = known
-            inference = self.entry(module, False, known[0])
-            training = self.entry(module, True, known[1]) if inference.reads_training else inference
-        return inference.recognition, training.recognition
+            inference = self.entry(module, False, _entries_for(forward, type(module), False))
+            if not inference.reads_training:
+                return inference, inference
+            return inference, self.entry(module, True, _entries_for(forward, type(module), True))
 
     def entry(self, module: nn.Module, training: bool | None, entries: _Entries) -> Entry:
         """Return the answer for a module among those remembered, or trace it. The lock is held."""
@@ -159,6 +151,8 @@ _modules: weakref.WeakKeyDictionary[
 _functions: weakref.WeakKeyDictionary[Callable[..., Any], Entry] = weakref.WeakKeyDictionary()
 
 
+NOTHING = Entry(Unknown("its forward was replaced on this instance"), Reads(), ())
+
 _operations: list[tuple[Operation, ...]] = [tuple(OPERATIONS.values())]  # what the answers were found among
 
 
@@ -191,4 +185,14 @@ def _answer(finding: Finding, function: Callable[..., Any]) -> Recognition | Unk
     return finding.recognition
 
 
-__all__ = ["NearMiss", "Recognizer", "Unknown", "near_miss", "plain_function", "recognize", "recognize_functions"]
+__all__ = [
+    "NOTHING",
+    "Entry",
+    "NearMiss",
+    "Recognizer",
+    "Unknown",
+    "near_miss",
+    "plain_function",
+    "recognize",
+    "recognize_functions",
+]

@@ -89,7 +89,10 @@ def is_function(module: nn.Module) -> bool:
         for tensor in tensors.values():
             if tensor is not None:
                 return False
-    return not has_hooks(module) and all(child is None or is_function(child) for child in d["_modules"].values())
+    for child in d["_modules"].values():
+        if child is not None and not is_function(child):
+            return False
+    return not has_hooks(module)
 
 
 def is_own_code(module: nn.Module, forward: object) -> bool:
