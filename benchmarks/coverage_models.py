@@ -155,6 +155,9 @@ def build_alone(module: Any, cls: type[nn.Module]) -> nn.Module | None:
     return None
 
 
+_compared: set[object] = set()  # what this process has run: a class that many models share is run once
+
+
 def disagreements(model_type: str, class_names: tuple[str, ...]) -> tuple[str, int, list[str]]:
     """How many recognised layers and functions of a model were compared with their references, and which differ.
 
@@ -163,7 +166,7 @@ def disagreements(model_type: str, class_names: tuple[str, ...]) -> tuple[str, i
     sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "recognize")]
     agreement = importlib.import_module("agreement")
     torch.set_num_threads(1)
-    seen: set[object] = set()
+    number = 0
     wrong: list[str] = []
     try:
         model = build(model_type, class_names)
@@ -176,11 +179,13 @@ def disagreements(model_type: str, class_names: tuple[str, ...]) -> tuple[str, i
         if isinstance(answer, Recognition) and small and not OPERATIONS[answer.op].norms:
             cases.append((type(module), answer, None))
         for name, found in recognize_functions(module):
-            cases.append((name, found, plain_function(plain_function(type(module).forward).__globals__[name])))
+            function = plain_function(plain_function(type(module).forward).__globals__[name])
+            cases.append((function, found, function))
         for what, found, function in cases:
-            if (what, found) in seen:
+            if (what, found) in _compared:
                 continue
-            seen.add((what, found))
+            _compared.add((what, found))
+            number += 1
             generator = torch.Generator().manual_seed(3)
             layer = nn.Module() if function else copy.deepcopy(module).to_empty(device="cpu").eval()
             try:
@@ -190,7 +195,7 @@ def disagreements(model_type: str, class_names: tuple[str, ...]) -> tuple[str, i
             except Exception as error:
                 name = getattr(function, "__qualname__", type(module).__name__)
                 wrong.append(f"{name} as {found.op} {dict(found.options)}: {type(error).__name__}: {str(error)[:200]}")
-    return model_type, len(seen), wrong
+    return model_type, number, wrong
 
 
 def functions_alone(names: list[str]) -> dict[str, str | None]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import nn
 
+import kernelwise as kw
 from kernelwise._data import Recognition
 from kernelwise._recognize import Unknown, recognize, recognize_functions
 
@@ -220,3 +221,11 @@ def timed(modules) -> float:
         recognize(module)
         recognize_functions(module)
     return time.perf_counter() - start
+
+
+def test_layers_without_a_shape_are_refused_by_name():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Sequential(nn.LazyLinear(3)))
+    with pytest.raises(kw.PlanError, match=r"(?s)1\.0 \(LazyLinear\) has no shape yet.*model\(batch\)"):
+        kw.discover(model)
+    model(torch.ones(2, 4))
+    assert [layer.path for layer in kw.discover(model)] == ["0", "1.0"]
