@@ -94,12 +94,14 @@ def deviation(
     wrong: Status = "wrong_values",
     mean: bool = False,
     terms: int = 1,
+    slack: float = 1.0,
 ) -> Deviation:
     """Judge a kernel's tensor `new` by the layer's `own` and by `exact`, the layer's in float64.
 
     Shape and dtype must be those of `own`. `wrong` is the status for numbers that are too far off. `mean` bounds the mean
     error of half-precision results too. `terms` is how many numbers were added up for each element: PyTorch adds pairwise
-    and hardly errs, one after another in float32 errs with the root of their number, which is allowed too.
+    and hardly errs, one after another in float32 errs with the root of their number, which is allowed too. `slack`
+    multiplies what is allowed.
     """
     if new.shape != own.shape:
         return Deviation("wrong_shape", f"shape {tuple(new.shape)}, the layer's own is {tuple(own.shape)}")
@@ -127,6 +129,7 @@ def deviation(
     largest = float(exact[judged].abs().max())
     allowed = FACTOR * own_error + FLOOR_ULPS * _ulp(largest, own.dtype)
     allowed += math.sqrt(terms) / 8 * _ulp(largest, torch.float32)
+    allowed *= slack
     detail = ""
     if error <= allowed and mean and own.dtype in (torch.float16, torch.bfloat16) and own.numel() >= MEAN_ELEMENTS:
         detail = _rounded_more_often(own[judged], new[judged], exact[judged])

@@ -131,8 +131,12 @@ WRONG: list[tuple[type[nn.Module], type[nn.Module], set[str]]] = [
     (RmsNormInPlace, gallery.Norm, {"input_overwritten"}),
     (SwiGlu, gallery.MLP, {"wrong_gradient"}),
     (GeGlu, GeluMLP, {"wrong_gradient"}),
-    (Rotary, gallery.Attention, {"input_overwritten"}),
-    (RotaryOfCopies, gallery.Attention, {"missing_gradient", "wrong_values"}),
+    (Rotary, gallery.Attention, {"input_overwritten", "missing_gradient", "wrong_values"}),
+    (
+        RotaryOfCopies,
+        gallery.Attention,
+        {"missing_gradient", "wrong_values", "input_overwritten", "non_finite", "no_cuda_graph"},
+    ),
 ]
 
 
