@@ -891,20 +891,21 @@ class Wrapped(Tensor):
         return super().__torch_function__(func, types, args, kwargs or {})
 
 
-def role_plan(model: nn.Module, function: Any, *, dtypes: tuple[str, ...] = ("float32", "bfloat16")) -> Plan:
-    """A plan that puts a function by roles into every recognised norm."""
+def role_plan(
+    model: nn.Module, function: Any, *, dtypes: tuple[str, ...] = ("float32", "bfloat16"), op: str = "rms_norm"
+) -> Plan:
+    """A plan that puts a function by roles into every recognised norm, or layer of another operation."""
     from kernelwise._data import Decision, Limits
 
     found = Kernel(
         KernelRef("builtin", "", "RMSNorm"),
-        "rms_norm",
+        op,
         Limits(devices=("cpu",), dtypes=dtypes),
         can_torch_compile=True,
         function=function,
     )
-    layers = [layer for layer in kw.discover(model) if layer.name == "RMSNorm"]
+    layers = [layer for layer in kw.discover(model) if layer.recognition is not None and layer.recognition.op == op]
     assert layers
-    assert all(layer.recognition is not None for layer in layers)
     modes = ("inference", "training")
     return Plan(Target("cpu"), tuple(Decision(layer, mode, found, "default") for layer in layers for mode in modes))
 

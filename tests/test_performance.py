@@ -102,6 +102,36 @@ def test_a_kernel_by_roles_costs_little_more_than_itself(grad: bool) -> None:
     assert cost <= 1.0
 
 
+@pytest.mark.parametrize("grad", [False, True])
+def test_a_kernel_that_calls_children_costs_little_more_than_itself(grad: bool) -> None:
+    """An MLP, whose kernel stands for its activation too and is held by what that is."""
+    from test_apply import role_plan
+    from transformers.activations import ACT2FN
+
+    def cheap(x, gate, up, down, *, activation="silu"):  # type: ignore[no-untyped-def]
+        return x
+
+    class MLP(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.gate_proj, self.up_proj, self.down_proj = (nn.Linear(8, 8, bias=False) for _ in range(3))
+            self.act_fn = ACT2FN["silu"]
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y: torch.Tensor = self.down_proj(self.act_fn(self.gate_proj(x)) * self.up_proj(x))
+            return y
+
+    mlp = MLP()
+    kw.apply(mlp, role_plan(mlp, cheap, op="gated_mlp"))
+    forward, gate, up, down = mlp.forward, mlp.gate_proj, mlp.up_proj, mlp.down_proj
+    with torch.set_grad_enabled(grad):
+        assert forward(X) is X
+        direct: Callable[[], Any] = lambda: cheap(x=X, gate=gate, up=up, down=down, activation="silu")  # noqa: E731
+        cost = overhead_us(mlp, direct, lambda: forward(X))
+    print(f"\nwith children, gradients {'on' if grad else 'off'}: {cost:.2f} us more a call")
+    assert cost <= 1.0
+
+
 def test_no_parameter_is_copied() -> None:
     """Neither by putting in, calling and taking out, nor by a plan: no storage comes up beside those of the model."""
     model = models.Stack(*(models.Norm(4096) for _ in range(8)))

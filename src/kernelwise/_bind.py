@@ -273,7 +273,10 @@ def _role_arguments(recognition: Recognition, kernel: tuple[Parameter, ...]) -> 
 def _expression(binding: Binding) -> str:
     if binding.kind == "argument":
         return str(binding.value)
-    return f"self.{binding.value}" if binding.kind in ("attribute", "child") else repr(binding.value)
+    if binding.kind == "child":  # as the weight: through nn.Module.__getattr__ it costs several times as much
+        name = binding.value
+        return f'(self._modules["{name}"] if "{name}" in self._modules else self.{name})'
+    return f"self.{binding.value}" if binding.kind == "attribute" else repr(binding.value)
 
 
 def _guard(recognition: Recognition, limits: Limits) -> str:
