@@ -257,7 +257,7 @@ def _qk_norm_rotary() -> None:
 
     from kernelwise.kernels.triton.qk_norm_rotary import _plain, qk_norm_rotary
 
-    for heads, tokens, width, batch in (((4, 2), 3, 16, 1), ((3, 1), 1, 6, 2), ((5, 5), 40, 8, 1)):
+    for heads, tokens, width, batch in (((4, 2), 3, 16, 1), ((3, 1), 1, 6, 2), ((5, 4), 40, 24, 1)):
         q, k = (torch.randn(2, tokens, n, width).transpose(1, 2) for n in heads)
         phase = torch.randn(batch, tokens, width)
         for dim, offset, cast in ((1, 0.0, "before"), (2, 1.0, "after")):

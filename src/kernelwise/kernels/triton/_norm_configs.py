@@ -28,6 +28,7 @@ _ANY = 1 << 62
 _SIZES = (1024, 8192, _ANY)  # configurations of the backward pass change at these numbers of rows
 
 NORM_FORWARD: dict[str, list[tuple[int, int, NormConfig]]] = {}
+LAYER_NORM_FORWARD: dict[str, list[tuple[int, int, NormConfig]]] = {}
 NORM_BACKWARD: dict[str, list[tuple[int, int, NormConfig]]] = {
     "sm_90": [
         (1024, _ANY, NormConfig(1, 2, 4, 4)),
@@ -70,6 +71,13 @@ def forward_config(device: int, width: int, many: bool) -> NormConfig:
         return NormConfig(rows=4096 // block, warps=8)
     elements = 16 if block == width else 32  # of a padded row, up to half are not there
     return NormConfig(rows=1, warps=min(16, max(4, _warps(block, elements))))
+
+
+@functools.cache
+def layer_norm_forward_config(device: int, width: int, many: bool) -> NormConfig:
+    """As `forward_config`, for layer norm, which reduces every row twice."""
+    found = _find(LAYER_NORM_FORWARD, device_name(device), width, _ANY if many else 1)
+    return found or forward_config(device, width, many)
 
 
 def size_class(num_rows: Any) -> int:

@@ -32,7 +32,7 @@ from ._launch import (
 from ._norm_kernels import sum_partials_kernel
 
 _SHARES_FEW = 8  # into how many programs the heads of one token are cut, with few tokens
-_PROGRAMS = 2  # of the backward pass, for each multiprocessor
+_WARPS = 16  # of the backward pass, on each multiprocessor
 _PARTIAL_COLUMNS = 32
 
 
@@ -442,7 +442,7 @@ def _backward(
             UNIT=unit,
             num_warps=max(1, min(16, max(q_all, k_all) * block // 256)),
         )
-    grid = min(_PROGRAMS * num_processors(device), total)
+    grid = min(_WARPS // launcher.constants["num_warps"] * num_processors(device), total)
     partials = fresh(q, (grid, 2 * width), torch.float32)
     numbers = (batch, num_tokens, *(s // unit for s in all_strides))
     tensors += (q_weight.contiguous(), k_weight.contiguous(), cos, sin, q_out, k_out, partials)
