@@ -52,6 +52,13 @@ def model_types() -> dict[str, tuple[str, ...]]:
     return {name: tuple(found[name]) for name in sorted(found)}
 
 
+def folder_of(class_name: str) -> str | None:
+    """The folder of the modeling file of a model class; None for one that this installation cannot import."""
+    with contextlib.suppress(Exception):
+        return str(getattr(transformers, class_name).__module__).split(".")[-2]
+    return None
+
+
 def build(model_type: str, class_names: tuple[str, ...]) -> nn.Module:
     """The model with its default config and a few layers, without memory, from the first class that can be built."""
     problem: Exception | None = None
@@ -137,8 +144,16 @@ def classes_alone(names: list[str]) -> dict[str, str | None]:
     return found
 
 
+# For sizes that a default config leaves open.
+SMALL = {
+    "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "shared_intermediate_size": 96,
+    "shared_expert_intermediate_size": 96, "hidden_size_per_layer_input": 32, "num_attention_heads": 4, "head_dim": 16,
+    "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4, "top_k_experts": 2,
+}  # fmt: skip
+
+
 def build_alone(module: Any, cls: type[nn.Module]) -> nn.Module | None:
-    """A layer from the first config of its model, or the first sizes, that its constructor takes."""
+    """A layer from the first config of its model that its constructor takes, as it is or with its open sizes filled in."""
     bases = (transformers.PreTrainedConfig,)
     configs = [c for c in vars(module).values() if isinstance(c, type) and issubclass(c, bases) and c not in bases]
     made: list[Any] = []
@@ -147,12 +162,40 @@ def build_alone(module: Any, cls: type[nn.Module]) -> nn.Module | None:
             config = config_class()
             made += [config, *(part for part in vars(config).values() if isinstance(part, bases))]
     parameters = inspect.signature(cls.__init__).parameters.values()
-    needed = [p for p in list(parameters)[1:] if p.default is p.empty and p.kind is p.POSITIONAL_OR_KEYWORD]
-    for config in made or [None]:
-        values = {p.name: config if "config" in p.name else 0 if "idx" in p.name else 64 for p in needed}
+    needed = [p for p in list(parameters)[1:] if p.default in (p.empty, None) and p.kind is p.POSITIONAL_OR_KEYWORD]
+    for config in [*made, *map(filled, made)] or [None]:
+        values = {p.name: argument(p, config) for p in needed}
         with contextlib.suppress(Exception), torch.device("meta"):
-            return cls(**values)
+            layer = cls(**{name: value for name, value in values.items() if value is not None})
+            if all(parameter.numel() for parameter in layer.parameters()):
+                return layer
     return None
+
+
+def filled(config: Any) -> Any:
+    """A copy of a config without open sizes."""
+    config = copy.deepcopy(config)
+    for name, size in SMALL.items():
+        with contextlib.suppress(Exception):
+            if getattr(config, name, size) in (None, 0):
+                setattr(config, name, size)
+    for name, kind in (("layer_types", "full_attention"), ("mlp_layer_types", "dense")):
+        with contextlib.suppress(Exception):
+            if getattr(config, name, kind) is None:
+                setattr(config, name, [kind] * config.num_hidden_layers)
+    return config
+
+
+def argument(parameter: inspect.Parameter, config: Any) -> Any:
+    """What to give a constructor for one of its parameters; None to give nothing."""
+    name = parameter.name
+    if "config" in name:
+        return config
+    if "idx" in name:
+        return 0
+    if "act" in name:
+        return "gelu" if parameter.default is parameter.empty else None
+    return 64 if parameter.default is parameter.empty or name.endswith("size") else None
 
 
 _compared: set[object] = set()  # what this process has run: a class that many models share is run once

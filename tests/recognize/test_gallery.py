@@ -754,6 +754,12 @@ class Bounded(Mlp):
         return self.c(self.act(gate) * up)
 
 
+class BoundedLate(Bounded):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.act(self.a(x)).clamp(max=self.limit), self.b(x).clamp(min=-self.limit, max=self.limit)
+        return self.c(gate * up)
+
+
 class Lopsided(Mlp):
     def forward(self, x: Tensor) -> Tensor:
         gate, up = self.a(x).clamp(max=7.0), self.b(x).clamp(min=-6.0, max=7.0)
@@ -766,6 +772,10 @@ def test_relatives_of_the_gated_block():
     assert isinstance(bounded, Recognition)
     assert normed.op == "gated_mlp_normed"
     assert bounded.op == "gated_mlp_clamped"
+    late = recognize(BoundedLate())
+    assert isinstance(late, Recognition)
+    assert "clamp" not in dict(bounded.options)
+    assert dict(late.options)["clamp"] == "after"
     assert dict(bounded.roles)["limit"] in (Binding("attribute", "limit"), Binding("constant", 7.0))
     assert isinstance(recognize(Lopsided()), Unknown)
 

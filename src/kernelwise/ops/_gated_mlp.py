@@ -78,10 +78,15 @@ GATED_MLP_CAST = Operation(
 
 
 def gated_mlp_clamped(
-    x: Tensor, gate: Module, up: Module, down: Module, limit: float, *, activation: str = "silu"
+    x: Tensor, gate: Module, up: Module, down: Module, limit: float, *, activation: str = "silu", clamp: str = "before"
 ) -> Tensor:
-    """Return the gated block with gate(x) at most `limit` and up(x) within `limit` of zero."""
+    """Return the gated block with up(x) within `limit` of zero and the gate at most `limit`.
+
+    `clamp` says whether the gate is clamped "before" or "after" the activation.
+    """
     bounded = up(x).clamp(min=-limit, max=limit)
+    if clamp == "after":
+        return down(ACTIVATIONS[activation][0](gate(x)).clamp(max=limit) * bounded)
     return down(ACTIVATIONS[activation][0](gate(x).clamp(max=limit)) * bounded)
 
 
@@ -89,7 +94,11 @@ GATED_MLP_CLAMPED = Operation(
     name="gated_mlp_clamped",
     reference=gated_mlp_clamped,
     roles=(*GATED_MLP.roles, Role("limit", "number")),
-    variants=tuple(Variant((("activation", name),)) for name in ("silu", "gelu", "gelu_tanh")),
+    variants=tuple(
+        Variant((("activation", name), *clamp))
+        for clamp in ((), (("clamp", "after"),))
+        for name in ("silu", "gelu", "gelu_tanh")
+    ),
     operators=(("call",), ("mul",), ("clamp.default",)),
     layer_names={(): "ClampedGatedMLP"},
 )
