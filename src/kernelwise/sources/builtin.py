@@ -52,10 +52,12 @@ CATALOGUE: tuple[_Entry, ...] = (
     *(_Entry("GEGLUMLP", "gated_mlp", backend, _GELU) for backend in ("cpu", "triton")),
     *(_Entry("rotary_pos_emb", "rotary", backend, _ROTARY) for backend in ("cpu", "triton")),
     _Entry("LayerNorm", "layer_norm", "triton", _LAYER),
-    # SiLU and GELU that are one operator of PyTorch are as fast there; these are written out in several.
-    _Entry("NewGELU", "activation", "triton", (("activation", ("gelu_new",)),)),
-    _Entry("FastGELU", "activation", "triton", (("activation", ("gelu_fast",)),)),
-    _Entry("QuickGELU", "activation", "triton", (("activation", ("quick_gelu",)),)),
+    # SiLU, and GELU on GPUs, are one operator of PyTorch and as fast there; the others are written out in several.
+    _Entry("GeLU", "activation", "cpu", (("activation", ("gelu",)),)),
+    _Entry("GeluTanh", "activation", "cpu", (("activation", ("gelu_tanh",)),)),
+    *(_Entry("NewGELU", "activation", backend, (("activation", ("gelu_new",)),)) for backend in ("cpu", "triton")),
+    *(_Entry("FastGELU", "activation", backend, (("activation", ("gelu_fast",)),)) for backend in ("cpu", "triton")),
+    *(_Entry("QuickGELU", "activation", backend, (("activation", ("quick_gelu",)),)) for backend in ("cpu", "triton")),
     _Entry("Linear", "linear", "cpu", dtypes=("bfloat16", "float16")),
 )
 

@@ -1,0 +1,40 @@
+"""Which CPU kernels are put in by themselves: those that beat the layers' own code."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+import kernelwise
+from kernelwise.kernels import cpu
+
+if reason := cpu.why_unavailable():
+    pytest.skip(reason, allow_module_level=True)
+
+
+@pytest.mark.parametrize(
+    ("layer", "kernel"),
+    [
+        (nn.GELU(), "builtin:GeLU"),
+        (nn.GELU(approximate="tanh"), "builtin:GeluTanh"),
+        ("gelu_new", "builtin:NewGELU"),
+        ("gelu_fast", "builtin:FastGELU"),
+        ("quick_gelu", "builtin:QuickGELU"),
+        (nn.SiLU(), None),
+        (nn.LayerNorm(64), None),
+        (nn.ReLU(), None),
+    ],
+    ids=str,
+)
+def test_what_an_activation_or_norm_gets(layer, kernel):
+    if isinstance(layer, str):
+        layer = pytest.importorskip("transformers.activations").ACT2FN[layer]
+    model = nn.Sequential(nn.Linear(64, 64), layer).eval()
+    x = torch.randn(3, 2000, 64)
+    with torch.no_grad():
+        own = model(x)
+        kernelwise.kernelize(model)
+        rows = {row.path: row for row in kernelwise.report(model).rows}
+        assert (rows["1"].kernel if "1" in rows else None) == kernel
+        assert torch.allclose(model(x), own, atol=1e-6)
