@@ -35,6 +35,7 @@ from kernelwise._discover import (
     places_of,
 )
 from kernelwise._errors import ApplyError
+from kernelwise._fuse import passing_of
 
 _SLOTS = ("forward", "_old_forward")
 _lock = threading.RLock()
@@ -235,7 +236,13 @@ def _bind(
         elif decision.kernel is not None:
             parameters = tuple(name for name in decision.kernel.reads if name in module._parameters)
             calls[decision.mode] = layer_call(
-                layer, decision.kernel, decision.mode, own_forward(module), parameters, tuple(module._modules)
+                layer,
+                decision.kernel,
+                decision.mode,
+                own_forward(module),
+                parameters,
+                tuple(module._modules),
+                passing_of(module, layer, decision.kernel, decision.mode),
             )
     asked = _modes(len(decisions) == 1, *(d.mode for d in decisions if d.asked_by != "default"))
     return *_in_both_modes(layer, calls), asked, fallbacks

@@ -20,6 +20,7 @@ from torch import Tensor
 from kernelwise._data import Binding, Kernel, Layer, Limits, Parameter, Recognition
 from kernelwise._discover import STATE, mark_dispatcher, wrapping
 from kernelwise._errors import ApplyError
+from kernelwise._fuse import Passing, first
 from kernelwise._signature import bind, source
 
 Call = Callable[..., Any]
@@ -96,19 +97,20 @@ def layer_call(
     own: Call,
     parameters: tuple[str, ...] = (),
     children: tuple[str, ...] = (),
+    passing: Passing | None = None,
 ) -> Call:
     """Return the function `(self, ...)`, in the layer's own signature, that runs the kernel for this layer.
 
     `own` is the forward of the layer's class. Where its decorators take keywords that its signature does not tell of, a
     call with such a keyword goes to the own code. `parameters` names those of the layer's own that a layer class reads,
-    `children` its submodules.
+    `children` its submodules. `passing` says how the kernel of a whole layer calls them.
 
     Raises:
         ApplyError: the plan was made by hand and the kernel cannot be bound.
     """
     if kernel.function is None:
         raise ApplyError(f"{kernel.ref} is described, not loaded; plan on the machine that the model is on")
-    return _compile(
+    call = _compile(
         kernel.function,
         layer.signature,
         kernel.signature,
@@ -120,7 +122,10 @@ def layer_call(
         parameters=parameters,
         takes_more=_takes_any_keyword(own) and all(p.kind != "var_keyword" for p in layer.signature),
         children=children,
+        passing=passing,
     )(run_own)
+    call.kernel_function = kernel.function  # type: ignore[attr-defined]  # a kernel that stands for this one asks
+    return call
 
 
 def function_call(layer: Layer, kernel: Kernel, mode: str, original: Call, fallbacks: Counter[str]) -> Call:
@@ -165,6 +170,7 @@ def _compile(
     parameters: tuple[str, ...] = (),
     takes_more: bool = False,
     children: tuple[str, ...] = (),
+    passing: Passing | None = None,
 ) -> Callable[[Call], Call]:
     """Write and compile one adapter. Returns a function that takes what to run for the layer's own code.
 
@@ -184,7 +190,7 @@ def _compile(
     if not can_torch_compile:
         lines += ["    if _kw_is_compiling():", run_own("None")]
     if recognition is not None:
-        arguments = ", ".join(_role_arguments(recognition, kernel))
+        arguments = ", ".join(_role_arguments(recognition, kernel, passing))
         weight = _weight(recognition)
         if weight:
             # The dict first: a parameter found through nn.Module.__getattr__ costs several times as much.
@@ -213,6 +219,10 @@ def _compile(
                 ]
         if set(recognition.depends) - set(children):
             lines += ["    if not _kw_unchanged(self):", run_own("_kw_CHANGED")]
+    if passing is not None:
+        lines += ["    _kw_children = self._modules"]
+        if passing.refused is not None:
+            lines += [f"    if {passing.refused} is not None:", run_own("None")]
     if not has_backward:
         lines += [
             f"    if _kw_is_grad_enabled() and _kw_needs_grad({module}, {names}):",
@@ -227,6 +237,9 @@ def _compile(
             run_own("_kw_LOST_GRADIENT"),
             "    return _kw_output",
         ]
+    elif recognition is not None and passing is not None:
+        # Children have run when it fails, and may have written to a cache: nothing can be run again.
+        lines += [f"    return _kw_kernel({arguments})"]
     elif recognition is not None:
         # Kernels by roles never write their inputs, so the own code can run after one that does not take them.
         lines += ["    try:", f"        return _kw_kernel({arguments})", "    except _kw_OutOfMemory:", "        raise"]
@@ -253,20 +266,27 @@ def _compile(
         "_kw_MORE": MORE,
         "_kw_NO_BACKWARD": NO_BACKWARD,
         "_kw_LOST_GRADIENT": LOST_GRADIENT,
+        "_kw_first": first,
+        "_kw_sum_norm": None if passing is None else passing.sum_norm,
     }
     exec(f"def make(_kw_own):\n{body}\n    return _kw_call", namespace)
     make: Callable[[Call], Call] = namespace["make"]
     return lru_cache(maxsize=1)(make) if has_self else make
 
 
-def _role_arguments(recognition: Recognition, kernel: tuple[Parameter, ...]) -> list[str]:
+def _role_arguments(
+    recognition: Recognition, kernel: tuple[Parameter, ...], passing: Passing | None = None
+) -> list[str]:
     taken = {p.name for p in kernel}
     weight = _weight(recognition)
+    called = dict(passing.children) if passing is not None else {}
     arguments = [
-        f"{role}={'_kw_weight' if role == 'weight' and weight else _expression(binding)}"
+        f"{role}={'_kw_weight' if role == 'weight' and weight else called.get(role) or _expression(binding)}"
         for role, binding in recognition.roles
         if not taken or role in taken
     ]
+    if passing is not None and passing.sum_norm is not None:
+        arguments.append("sum_norm=lambda _kw_added, _kw_x: _kw_sum_norm(self, _kw_added, _kw_x)")
     return arguments + [f"{name}={value!r}" for name, value in recognition.options if not taken or name in taken]
 
 

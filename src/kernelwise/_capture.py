@@ -21,7 +21,7 @@ from kernelwise import _apply
 from kernelwise._data import Decision, Kernel, KernelRef, Layer, Plan, Target
 from kernelwise._discover import globals_called, own_forward
 from kernelwise._inputs import Sample, axes
-from kernelwise._observe import memory_of
+from kernelwise._observe import copied, memory_of
 
 MEMORY = 256 << 20
 ROWS = 32
@@ -37,11 +37,14 @@ class Group:
 
 
 def group(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
-    """Put together decisions of alike layers that have the same kernel; decisions without a kernel are left out."""
+    """Put together decisions of alike layers that have the same kernel; decisions without a kernel are left out.
+
+    So are layers that hold others: what they are called with (caches, masks) belongs together and cannot be made or cut.
+    """
     found: dict[tuple[Any, ...], list[Decision]] = {}
     shapes: dict[str, tuple[Any, ...]] = {}
     for decision in plan.decisions:
-        if decision.kernel is not None:
+        if decision.kernel is not None and not holds_others(decision):
             layer = decision.layer
             if layer.path not in shapes:
                 shapes[layer.path] = () if layer.function else _signature(module_of(model, layer))
@@ -57,6 +60,12 @@ def group(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
         )
         for decisions in found.values()
     )
+
+
+def holds_others(decision: Decision) -> bool:
+    """Return whether a decision is about a layer whose kernel calls the children of that layer with its own arguments."""
+    found = decision.layer.computes(decision.mode)
+    return found is not None and "passing" in dict(found.options)
 
 
 def module_of(model: nn.Module, layer: Layer) -> nn.Module:
@@ -247,6 +256,10 @@ def _closed_up(cut: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
 
 def _kept(value: Any) -> Any:
     """Copy a tensor with its strides and what lies between its elements; the model may write to its memory later."""
+    if type(value) in (tuple, list):
+        return type(value)(_kept(item) for item in value)
+    if isinstance(value, dict):
+        return {name: _kept(item) for name, item in value.items()}
     if not isinstance(value, torch.Tensor):
-        return value
+        return copied(value)
     return memory_of(value).clone().as_strided(value.shape, value.stride())

@@ -15,7 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import nn
 
-from kernelwise._capture import Group, capture, group, module_of
+from kernelwise._capture import Group, capture, group, holds_others, module_of
 from kernelwise._data import Check, Checks, Decision, Kernel, Layer, Plan, Status
 from kernelwise._discover import globals_called, own_forward
 from kernelwise._errors import PlanError
@@ -429,7 +429,9 @@ def verify_plan(
                 for check in check_group(model, found, samples.get(found.decision.layer.path), options, worker):
                     checks.append(check)
                     on_check(check)
-    notes = () if checks else ("no kernels in the plan: there is nothing to check",)
+    notes: tuple[str, ...] = () if checks else ("no kernels in the plan: there is nothing to check",)
+    whole = dict.fromkeys(str(d.kernel.ref) for d in plan.decisions if d.kernel is not None and holds_others(d))
+    notes += tuple(f"{ref} is not checked here: it calls the layer's children, which are" for ref in whole)
     return Checks(plan.target, tuple(checks), notes)
 
 

@@ -64,7 +64,7 @@ class Block(nn.Module):
 def with_blocks(layer: nn.Module, width: int) -> nn.Module:
     """A copy of a layer with blocks in place of the children whose arguments and results the layer only hands on."""
     memo: dict[int, Any] = {}
-    calls = record_calls(layer, training=layer.training)
+    calls, _ = record_calls(layer, training=layer.training)
     for call in calls:
         if call.is_open:
             memo[id(layer.get_submodule(call.path))] = Block(width, call.lengths[0])

@@ -61,7 +61,7 @@ def test_plain_layer():
     answer = recognize(layer)
     assert isinstance(answer, Recognition)
     assert answer.op == "decoder_layer"
-    assert dict(answer.options) == {"returns": "tensor", "clamp": "none"}
+    assert dict(answer.options) == {"returns": "tensor", "clamp": "none", "passing": "plain", "norm": "rms_norm"}
     assert roles(answer) == {
         "x": "hidden", "input_norm": "before", "attention": "mix", "mlp_norm": "between", "mlp": "dense",
     }  # fmt: skip
@@ -71,7 +71,8 @@ def test_plain_layer():
 
 
 def test_how_children_are_called():
-    before, mix, between, dense = record_calls(Layer(), training=False)
+    (before, mix, between, dense), refused = record_calls(Layer(), training=False)
+    assert refused is None
     assert [call.path for call in (before, mix, between, dense)] == ["before", "mix", "between", "dense"]
     assert before.args == (HIDDEN,)
     assert not before.kwargs

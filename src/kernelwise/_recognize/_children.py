@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kernelwise._data import Recognition
+from kernelwise._data import Binding, Recognition
 from kernelwise._recognize._compare import (
     FIRST,
     ROUNDS,
@@ -107,6 +107,24 @@ class ChildCall:
     lengths: tuple[int, ...]
     is_open: bool = False
 
+    def passed(self) -> Iterator[Any]:
+        """Everything that is handed to the child."""
+        yield from self.args
+        yield from (item for _, item in self.kwargs)
+
+    def is_like(self, other: ChildCall, absent: frozenset[str]) -> bool:
+        """Whether another call passes the same, but for arguments that are None there."""
+        if self.path != other.path or [key for key, _ in self.kwargs] != [key for key, _ in other.kwargs]:
+            return False
+        return all(
+            (theirs is None or (type(theirs) is Given and theirs.value is not None))
+            if type(mine) is Given and mine.name in absent
+            else type(theirs) is Given and theirs.name == mine.name
+            if type(mine) is Given
+            else mine is theirs or (type(theirs) is type(mine) and bool(mine == theirs))
+            for mine, theirs in itertools.zip_longest(self.passed(), other.passed())
+        )
+
 
 class _Hidden:
     def __repr__(self) -> str:
@@ -129,6 +147,7 @@ class _Trace:
         self.candidate = Candidate(self._run, layer.reads, layer.training)
         self.calls: list[ChildCall] = []  # of the last trace
         self.num_unknown = 0
+        self.looked_into = False  # whether there are children whose own code is a part of the graph
 
     def _run(self, stage: Stage, at: Round) -> Graph:
         layer = self.layer
@@ -162,7 +181,8 @@ class _Trace:
     ) -> Any:
         name = ".".join(path)
         if name not in self.layer.norms and is_function(module):
-            return NotImplemented  # an activation, a dropout: it is looked into
+            self.looked_into = True
+            return NotImplemented  # an activation, a dropout
         stage: Stage = child.__dict__["_kernelwise"][1]
         tensors = [item for item in (*args, *kwargs.values()) if type(item) is not Given and isinstance(item, Tensor)]
         tensors = list({id(item): item for item in tensors}.values())  # query, key and value may be one tensor
@@ -202,6 +222,26 @@ class _Trace:
             return False
         return False
 
+    def passes_plainly(self) -> bool:
+        """Whether the layer is nothing but sums and calls in which each argument stands as it is, whichever are None."""
+        if self.looked_into:
+            return False
+        self.candidate.graph(FIRST)
+        calls = self.calls
+        plain = {*self.layer.others, *(name for name, _ in self.layer.switches), "**kwargs"}
+        if any(type(item) is Given and item.name not in plain for call in calls for item in call.passed()):
+            return False
+        for absent in self.absences():
+            try:
+                self.candidate.graph(replace(FIRST, absent=absent))
+            except Untraceable:
+                continue
+            if len(self.calls) != len(calls) or not all(
+                one.is_like(other, absent) for one, other in zip(calls, self.calls, strict=True)
+            ):
+                return False
+        return True
+
     def absences(self) -> Iterator[frozenset[str]]:
         """Sets of arguments that may be None, or switches turned over, at once.
 
@@ -220,7 +260,7 @@ class _Layer:
 
     module: nn.Module
     forward: Callable[..., Any]
-    norms: frozenset[str]
+    norms: dict[str, str | None]
     reads: Reads
     training: bool | None
     width: int
@@ -231,7 +271,7 @@ class _Layer:
     takes_more: bool
 
 
-def _layer_of(module: nn.Module, norms: frozenset[str], reads: Reads, training: bool | None) -> _Layer:
+def _layer_of(module: nn.Module, norms: dict[str, str | None], reads: Reads, training: bool | None) -> _Layer:
     """Raises `Untraceable`."""
     forward = innermost_forward(module)
     code = getattr(inspect.unwrap(forward), "__code__", None)
@@ -260,7 +300,7 @@ def _layer_of(module: nn.Module, norms: frozenset[str], reads: Reads, training: 
 
 
 def _traces(
-    module: nn.Module, norms: frozenset[str], reads: Reads, training: bool | None
+    module: nn.Module, norms: dict[str, str | None], reads: Reads, training: bool | None
 ) -> Iterator[tuple[_Trace, Graph | str]]:
     """Every way to trace a layer that leads somewhere, with its graph or why there is none. Raises `Untraceable`."""
     layer = _layer_of(module, norms, reads, training)
@@ -368,8 +408,11 @@ def find_layer(module: nn.Module, *, training: bool | None) -> Finding | None:
     return Finding(None, reason or "no known layer has this graph", shown, _merged(reads, known))
 
 
-def record_calls(module: nn.Module, *, training: bool | None) -> tuple[ChildCall, ...]:
-    """Return how a recognised layer calls its children, in order; nothing where it is not recognised."""
+def record_calls(module: nn.Module, *, training: bool | None) -> tuple[tuple[ChildCall, ...], str | None]:
+    """Return how a recognised layer calls its children, in order, and the argument that it refuses, if there is one.
+
+    No calls where the layer is not recognised.
+    """
     norms, _ = _norms_of(module, training)
     try:
         for trace, graph in _traces(module, norms, Reads(), training) if norms else ():
@@ -377,10 +420,10 @@ def record_calls(module: nn.Module, *, training: bool | None) -> tuple[ChildCall
                 continue
             for op, variant in _variants_like(graph):
                 if isinstance(_compare(op, variant, graph, trace), Recognition):
-                    return _with_alternatives(trace, op, variant)
+                    return _with_alternatives(trace, op, variant), trace.refused
     except Untraceable:
         pass
-    return ()
+    return (), None
 
 
 def _with_alternatives(trace: _Trace, op: Operation, variant: Variant) -> tuple[ChildCall, ...]:
@@ -403,17 +446,18 @@ def _with_alternatives(trace: _Trace, op: Operation, variant: Variant) -> tuple[
     return tuple(calls)
 
 
-def _norms_of(module: nn.Module, training: bool | None) -> tuple[frozenset[str], dict[str, Reads]]:
-    """The children that are norms, and what that was read from, for every child that was looked at."""
+def _norms_of(module: nn.Module, training: bool | None) -> tuple[dict[str, str | None], dict[str, Reads]]:
+    """The children that are norms with their operation, and what was read of every child that was looked at."""
     children = {name: child for name, child in module._modules.items() if child is not None}
     if not 2 <= len(children) <= _MOST_CHILDREN:
-        return frozenset(), {}
+        return {}, {}
     found = {
         name: find_module(child, training=training)
         for name, child in children.items()
         if not child._modules and all(p is None or p.ndim == 1 for p in child._parameters.values())
     }
-    return frozenset(name for name, f in found.items() if _is_norm(f)), {name: f.reads for name, f in found.items()}
+    norms = {name: f.recognition.op if f.recognition else None for name, f in found.items() if _is_norm(f)}
+    return norms, {name: f.reads for name, f in found.items()}
 
 
 def _is_norm(finding: Finding) -> bool:
@@ -455,10 +499,14 @@ def _compare(op: Operation, variant: Variant, graph: Graph, trace: _Trace) -> Re
     if problem is not None:
         return problem
     roles = bindings(op, variant, {}, trace.candidate, found.roles)
+    options = dict(variant.options)
+    if "passing" in inspect.signature(op.reference).parameters:
+        norm = trace.layer.norms.get(str(dict(roles or ()).get("mlp_norm", Binding("child", None)).value))
+        options |= {"passing": "plain" if trace.passes_plainly() else "other", "norm": norm}
     return (
         f"looks like {op.name}, but a role has no name"
         if roles is None
-        else Recognition(op.name, roles, variant.options)
+        else Recognition(op.name, roles, tuple(options.items()))
     )
 
 

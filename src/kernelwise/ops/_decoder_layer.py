@@ -36,6 +36,8 @@ def decoder_layer(
     *,
     returns: str = "tensor",
     clamp: str = "none",
+    passing: str = "plain",
+    norm: str | None = None,
 ) -> Tensor | tuple[Tensor]:
     """Return the pre-norm layer `h + mlp(mlp_norm(h))` with `h = x + attention(input_norm(x))`.
 
@@ -43,7 +45,9 @@ def decoder_layer(
     mixture of experts, gives. `attention_out` and `mlp_out` are called on what the two blocks give, before it is added:
     a second pair of norms (Gemma 2), a scale for each channel (DINOv2). `multiplier` scales it (Granite); `x_scale` and
     `h_scale` [H] scale what it is added to. `last` is called on the result. `returns` "tuple": a tuple with the result
-    first. `clamp` "float16": in that dtype the result is kept away from infinity.
+    first. `clamp` "float16": in that dtype the result is kept away from infinity. Two options say nothing of the result:
+    `passing` is "plain" where children are all there is, and get the arguments as they come, whichever of them are None;
+    `norm` is the operation that `mlp_norm` is, if it is one.
     """
     h = _weighted(x, x_scale) + _scaled(_after(attention_out, attention(input_norm(x))), multiplier)
     normed = mlp_norm(h)
@@ -199,11 +203,11 @@ def residual_block(x: Tensor, norm: Module, inner: Module, *, returns: str = "te
 
 
 def _hidden(n: Mapping[str, Any]) -> Shape:
-    return (*n["lead"], n["H"])
+    return (n["B"], n["S"], n["H"])
 
 
 def _inner(n: Mapping[str, Any]) -> Shape:
-    return (*n["lead"], n["I"])
+    return (n["B"], n["S"], n["I"])
 
 
 def _wide(n: Mapping[str, Any]) -> Shape:

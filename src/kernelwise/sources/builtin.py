@@ -30,6 +30,7 @@ class _Entry:
     backend: str
     options: tuple[tuple[str, tuple[Scalar, ...]], ...] = ()
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    compiles: bool = True
 
 
 _DEVICES = {"cpu": ("cpu",), "triton": ("cuda",)}
@@ -44,6 +45,9 @@ _SILU = (("activation", ("silu",)),)
 _RMS = (("cast", ("before", "after")), ("offset", (0.0, 1.0)))
 _ROTARY = (("layout", ("half",)), ("angles", ("full",)), ("dtype", ("promoted",)), ("part", ("all",)))
 _GELU = (("activation", ("gelu", "gelu_tanh")),)
+_PLAIN_LAYER = (
+    ("returns", ("tensor",)), ("clamp", ("none",)), ("passing", ("plain",)), ("norm", ("rms_norm", "layer_norm")),
+)  # fmt: skip
 _LAYER = (("offset", (0.0, 1.0)), ("dtype", ("own", "float32")))
 
 CATALOGUE: tuple[_Entry, ...] = (
@@ -58,6 +62,8 @@ CATALOGUE: tuple[_Entry, ...] = (
     *(_Entry("NewGELU", "activation", backend, (("activation", ("gelu_new",)),)) for backend in ("cpu", "triton")),
     *(_Entry("FastGELU", "activation", backend, (("activation", ("gelu_fast",)),)) for backend in ("cpu", "triton")),
     *(_Entry("QuickGELU", "activation", backend, (("activation", ("quick_gelu",)),)) for backend in ("cpu", "triton")),
+    # Under torch.compile the layer's own code stays: the compiler takes the sum into the norm by itself.
+    *(_Entry("DecoderLayer", "decoder_layer", b, _PLAIN_LAYER, compiles=False) for b in ("cpu", "triton")),
     _Entry("Linear", "linear", "cpu", dtypes=("bfloat16", "float16")),
 )
 
@@ -132,7 +138,7 @@ def _kernel(ref: KernelRef, entry: _Entry, function: Callable[..., Any] | None =
             requires=_REQUIRES[entry.backend],
         ),
         has_backward=True,
-        can_torch_compile=True,
+        can_torch_compile=entry.compiles,
         content_hash=None if function is None else _backend_hash(entry.backend),
         signature=() if function is None else signature(function),
         function=function,
