@@ -6,6 +6,7 @@ nothing; `_verify` compares what was noted.
 
 from __future__ import annotations
 
+import copy
 import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
@@ -125,6 +126,24 @@ def bare_copy(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]
     return copied(module)
 
 
+def _again(value: Any) -> Any:
+    if type(value) in (tuple, list):
+        return type(value)(_again(item) for item in value)
+    if isinstance(value, dict):
+        return {name: _again(item) for name, item in value.items()}
+    return value if isinstance(value, torch.Tensor) else copied(value)
+
+
+def copied(value: Any) -> Any:
+    """Return a copy of an argument that is no tensor: a cache of keys is written to by every call."""
+    if value is None or isinstance(value, (bool, int, float, str, nn.Module)) or callable(value):
+        return value
+    try:
+        return copy.deepcopy(value)
+    except Exception:  # what cannot be copied can only be shared
+        return value
+
+
 class CannotTryError(Exception):
     """This machine cannot do what a case asks for."""
 
@@ -151,6 +170,8 @@ class _Given:
     def _value(self, name: str, value: Any, case: Case, wide: bool) -> Any:
         if isinstance(value, (tuple, list)):
             return type(value)(self._value(f"{name}.{index}", item, case, wide) for index, item in enumerate(value))
+        if isinstance(value, dict):
+            return {key: self._value(f"{name}.{key}", item, case, wide) for key, item in value.items()}
         if not isinstance(value, torch.Tensor):
             return value
         if name in case.strides and not wide:
@@ -166,6 +187,10 @@ class _Given:
             self.leaves[name] = tensor.requires_grad_()
         self.memories[name] = (memory, before)
         return tensor
+
+    def for_call(self) -> dict[str, Any]:
+        """The arguments for one call: the same tensors, and copies of all else."""
+        return {name: _again(value) for name, value in self.arguments.items()}
 
     def overwritten(self) -> list[str]:
         return [name for name, (now, before) in self.memories.items() if not _same_bits(now.detach(), before)]
@@ -240,7 +265,7 @@ def _observe(call: Call, case: Case, wide: bool) -> Observed:
 def _run(call: Call, case: Case, given: _Given) -> Observed:
     grad = case.grad != "none"
     with torch.set_grad_enabled(grad):
-        found = call(given.module, **given.arguments)
+        found = call(given.module, **given.for_call())
     leaves, spec = tree_flatten(found)
     outputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     seen = Observed(
@@ -267,7 +292,7 @@ def _run(call: Call, case: Case, given: _Given) -> Observed:
         if case.retain:
             torch.autograd.backward(roots, [_upstream(output, index, case) for index, output in enumerate(roots)])
         if case.repeat:
-            again = [v for v in tree_flatten(call(given.module, **given.arguments))[0] if isinstance(v, torch.Tensor)]
+            again = [v for v in tree_flatten(call(given.module, **given.for_call()))[0] if isinstance(v, torch.Tensor)]
             again = [output for output in again if output.requires_grad]
             torch.autograd.backward(again, [_upstream(output, index, case) for index, output in enumerate(again)])
     seen.gradients = {name: leaf.grad for name, leaf in given.leaves.items()}
@@ -290,7 +315,7 @@ def _observe_tiled(call: Call, case: Case) -> Observed:
     if needed > free:
         raise CannotTryError(f"it needs {needed / 1e9:.0f} GB of the GPU's memory")
     given = _Given(_plain(case), wide=False)
-    arguments = dict(given.arguments)
+    arguments = given.for_call()
     for name, at in case.tiled.items():
         times = [1] * arguments[name].dim()
         times[at] = case.copies
@@ -425,7 +450,7 @@ def growth(call: Call, case: Case) -> tuple[int, int]:
     """
     with _device_of(case), torch.no_grad():
         given = _Given(case, wide=False)
-        outputs = [v for v in tree_flatten(call(given.module, **given.arguments))[0] if isinstance(v, torch.Tensor)]
+        outputs = [v for v in tree_flatten(call(given.module, **given.for_call()))[0] if isinstance(v, torch.Tensor)]
         nbytes = sum(output.nbytes for output in outputs)
         on_gpu = any(output.is_cuda for output in outputs)
         del outputs
@@ -434,7 +459,7 @@ def growth(call: Call, case: Case) -> tuple[int, int]:
         for _ in range(4):
             before = _memory(on_gpu)
             for _ in range(calls):
-                call(given.module, **given.arguments)
+                call(given.module, **given.for_call())
             rounds.append(_memory(on_gpu) - before)
     return min(rounds[1:]), nbytes * calls
 

@@ -202,6 +202,48 @@ def test_a_backward_that_loses_small_gradients_is_rejected_on_those_of_a_real_lo
     assert [(check.case, check.status) for check in failed] == [("the model's gradients", "wrong_gradient")]
 
 
+class Keeps(nn.Module):
+    """Writes to an object that it is given, as attention does to its cache of keys."""
+
+    def forward(self, x, kept):
+        kept.append(x * 2)
+        return sum(kept)
+
+
+def test_objects_that_a_layer_writes_to_are_captured_as_they_were_and_copied_for_each_call(as_kernel):
+    class Model(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.keeps = Keeps()
+
+        def forward(self, x):
+            return self.keeps(x, kept=[torch.ones(3, 4)])
+
+    kw.register_layer(Keeps, "Keeps")
+    model = Model()
+    decided, _ = decision(model.keeps, as_kernel(Keeps))
+    plan = kw.Plan(Target("cpu"), tuple(kw.plan(model, {"Keeps": "none"}, device="cpu").decisions[:1]))
+    plan = kw.Plan(Target("cpu"), (dataclasses.replace(plan.decisions[0], kernel=decided.kernel),))
+    sample = capture(model, group(model, plan), torch.randn(3, 4))["keeps"]
+    assert len(sample.arguments["kept"]) == 1
+    own = own_code(model.keeps, decided.layer)
+    first = next(check_kernel(decided, own, sample, options=Options(isolate=False)))
+    assert first.status == "passed", str(first)
+    assert len(sample.arguments["kept"]) == 1
+
+
+def test_a_layer_whose_own_code_fails_on_made_inputs_is_one_line_and_no_evidence(as_kernel):
+    class Picky(nn.Module):
+        def forward(self, x):
+            raise RuntimeError("not these inputs")
+
+    kw.register_layer(Picky, "Picky")
+    decided, module = decision(Picky(), as_kernel(Picky))
+    (check,) = checks_of(decided, module)
+    assert check.status == "skipped"
+    assert "not these inputs" in check.detail
+
+
 def test_running_means_are_as_they_were_after_a_capture():
     model = nn.Sequential(nn.BatchNorm1d(48), gallery.Norm()).train()
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
