@@ -31,7 +31,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_ops import versions
+from gpu_ops import command, versions
 from transformers import LlamaConfig, StaticCache
 from transformers.models.llama import modeling_llama as llama
 
@@ -229,7 +229,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400, help="stop starting new variants after this long")
     parser.add_argument("--out", type=Path, default=None, help="folder for gpu_e2e.json and gpu_e2e.txt")
     arguments = parser.parse_args()
-    about = {**versions(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "command": " ".join(sys.argv)}
+    about = {**versions(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "command": command(sys.argv)}
     lines = [", ".join(f"{k} {v}" for k, v in about.items())]
     print(lines[0], flush=True)
     reference: dict[str, Any] = {}

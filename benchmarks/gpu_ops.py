@@ -721,6 +721,14 @@ def summary(rows: list[Row], bandwidth: float) -> list[str]:
     return lines
 
 
+def command(words: Sequence[str]) -> str:
+    """The command line that made a result, without the folder it was written to."""
+    kept = list(words)
+    if "--out" in kept:
+        del kept[kept.index("--out") : kept.index("--out") + 2]
+    return " ".join(kept)
+
+
 def versions() -> dict[str, str]:
     from importlib.metadata import PackageNotFoundError, version
 
@@ -766,7 +774,7 @@ def main() -> None:
         lines.append(line)
         print(line, flush=True)
 
-    about = {**versions(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "command": " ".join(sys.argv)}
+    about = {**versions(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "command": command(sys.argv)}
     show(", ".join(f"{k} {v}" for k, v in about.items()))
     bandwidth = copy_bandwidth()
     show(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s (read and written); times in microseconds")

@@ -44,16 +44,19 @@ def ratios(group: list[dict[str, Any]]) -> dict[str, float]:
 
 def plot_ratios(rows: list[dict[str, Any]], directions: dict[str, str], title: str, file: Path) -> None:
     groups = {
-        f"{name}\n{shown}": ratios([row for row in group if row["num_bytes"] >= LARGE] or group)
-        for direction, shown in directions.items()
+        f"{name}\n{label}": ratios([row for row in group if row["num_bytes"] >= LARGE] or group)
+        for direction, label in directions.items()
         for name, group in by_operation(rows, direction).items()
     }
-    figure, axes = plt.subplots(figsize=(10, 0.55 * len(groups) + 1.2))
-    height = 0.8 / len(CONTENDERS)
-    for i, (who, colour) in enumerate(CONTENDERS.items()):
+    shown = [who for who in CONTENDERS if any(who in found for found in groups.values())]
+    figure, axes = plt.subplots(figsize=(10, 0.6 * len(groups) + 1.2))
+    height = 0.8 / len(shown)
+    for i, who in enumerate(shown):
         places = [y for y, found in enumerate(groups.values()) if who in found]
         values = [found[who] for found in groups.values() if who in found]
-        bars = axes.barh([y + (i - 2) * height for y in places], values, height, color=colour, label=who)
+        bars = axes.barh(
+            [y + (i - (len(shown) - 1) / 2) * height for y in places], values, height, color=CONTENDERS[who], label=who
+        )
         axes.bar_label(bars, fmt="%.2f", fontsize=6, padding=2)
     axes.axvline(1.0, color="black", linewidth=1)
     axes.set_yticks(range(len(groups)), groups, fontsize=8)

@@ -28,7 +28,9 @@ _ANY = 1 << 62
 _SIZES = (1024, 8192, _ANY)  # configurations of the backward pass change at these numbers of rows
 
 NORM_FORWARD: dict[str, list[tuple[int, int, NormConfig]]] = {}
-LAYER_NORM_FORWARD: dict[str, list[tuple[int, int, NormConfig]]] = {}
+LAYER_NORM_FORWARD: dict[str, list[tuple[int, int, NormConfig]]] = {
+    "sm_90": [(1024, _ANY, NormConfig(4, 4)), (8192, _ANY, NormConfig(1, 8))]  # for many rows
+}
 NORM_BACKWARD: dict[str, list[tuple[int, int, NormConfig]]] = {
     "sm_90": [
         (1024, _ANY, NormConfig(1, 2, 4, 4)),
@@ -75,8 +77,8 @@ def forward_config(device: int, width: int, many: bool) -> NormConfig:
 
 @functools.cache
 def layer_norm_forward_config(device: int, width: int, many: bool) -> NormConfig:
-    """As `forward_config`, for layer norm, which reduces every row twice."""
-    found = _find(LAYER_NORM_FORWARD, device_name(device), width, _ANY if many else 1)
+    """As `forward_config`, for layer norm without an addition, which reduces every row twice."""
+    found = _find(LAYER_NORM_FORWARD, device_name(device), width, _ANY) if many else None
     return found or forward_config(device, width, many)
 
 

@@ -28,7 +28,7 @@ from ._launch import (
     watched,
 )
 from ._layer_norm_kernels import backward_few_rows_kernel, backward_kernel, forward_kernel
-from ._norm_configs import backward_config, layer_norm_forward_config, size_class, stages
+from ._norm_configs import backward_config, forward_config, layer_norm_forward_config, size_class, stages
 from ._norm_kernels import sum_partials_kernel
 
 MAX_WIDTH = 32768  # a row lives in the registers of one program
@@ -117,7 +117,8 @@ def _forward(
     launcher = _forward_launchers.get(key)
     if launcher is None:
         _check(x, None if residual is None else other, weight, bias)
-        config = layer_norm_forward_config(device, width, many)
+        find = layer_norm_forward_config if residual is None else forward_config
+        config = find(device, width, many)
         launcher = _forward_launchers[key] = Launcher(
             forward_kernel,
             config.rows,
