@@ -3,9 +3,9 @@
 A graph is a set of interned nodes: two equal expressions in one graph are one node, so comparing nodes is comparing
 identities. `Graph.apply` takes an ATen operation as it was traced and rewrites it by a fixed set of identities. Those
 that hold bit for bit: casts and views that change nothing, `x - y` as `x + (-y)`, `pow(x, 2)` as `x * x`, promotion to
-a wider dtype made explicit, splits as slices, no dimensions of size one in front of what broadcasts. Those that hold up to the rounding of one operation: `pow(x, -0.5)`,
-`1 / sqrt(x)` and `y / sqrt(x)` through `rsqrt`. Whatever has no rule stays as it was traced, and therefore equals
-nothing but itself.
+a wider dtype made explicit, splits as slices, no dimensions of size one in front of what broadcasts. Those that hold up
+to the rounding of one operation: `pow(x, -0.5)`, `1 / sqrt(x)` and `y / sqrt(x)` through `rsqrt`. Whatever has no rule
+stays as it was traced, and therefore equals nothing but itself.
 """
 
 from __future__ import annotations
