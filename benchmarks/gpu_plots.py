@@ -71,14 +71,19 @@ def plot_ratios(rows: list[dict[str, Any]], directions: dict[str, str], title: s
 
 def plot_bandwidth(rows: list[dict[str, Any]], bandwidth: float, title: str, file: Path) -> None:
     figure, axes = plt.subplots(figsize=(10, 4.5))
+    names = sorted(by_operation(rows, "forward"))
     for direction, marker in (("forward", "o"), ("backward", "s")):
-        for i, (name, group) in enumerate(sorted(by_operation(rows, direction).items())):
+        for name, group in by_operation(rows, direction).items():
             speeds = {row["num_bytes"] / 1e6: row["num_bytes"] / row["median_us"]["ours"] * 1e6 for row in group}
             points = [(size, 100 * speed / bandwidth) for size, speed in speeds.items()]
             axes.plot(
-                *zip(*points, strict=True), marker=marker, markersize=4, linestyle="none", color=f"C{i % 10}",
+                *zip(*points, strict=True),
+                marker=marker,
+                markersize=4,
+                linestyle="none",
+                color=plt.get_cmap("tab20")(names.index(name)),
                 label=name if direction == "forward" else None,
-            )  # fmt: skip
+            )
     axes.set_xscale("log")
     axes.set_xlabel("MB that the operation must move (circles: forward, squares: backward)")
     axes.set_ylabel("% of the copy bandwidth")
