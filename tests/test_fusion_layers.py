@@ -273,3 +273,14 @@ def test_layers_that_cannot_be_taken_apart_keep_their_code():
     assert dict(layer.recognition.options)["passing"] == "other"
     decisions = [d for d in kw.plan(model).decisions if d.layer.name == "DecoderLayer"]
     assert all(d.kernel is None and "supports passing plain" in d.reason for d in decisions)
+
+
+def test_small_inputs_run_the_layers_own_code(fused, monkeypatch):
+    monkeypatch.setattr(kernels, "LEAST", IDS.numel() * 64 + 1, raising=False)
+    model = kw.kernelize(build())
+    logits(model)
+    assert not fused
+    assert not reasons(model)
+    with torch.no_grad():
+        model(torch.cat([IDS, IDS]))
+    assert len(fused) == 2

@@ -220,6 +220,9 @@ def _compile(
         if set(recognition.depends) - set(children):
             lines += ["    if not _kw_unchanged(self):", run_own("_kw_CHANGED")]
     if passing is not None:
+        if passing.least:
+            hidden = dict(recognition.roles)["x"].value if recognition is not None else ""
+            lines += [f"    if {hidden}.numel() < {passing.least}:", run_own("None")]
         lines += ["    _kw_children = self._modules"]
         if passing.refused is not None:
             lines += [f"    if {passing.refused} is not None:", run_own("None")]

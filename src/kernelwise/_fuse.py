@@ -34,11 +34,15 @@ _REFUSALS = (RuntimeError, ValueError, NotImplementedError)
 
 @dataclass(frozen=True, slots=True)
 class Passing:
-    """How a layer's kernel gets its children: an expression for each role, and an argument that must be None."""
+    """How a layer's kernel gets its children: an expression for each role, and an argument that must be None.
+
+    Hidden states with fewer than `least` elements are left to the layer's own code: there a call costs more than it saves.
+    """
 
     children: tuple[tuple[str, str], ...]
     refused: str | None
     sum_norm: Call | None
+    least: int = 0
 
 
 def passing_of(module: nn.Module, layer: Layer, kernel: Kernel, mode: str) -> Passing | None:
@@ -64,7 +68,16 @@ def passing_of(module: nn.Module, layer: Layer, kernel: Kernel, mode: str) -> Pa
         if binding.kind == "child" and str(binding.value) in by_path
     )
     wants_sum = any(parameter.name == "sum_norm" for parameter in kernel.signature)
-    return Passing(children, refused, _sum_norm_of(module, found, kernel, mode) if wants_sum else None)
+    return Passing(
+        children,
+        refused,
+        _sum_norm_of(module, found, kernel, mode) if wants_sum else None,
+        getattr(_module_of(kernel), "LEAST", 0),
+    )
+
+
+def _module_of(kernel: Kernel) -> Any:
+    return sys.modules.get(getattr(kernel.function, "__module__", ""))
 
 
 def _expression(call: ChildCall, more: str | None) -> str:
@@ -99,7 +112,7 @@ def _sum_norm_of(module: nn.Module, found: Recognition, kernel: Kernel, mode: st
     """Return `(layer, added, x) -> (norm(x + added), x + added)`, in one pass where the norm runs the builtin kernel."""
     name = str(dict(found.roles)["mlp_norm"].value)
     computes = recognize(module.get_submodule(name), training=mode.startswith("training"))
-    sums = getattr(sys.modules.get(getattr(kernel.function, "__module__", "")), "SUMS", {})
+    sums = getattr(_module_of(kernel), "SUMS", {})
     if not isinstance(computes, Recognition) or computes.op not in sums:
         return _apart(name)
     return _together(name, computes, *sums[computes.op])

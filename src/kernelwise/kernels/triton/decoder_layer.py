@@ -18,6 +18,10 @@ SumAndNorm = Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Te
 SUMS = {"rms_norm": (rms_norm, add_rms_norm), "layer_norm": (layer_norm, add_layer_norm)}
 
 
+LEAST = 1 << 20
+"""Elements of the hidden states from which on the sum and the norm in one pass are faster: below, launches are all."""
+
+
 def decoder_layer(
     x: torch.Tensor,
     input_norm: Module,
