@@ -15,6 +15,21 @@ DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.
 EPS = 1e-5
 
 
+@pytest.fixture(autouse=True)
+def _kernel_for_few_numbers_too(request, monkeypatch):
+    if "plain" not in request.node.name:
+        monkeypatch.setattr(added, "_PLAIN_BELOW", 0)
+
+
+def test_few_numbers_with_gradients_and_a_residual_are_plain():
+    for rows, plain in ((255, True), (256, False)):
+        x = torch.randn(rows, 64, requires_grad=True)
+        y, total = add_layer_norm(x, x, None, None, EPS)
+        assert (type(y.grad_fn).__name__ == "NativeLayerNormBackward0") == plain
+        assert torch.equal(total, x + x)
+        assert torch.allclose(y, own(x + x), atol=1e-5)
+
+
 def own(x, weight=None, bias=None, *, offset=0.0):
     scale = weight if weight is None or not offset else offset + weight
     return F.layer_norm(x, x.shape[-1:], scale, bias, EPS)

@@ -13,6 +13,8 @@ from ._library import load
 _ops = load()
 _forward = _ops.add_layer_norm.default
 _norm_backward = _ops.layer_norm_backward.default
+# With gradients, fewer numbers than this go to plain PyTorch: autograd in Python costs more than the kernel gains.
+_PLAIN_BELOW = 16384
 
 
 def add_layer_norm(
@@ -36,6 +38,9 @@ def add_layer_norm(
     """
     results: tuple[torch.Tensor, torch.Tensor]
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias)):
+        if x.numel() < _PLAIN_BELOW and x.shape == residual.shape and x.dtype == residual.dtype:
+            total = x + residual
+            return norm.plain(total, weight, bias, eps, offset), total
         results = _AddLayerNorm.apply(x, residual, weight, bias, eps, offset)  # type: ignore[no-untyped-call]
     else:
         results = _forward(x, residual, weight, bias, eps, offset)
