@@ -20,7 +20,8 @@ from kernelwise._data import Kernel, Layer, Recognition
 from kernelwise._discover import STATE, is_dispatcher
 from kernelwise._errors import ApplyError
 from kernelwise._recognize import recognize
-from kernelwise._recognize._children import HIDDEN, ChildCall, Given, record_calls
+from kernelwise._recognize._children import record_calls
+from kernelwise._recognize._passing import HIDDEN, ChildCall, Given
 
 Call = Callable[..., Any]
 APART = (

@@ -11,7 +11,8 @@ from torch.nn import functional as F
 from kernelwise import ops
 from kernelwise._data import Binding, Recognition
 from kernelwise._recognize import Unknown, recognize
-from kernelwise._recognize._children import HIDDEN, Given, record_calls
+from kernelwise._recognize._children import record_calls
+from kernelwise._recognize._passing import HIDDEN, Given
 
 WIDTH = 24
 
