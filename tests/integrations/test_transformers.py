@@ -127,6 +127,20 @@ def test_a_config_that_is_not_for_transformers_alone_is_taken_too(llama: Path, n
     assert kernels_in(model) == {}
 
 
+def test_an_unproven_kernel_goes_in_only_on_the_users_word(
+    llama: Path, norm: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("KERNELWISE_CACHE", str(tmp_path / "proofs"))
+    wrong = {"RMSNorm": norm + "MarkedNorm"}
+    with pytest.raises(kw.PlanError, match=r"MarkedNorm is not put into .*\n.*wrong_values"):
+        AutoModelForCausalLM.from_pretrained(llama, kernel_config=KernelConfig(wrong, inherit_mapping=False))
+    config = KernelConfig({"RMSNorm": norm + "GoodNorm"}, inherit_mapping=False)
+    model = AutoModelForCausalLM.from_pretrained(llama, kernel_config=config)
+    assert {row.proof for row in kw.report(model).rows if row.kernel} == {"proven"}
+    model.set_use_kernels(True, KernelConfig(wrong, inherit_mapping=False, verify=False))
+    assert {row.proof for row in kw.report(model).rows if row.kernel} == {"unproven (verify=False)"}
+
+
 # ------------------------------------------------------------------------------- set_use_kernels, train, eval, use_kernels
 
 

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import _prove, _worker
+from kernelwise import _inputs, _prove, _worker
 from kernelwise._data import from_json
 from kernelwise._report import Report
 
@@ -74,6 +74,13 @@ def write_repository(folder: Path, init: str = "from . import layers\n") -> Path
 @pytest.fixture
 def repository(tmp_path) -> Path:
     return write_repository(tmp_path / "proved")
+
+
+@pytest.fixture(autouse=True)
+def few_sizes(monkeypatch) -> None:
+    """These tests are about what is remembered, not about what is checked."""
+    monkeypatch.setattr(_inputs, "_SIZES", ())
+    monkeypatch.setattr(_inputs, "_MANY_ROWS", {**_inputs._MANY_ROWS, "S": 101})
 
 
 @pytest.fixture
@@ -240,9 +247,9 @@ from . import layers
     ("deed", "said"),
     [
         ("import ctypes; ctypes.string_at(0)", "crashed: the process died of SIGSEGV"),
-        ("os._exit(5)", "exited: the process left with exit code 5"),
+        pytest.param("os._exit(5)", "exited: the process left with exit code 5", marks=pytest.mark.long),
         ("time.sleep(1000)", "timed_out: no answer after 1 s"),
-        ("kept = [bytearray(1 << 26) for _ in range(1000)]", "out_of_memory"),
+        pytest.param("kept = [bytearray(1 << 26) for _ in range(1000)]", "out_of_memory", marks=pytest.mark.long),
     ],
     ids=["crashes", "exits", "hangs", "hogs"],
 )
