@@ -101,7 +101,9 @@ def _make_plan(
             for found in (layer.recognition, layer.recognition_in_training):
                 if found is not None and (found.op, layer.device) not in defaults:
                     defaults[found.op, layer.device] = sources.builtin_refs(found.op, device=layer.device)
-    kernels = _load(layers, rules, defaults, devices, modes, describe=target is not None, on_miss=on_miss, prover=prover)
+    kernels = _load(
+        layers, rules, defaults, devices, modes, describe=target is not None, on_miss=on_miss, prover=prover
+    )
     return _plan.make_plan(
         layers,
         rules,
@@ -439,7 +441,9 @@ def _proofs(model: nn.Module) -> dict[int, str]:
             for decision in plan.decisions:
                 if decision.kernel is not None:
                     builtin = decision.kernel.ref.scheme == "builtin"
-                    found[id(decision.kernel)] = "builtin" if builtin else said.get(str(decision.kernel.ref), "unproven")
+                    found[id(decision.kernel)] = (
+                        "builtin" if builtin else said.get(str(decision.kernel.ref), "unproven")
+                    )
     return found
 
 

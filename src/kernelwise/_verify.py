@@ -163,7 +163,9 @@ def _all_cases(
         if index == 0 and not kernel.has_backward:
             check = replace(check, marks=(*check.marks, NO_BACKWARD))
         yield check
-        if check.status in _DEADLY or (index == 0 and check.status == "skipped"):  # no inputs for this layer, no evidence
+        if check.status in _DEADLY or (
+            index == 0 and check.status == "skipped"
+        ):  # no inputs for this layer, no evidence
             return
     yield from _properties(runner, layer, sample, decision.mode, base)
     if _on_gpu(sample) and (many := beyond(layer, sample, decision.mode)):
