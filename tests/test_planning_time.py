@@ -31,7 +31,8 @@ METADATA = """{"name": "timed-norm", "id": "_timed_norm", "version": 1, "license
 
 
 @pytest.fixture
-def repository(tmp_path: Path) -> Path:
+def repository(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("KERNELWISE_CACHE", str(tmp_path / "cache"))
     build = tmp_path / "timed-norm" / "build" / "torch-cpu"
     build.mkdir(parents=True)
     (build / "metadata.json").write_text(METADATA)

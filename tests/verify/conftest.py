@@ -22,6 +22,12 @@ def as_kernel() -> Callable[..., Kernel]:
 
 
 @pytest.fixture(autouse=True)
+def proofs_of_tests(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is remembered in the cache of whoever runs the tests."""
+    monkeypatch.setenv("KERNELWISE_CACHE", str(tmp_path_factory.getbasetemp() / "proofs"))
+
+
+@pytest.fixture(autouse=True)
 def nothing_stale() -> Iterator[None]:
     gallery.STALE.clear()
     gallery.LEAKED.clear()
