@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import functools
 
 import pytest
 import torch
 
 import kernelwise as kw
 from kernelwise import _fuse
+from kernelwise._data import Recognition
+from kernelwise._recognize import recognize
 from kernelwise.kernels.cpu import decoder_layer as kernels
 
 transformers = pytest.importorskip("transformers")
@@ -37,6 +40,7 @@ def fused(monkeypatch):
     counts = []
     norm, add = kernels.SUMS["rms_norm"]
 
+    @functools.wraps(add)
     def counting(*args, **kwargs):
         counts.append(1)
         return add(*args, **kwargs)
@@ -284,3 +288,30 @@ def test_small_inputs_run_the_layers_own_code(fused, monkeypatch):
     with torch.no_grad():
         model(torch.cat([IDS, IDS]))
     assert len(fused) == 2
+
+
+@pytest.mark.parametrize("bias", [True, False])
+def test_sum_and_layer_norm(monkeypatch, bias):
+    class Holder(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.norm = torch.nn.LayerNorm(48, bias=bias)
+
+    layer = Holder()
+    torch.nn.init.normal_(layer.norm.weight)
+    computes = recognize(layer.norm)
+    assert isinstance(computes, Recognition)
+    monkeypatch.setattr(_fuse, "runs", lambda norm, kernel: True)
+    calls = []
+    alone, add = kernels.SUMS["layer_norm"]
+
+    def counting(x, residual, weight, bias, eps, *, offset=0.0):
+        calls.append(1)
+        return add(x, residual, weight, bias, eps, offset=offset)
+
+    sum_norm = _fuse._together("norm", computes, alone, counting)
+    added, x = torch.randn(2, 5, 48), torch.randn(2, 5, 48)
+    normed, h = sum_norm(layer, added, x)
+    assert calls == [1]
+    torch.testing.assert_close(h, x + added)
+    torch.testing.assert_close(normed, layer.norm(x + added), rtol=1e-5, atol=1e-5)

@@ -7,6 +7,7 @@ one stands for: a hook on it, another kernel, or its own code, and the sum and t
 
 from __future__ import annotations
 
+import inspect
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -131,7 +132,13 @@ def _apart(name: str) -> Call:
 @lru_cache(maxsize=256)
 def _together(name: str, computes: Recognition, alone: Call, fused: Call) -> Call:
     roles = {role: binding for role, binding in computes.roles if role != "x"}
-    options = dict(computes.options)
+    # An option that the norm's own kernel does not take makes no difference to it.
+    by_norm, by_both = inspect.signature(alone).parameters, inspect.signature(fused).parameters
+    options = {name: value for name, value in computes.options if name in by_norm}
+    missing = [name for name in options if name not in by_both]
+    if any(options[name] != by_norm[name].default for name in missing):
+        return _apart(name)
+    options = {name: value for name, value in options.items() if name in by_both}
     constants = {role: binding.value for role, binding in roles.items() if binding.kind == "constant"}
     read = tuple((role, str(binding.value)) for role, binding in roles.items() if binding.kind == "attribute")
 
