@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 CASES = (
     "rms_norm", "add_rms_norm", "gated_activation", "rotary", "cross_entropy", "linear_cross_entropy", "layer_norm",
-    "add_layer_norm", "qk_norm_rotary", "activation",
+    "add_layer_norm", "qk_norm_rotary", "activation", "second_derivatives",
 )  # fmt: skip
 
 
@@ -78,6 +78,46 @@ def _add_rms_norm() -> None:
         module._FEW_ROWS = few_rows
         given = {"x": torch.randn(shape), "residual": torch.randn(shape), "weight": torch.randn(shape[-1])}
         assert_as_exact(own, lambda x, residual, weight: add_rms_norm(x, residual, weight, 1e-6), given)
+
+
+def _second_derivatives() -> None:
+    """Also where one input was computed from another: the way from one to the other is counted once."""
+    from kernelwise.kernels.triton.add_rms_norm import add_rms_norm
+    from kernelwise.kernels.triton.gated_activation import gated_activation
+    from kernelwise.kernels.triton.layer_norm import layer_norm
+    from kernelwise.kernels.triton.rms_norm import rms_norm
+
+    def own_norm(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return weight * x * torch.rsqrt(x.square().mean(-1, keepdim=True) + 1e-6)
+
+    def own_add(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        total = x + x.sin()
+        return own_norm(total, weight) * total
+
+    def add(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        normed, total = add_rms_norm(x, x.sin(), weight, 1e-6)
+        return normed * total
+
+    pairs = (
+        (own_norm, lambda x, w: rms_norm(x, w, 1e-6)),
+        (own_add, add),
+        (lambda x, w: F.layer_norm(x, (33,), w, w, 1e-6), lambda x, w: layer_norm(x, w, w, 1e-6)),
+        (
+            lambda x, w: F.silu(x) * w.expand_as(x).cos(),
+            lambda x, w: gated_activation(x, w.expand_as(x).cos().contiguous()),
+        ),
+    )
+    leaf = torch.randn(33, requires_grad=True)
+    direction = torch.randn(3, 33)
+    for own, kernel in pairs:
+        found = []
+        for function in (own, kernel):
+            x = torch.randn(3, 33, generator=torch.Generator().manual_seed(1)) * leaf.exp()
+            loss = (function(x, leaf).tanh() * direction).sum()  # the inputs depend on one another
+            (first,) = torch.autograd.grad(loss, leaf, create_graph=True)
+            (second,) = torch.autograd.grad(first.square().sum(), leaf)
+            found.append((first.detach(), second))
+        torch.testing.assert_close(found[1], found[0], rtol=2e-4, atol=2e-4)
 
 
 def _gated_activation() -> None:
@@ -291,6 +331,6 @@ if __name__ == "__main__":
     torch.manual_seed(0)
     cases = (
         _rms_norm, _add_rms_norm, _gated_activation, _rotary, _cross_entropy, _linear_cross_entropy, _layer_norm,
-        _add_layer_norm, _qk_norm_rotary, _activation,
+        _add_layer_norm, _qk_norm_rotary, _activation, _second_derivatives,
     )  # fmt: skip
     dict(zip(CASES, cases, strict=True))[sys.argv[1]]()

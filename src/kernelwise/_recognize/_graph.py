@@ -204,7 +204,10 @@ class Graph:
             return self.view(sliced, (*x.shape[:dim], size, *x.shape[dim + 1 :]))
         if x.op == "view" and dim == len(x.shape) - 1 > 0 and end - start == 1:
             row, columns = x.args[0], x.shape[-1]
-            if row.shape == (*x.shape[:-2], x.shape[-2] * columns):  # one column of rows folded up is every so many elements
+            if row.shape == (
+                *x.shape[:-2],
+                x.shape[-2] * columns,
+            ):  # one column of rows folded up is every so many elements
                 folded = self.slice(row, dim - 1, start, row.shape[-1], columns)
                 return self.view(folded, (*x.shape[:-1], 1))
         shape = (*x.shape[:dim], max(0, -(-(end - start) // step)), *x.shape[dim + 1 :])

@@ -68,7 +68,13 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
         return Finding(None, str(reason), None, reads)
     near = None
     for op in OPERATIONS.values():
-        if op.function or op.loss or op.norms or len(arguments_of(op)) != len(needed) + len(optional) or not may_be(op, graph):
+        if (
+            op.function
+            or op.loss
+            or op.norms
+            or len(arguments_of(op)) != len(needed) + len(optional)
+            or not may_be(op, graph)
+        ):
             continue
         for variant, fixed in itertools.product(op.variants, _integers(op, reads)):
             found = compare(op, variant, fixed, graph, FIRST, None)

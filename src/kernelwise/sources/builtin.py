@@ -149,5 +149,10 @@ def _kernel(ref: KernelRef, entry: _Entry, function: Callable[..., Any] | None =
 def _backend_hash(backend: str) -> str:
     """The hash over all of a backend's files: its kernels share helpers, and on the CPU one built library."""
     kernels = Path(__file__).parents[1] / "kernels"
-    files = content_hash(kernels / backend).encode() + (kernels / "_layout.py").read_bytes()
+    files = b"".join(
+        [
+            content_hash(kernels / backend).encode(),
+            *((kernels / name).read_bytes() for name in ("_layout.py", "_autograd.py")),
+        ]
+    )
     return hashlib.sha256(files).hexdigest()

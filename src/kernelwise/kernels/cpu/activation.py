@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from .._autograd import plain_gradients, wants_graph
 from .._layout import inverse
 from ._activations import CODES, Activation, plain
-from ._autograd import plain_gradients, wants_graph
 from ._library import load
 
 _ops = load()

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from .._autograd import plain_gradients, wants_graph
 from . import layer_norm as norm
-from ._autograd import plain_gradients, wants_graph
 from ._library import load
 
 _ops = load()

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import torch
 
+from .._autograd import plain_gradients, wants_graph
 from . import rms_norm as norm
-from ._autograd import plain_gradients, wants_graph
 from ._library import load
 
 _ops = load()

@@ -6,8 +6,8 @@ from typing import Any
 
 import torch
 
+from .._autograd import plain_gradients, wants_graph
 from ._activations import CODES, Activation, plain
-from ._autograd import plain_gradients, wants_graph
 from ._library import load
 
 _ops = load()

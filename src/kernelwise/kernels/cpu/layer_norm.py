@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import torch
 
-from ._autograd import plain_gradients, wants_graph
+from .._autograd import plain_gradients, wants_graph
 from ._library import load
 
 _ops = load()

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from ._autograd import wants_graph
+from .._autograd import wants_graph
 from ._library import isa, load
 
 _ops = load()

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from .._autograd import plain_gradients, wants_graph
 from . import cross_entropy as loss
 from . import linear as product
-from ._autograd import plain_gradients, wants_graph
 from ._library import load
 
 _op = load().linear_cross_entropy.default

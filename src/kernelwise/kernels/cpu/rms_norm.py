@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import torch
 
+from .._autograd import plain_gradients, wants_graph
 from .._layout import inverse, leading_order
-from ._autograd import plain_gradients, wants_graph
 from ._library import load
 
 _ops = load()

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from ._autograd import wants_graph
+from .._autograd import wants_graph
 from ._library import load
 
 _ops = load()

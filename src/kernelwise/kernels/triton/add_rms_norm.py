@@ -7,12 +7,14 @@ the norm's own. The norm itself, its configurations and its backward kernels are
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 
+from .._autograd import plain_gradients
 from . import rms_norm as norm
 from ._launch import (
     NAMESPACE,
@@ -175,11 +177,10 @@ class _Function(torch.autograd.Function):
         if dy is None:
             return dsum, dsum, None, None, None, None
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself is to be differentiated
-            leaves = (total,) if weight is None else (total, weight)
-            y = norm._plain(total, weight, ctx.eps, ctx.offset, ctx.cast)
-            grads = torch.autograd.grad(y, leaves, dy, create_graph=True, allow_unused=True)
-            dx = grads[0] if dsum is None else grads[0] + dsum
-            return dx, dx, grads[1] if weight is not None else None, None, None, None
+            plain = partial(norm._plain, eps=ctx.eps, offset=ctx.offset, cast=ctx.cast)
+            dx, dweight = plain_gradients(plain, (total, weight), (dy,))
+            dx = dx if dsum is None or dx is None else dx + dsum
+            return dx, dx, dweight, None, None, None
         dx, dweight = norm._backward(dy, total, weight, rstd, ctx.offset, ctx.needs_input_grad[2], dsum=dsum)
         return dx, dx, dweight, None, None, None
 

@@ -7,12 +7,14 @@ and read where it lies. The backward pass computes the activation again instead 
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import triton
 import triton.language as tl
 
+from .._autograd import plain_gradients
 from ._launch import NAMESPACE, Launcher, Launchers, check, fresh, needs_grad, rows_of, unit_of, watched
 
 Activation = Literal["silu", "gelu", "gelu_tanh"]
@@ -236,7 +238,7 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate, up = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself is to be differentiated
-            return *torch.autograd.grad(_plain(gate, up, ctx.activation), (gate, up), dy, create_graph=True), None
+            return *plain_gradients(partial(_plain, activation=ctx.activation), (gate, up), (dy,)), None
         return *_backward(dy, gate, up, ctx.activation), None
 
 

@@ -7,12 +7,14 @@ taken, are as for RMS norm (`rms_norm`), with two moments for each row and two s
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
+from .._autograd import plain_gradients
 from .._layout import inverse, leading_order
 from ._launch import (
     NAMESPACE,
@@ -297,10 +299,8 @@ class _Function(torch.autograd.Function):
         if dy is None:
             return dsum, dsum, None, None, None, None
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself is to be differentiated
-            leaves = [t for t in (x, weight, bias) if t is not None]
-            y = _plain(x, weight, bias, ctx.eps, ctx.offset)
-            found = iter(torch.autograd.grad(y, leaves, dy, create_graph=True, allow_unused=True))
-            dx, dweight, dbias = (None if t is None else next(found) for t in (x, weight, bias))
+            plain = partial(_plain, eps=ctx.eps, offset=ctx.offset)
+            dx, dweight, dbias = plain_gradients(plain, (x, weight, bias), (dy,))
             dx = dx if dsum is None or dx is None else dx + dsum
         else:
             summing = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from .._autograd import plain_gradients
 from ._launch import NAMESPACE, check, needs_grad, watched
 from .cross_entropy import (
     DTYPES,
@@ -145,11 +146,11 @@ class _Function(torch.autograd.Function):
         hidden, weight, bias, labels, scale = ctx.saved_tensors
         nothing = (None,) * 5
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself is to be differentiated
-            loss = plain(F.linear(hidden, weight, bias), labels, 1 / scale, ctx.options, ctx.reduction)
-            inputs = (hidden, weight, bias)
-            leaves = [t for t, needed in zip(inputs, ctx.needs_input_grad, strict=False) if needed]
-            given = iter(torch.autograd.grad(loss, leaves, dloss, create_graph=True))
-            return *(next(given) if needed else None for needed in ctx.needs_input_grad[:3]), *nothing
+
+            def loss(hidden: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+                return plain(F.linear(hidden, weight, bias), labels, 1 / scale, ctx.options, ctx.reduction)
+
+            return *plain_gradients(loss, (hidden, weight, bias), (dloss,)), *nothing
         if ctx.ready:
             gradients, ctx.gradients, ctx.ready = ctx.gradients, None, False
             for gradient in gradients:

@@ -8,6 +8,7 @@ of the gradients of the two weights in registers; a second kernel adds one parti
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .._autograd import plain_gradients
 from . import rms_norm as norm
 from . import rotary as turn
 from ._launch import (
@@ -493,16 +495,12 @@ class _Function(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor, dk: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, q_weight, k_weight, cos, sin = saved = ctx.saved_tensors
+        q, k, q_weight, k_weight, cos, sin = ctx.saved_tensors
         eps, offset, cast, dim = ctx.options
         nothing = (None,) * 6
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself is to be differentiated
-            results = _plain(q, k, q_weight, k_weight, cos, sin, eps, offset, cast, dim)
-            leaves = [t for t, needed in zip(saved, ctx.needs_input_grad, strict=False) if needed]
-            wanted = [(r, g) for r, g in zip(results, (dq, dk), strict=True) if r.requires_grad]
-            roots, upstream = zip(*wanted, strict=True)
-            found = iter(torch.autograd.grad(roots, leaves, upstream, create_graph=True, allow_unused=True))
-            return *(next(found) if needed else None for needed in ctx.needs_input_grad[:4]), *nothing
+            plain = partial(_plain, cos=cos, sin=sin, eps=eps, offset=offset, cast=cast, dim=dim)
+            return *plain_gradients(plain, (q, k, q_weight, k_weight), (dq, dk)), *nothing
         dq, dk, dweights = _backward(dq, dk, q, k, q_weight, k_weight, cos, sin, eps, offset, dim)
         return dq, dk, *dweights.chunk(2), *nothing
 

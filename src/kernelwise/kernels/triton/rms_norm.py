@@ -9,11 +9,13 @@ block of columns of the weight gradient over all rows (which the cache then hold
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any, Literal
 
 import torch
 import triton
 
+from .._autograd import plain_gradients
 from .._layout import inverse, leading_order
 from ._launch import (
     NAMESPACE,
@@ -251,10 +253,8 @@ class _Function(torch.autograd.Function):
     def backward(ctx: Any, dy: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, rstd = ctx.saved_tensors
         if torch.is_grad_enabled():  # create_graph=True: the gradient itself is to be differentiated
-            leaves = (x,) if weight is None else (x, weight)
-            y = _plain(x, weight, ctx.eps, ctx.offset, ctx.cast)
-            grads = torch.autograd.grad(y, leaves, dy, create_graph=True, allow_unused=True)
-            return grads[0], grads[1] if weight is not None else None, None, None, None
+            plain = partial(_plain, eps=ctx.eps, offset=ctx.offset, cast=ctx.cast)
+            return *plain_gradients(plain, (x, weight), (dy,)), None, None, None
         dx, dweight = _backward(dy, x, weight, rstd, ctx.offset, ctx.needs_input_grad[1])
         return dx, dweight, None, None, None
 

@@ -25,9 +25,7 @@ def plain_gradients(
     views = [None if t is None else t.view_as(t) for t in leaves]
     needed = [t for t in views if t is not None and t.requires_grad]
     results = function(*views)
-    found = iter(
-        torch.autograd.grad(
-            results if isinstance(results, tuple) else (results,), needed, grads, create_graph=True, allow_unused=True
-        )
-    )
+    pairs = zip(results if isinstance(results, tuple) else (results,), grads, strict=True)
+    roots, upstream = zip(*[(root, grad) for root, grad in pairs if root.requires_grad], strict=True)
+    found = iter(torch.autograd.grad(roots, needed, upstream, create_graph=True, allow_unused=True))
     return [next(found) if t is not None and t.requires_grad else None for t in views]
