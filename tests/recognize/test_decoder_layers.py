@@ -119,6 +119,14 @@ class Cross(Layer):
         return hidden + self.dense(self.between(hidden))
 
 
+class CrossWithBlock(Cross):
+    """The MLP is a child that may give anything, called second where there is no context and third where there is one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.dense = nn.Sequential(nn.Linear(WIDTH, WIDTH), nn.GELU())
+
+
 class CrossRefused(Layer):
     """As GPT-2, which has no attention to a context unless it was built with it."""
 
@@ -193,6 +201,7 @@ class Half(Layer):
         (Multiplied, "decoder_layer", {"multiplier": "scale", "mlp": "dense"}),
         (Inline, "decoder_layer_inline", {"up": "up", "down": "down"}),
         (Cross, "decoder_layer_cross", {"context": "states", "cross_norm": "third", "cross_attention": "cross"}),
+        (CrossWithBlock, "decoder_layer_cross", {"context": "states", "cross_attention": "cross"}),
         (CrossRefused, "decoder_layer", {"mlp": "dense"}),
         (Experts, "decoder_layer", {"mlp": "mixture"}),
         (GivesWeights, "decoder_layer", {"attention": "mix"}),

@@ -127,6 +127,7 @@ class LayerTrace:
         self.candidate = Candidate(self._run, layer.reads, layer.training)
         self.calls: list[ChildCall] = []  # of the last trace
         self.num_unknown = 0
+        self._length_of: dict[str, int] = {}
         self.looked_into = False  # whether there are children whose own code is a part of the graph
 
     def _run(self, stage: Stage, at: Round) -> Graph:
@@ -179,7 +180,8 @@ class LayerTrace:
         length = 0
         is_open = not is_linear and name not in self.layer.norms
         if is_open:
-            length = self.lengths[min(self.num_unknown, len(self.lengths) - 1)]
+            # By name from the second trace on, in which a child before it may be left out.
+            length = self._length_of.setdefault(name, self.lengths[min(self.num_unknown, len(self.lengths) - 1)])
             self.num_unknown += 1
         self.calls.append(
             ChildCall(
