@@ -20,7 +20,7 @@ from kernelwise._data import Recognition
 from kernelwise._recognize._children import find
 from kernelwise._recognize._compare import forget_references
 from kernelwise._recognize._explain import NearMiss, near_miss
-from kernelwise._recognize._memory import Entry, device_names, global_names, is_library, plain_function
+from kernelwise._recognize._memory import Entry, device_names, global_names, is_library, modes, plain_function
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Untraceable
 from kernelwise._recognize._search import Finding, find_function
@@ -90,7 +90,11 @@ class Recognizer:
         answer = _answer(finding, forward)
         if isinstance(answer, Recognition):
             answer = replace(answer, depends=_depends(module, answer, finding.reads))
-        entry = Entry(answer, finding.reads, (forward,))
+        flags = modes(module, finding.reads)
+        other = next((path for path, agrees in flags if not agrees), None)
+        if other is not None:
+            answer = Unknown(f"its child {'.'.join(other)} is in another mode (training) than itself", finding.graph)
+        entry = Entry(answer, finding.reads, (forward,), flags)
         self._code_holds[entry] = True
         entries.insert(0, entry)
         del entries[_MOST_ENTRIES:]

@@ -18,7 +18,7 @@ from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound
 from kernelwise._recognize._passing import LENGTHS, ChildCall, LayerTrace, traces
 from kernelwise._recognize._reads import Reads
-from kernelwise._recognize._record import Source, Untraceable
+from kernelwise._recognize._record import Failed, Source, Untraceable
 from kernelwise._recognize._search import Finding, find_module
 from kernelwise.ops import OPERATIONS, Operation, Variant
 
@@ -171,8 +171,10 @@ def _prove_without(op: Operation, variant: Variant, trace: LayerTrace, roles: di
         at = replace(FIRST, absent=absent)
         try:
             graph = trace.candidate.graph(at)
-        except Untraceable:
+        except Failed:
             continue  # it cannot be called this way, so nothing is lost there
+        except Untraceable as reason:
+            return f"is {op.name} {dict(variant.options)}, but not without {', '.join(sorted(absent))}: {reason}"
         gone = frozenset(
             role for role, b in roles.items() if isinstance(b, Source) and b.kind == "argument" and b.name in absent
         )

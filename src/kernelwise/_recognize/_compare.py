@@ -19,7 +19,7 @@ from kernelwise._data import Binding
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound, Match, markers, match
 from kernelwise._recognize._reads import Reads
-from kernelwise._recognize._record import Recorder, Source, Untraceable, Widths
+from kernelwise._recognize._record import Failed, Recorder, Source, Untraceable, Widths
 from kernelwise._recognize._stand_in import Stage
 from kernelwise._recognize._trace import trace
 from kernelwise.ops import OPERATIONS, Operation, Role, Variant
@@ -259,6 +259,8 @@ def prove(
         except Untraceable as reason:
             if op.any_rank:
                 return f"is {op.name} in some shapes, but not on {len(at.lead)} leading dimensions: {reason}"
+            if not isinstance(reason, Failed):
+                return f"is {op.name} {dict(variant.options)} in bfloat16, but not always: {reason}"
             continue  # it cannot be called this way, so nothing is lost there
         if compare(op, variant, fixed, graph, at, roles) is None:
             a, p = (str(d).removeprefix("torch.") for d in (at.widths.activations, at.widths.parameters))
@@ -282,8 +284,10 @@ def prove_without(
             continue
         try:
             graph = candidate.graph(replace(FIRST, absent=frozenset({bound.name})))
-        except Untraceable:
-            continue
+        except Failed:
+            continue  # it cannot be called this way, so nothing is lost there
+        except Untraceable as reason:
+            return f"is {op.name} {dict(variant.options)}, but not without {bound.name}: {reason}"
         rest = {name: filled for name, filled in roles.items() if name != role}
         if compare(op, variant, fixed, graph, replace(FIRST, absent=frozenset({role})), rest) is None:
             return f"is {op.name} {dict(variant.options)}, but not without {bound.name}"

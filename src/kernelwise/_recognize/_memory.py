@@ -18,7 +18,17 @@ from typing import Any
 from torch import nn
 
 from kernelwise._data import Recognition
-from kernelwise._recognize._reads import MISSING, SCALARS, Reads, is_child_token, is_function, is_own_code, token
+from kernelwise._recognize._reads import (
+    MISSING,
+    OF_THE_MODULE,
+    SCALARS,
+    Reads,
+    contents,
+    is_child_token,
+    is_function,
+    is_own_code,
+    token,
+)
 
 
 def plain_function(value: Any) -> types.FunctionType | None:
@@ -106,6 +116,27 @@ def _pin(value: Any) -> Any:
     return (made, id(value)) if isinstance(made, tuple) and made[0] in ("object", "tensor", "partial") else made
 
 
+Mode = tuple[str, ...]  # the path of a child whose `training` flag was read
+
+
+def modes(module: nn.Module, reads: Reads) -> tuple[tuple[Mode, bool], ...]:
+    """The children whose `training` flag an answer about a mode was read from, and whether it is the module's now."""
+    paths = [path[:-1] for path, value in reads.tokens.items() if value is OF_THE_MODULE and len(path) > 1]
+    return tuple((path, is_in_mode(module, path)) for path in paths)
+
+
+def is_in_mode(module: nn.Module, path: Mode) -> bool:
+    """Whether the child at a path trains where the module does, and does not where it does not."""
+    value: Any = module
+    for name in path:
+        value = _attribute(value, name)
+    return bool(getattr(value, "training", None) is module.training)
+
+
+def _holds_in_mode(hold: Callable[[nn.Module], bool], flags: tuple[tuple[Mode, bool], ...], module: nn.Module) -> bool:
+    return hold(module) and all(is_in_mode(module, path) is agrees for path, agrees in flags)
+
+
 class Entry:
     """An answer and everything it depends on."""
 
@@ -114,10 +145,14 @@ class Entry:
     holds: Callable[[nn.Module], bool]
     """Whether a trace of a module would read the same values from it."""
 
-    def __init__(self, answer: Any, reads: Reads, functions: Iterable[Any]) -> None:
+    def __init__(
+        self, answer: Any, reads: Reads, functions: Iterable[Any], modes: Iterable[tuple[Mode, bool]] = ()
+    ) -> None:
         self.answer = answer
         self.recognition = answer if isinstance(answer, Recognition) else None
-        self.holds = _Attributes(reads.tokens).hold
+        hold = _Attributes({path: v for path, v in reads.tokens.items() if v is not OF_THE_MODULE}).hold
+        flags = tuple(modes)
+        self.holds = functools.partial(_holds_in_mode, hold, flags) if flags else hold
         self.reads_training = any(path[-1] == "training" for path in reads.tokens)
         self._code = tuple(_dependencies((*functions, *_methods(reads))))
 
@@ -137,7 +172,7 @@ class _Attributes:
     def __init__(self, tokens: Mapping[tuple[str, ...], Any]) -> None:
         self.scalars: list[tuple[str, type, Any]] = []
         self.tensors: list[tuple[str, Any, Any]] = []
-        self.children: list[tuple[str, Any, Any, _Attributes]] = []
+        self.children: list[tuple[str, Any, bool, Any, _Attributes]] = []
         self.others: list[tuple[tuple[str, ...], Any]] = []
         nested: dict[str, dict[tuple[str, ...], Any]] = {}
         for path, value in tokens.items():
@@ -168,11 +203,13 @@ class _Attributes:
                 value = parameters.get(name, MISSING)
             if (type(value) is not kind or value != expected) and value_at(module, (name,)) != (kind, expected):
                 return False
-        for name, child_class, is_only_function, attributes in self.children:
+        for name, child_class, is_only_function, inner, attributes in self.children:
             child = d["_modules"].get(name)
             if child is None or name in d or name in parameters:
                 child = _attribute(module, name)
             if type(child) is not child_class() or is_function(child) is not is_only_function:
+                return False
+            if inner is not None and (inner or child._modules) and contents(child, is_only_function) != inner:
                 return False
             if not attributes.hold(child):
                 return False

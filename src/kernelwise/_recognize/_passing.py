@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from kernelwise._recognize._compare import FIRST, Candidate, Round
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._reads import Reads, is_function
-from kernelwise._recognize._record import Refused, Source, Untraceable
+from kernelwise._recognize._record import Failed, Refused, Source, Untraceable
 from kernelwise._recognize._search import widths_of
 from kernelwise._recognize._stand_in import Child, Stage, make_stand_in, run
 from kernelwise._recognize._trace import innermost_forward
@@ -151,10 +151,6 @@ class LayerTrace:
             raise Untraceable("it returns more than one tensor of its own")
         graph = stage.recorder.finish(result[0] if is_tuple else result)
         graph.structure = "tuple" if is_tuple else "tensor"
-        used = {node.args[0] for node in graph.reachable() if node.op == "call"}
-        unused = [call.path for call in self.calls if Source("child", call.path) not in used]
-        if unused:
-            raise Untraceable(f"it calls its child {unused[0]} for something else than its result")
         return graph
 
     def _call(
@@ -216,8 +212,10 @@ class LayerTrace:
         for absent in self.absences():
             try:
                 self.candidate.graph(replace(FIRST, absent=absent))
-            except Untraceable:
+            except Failed:
                 continue
+            except Untraceable:
+                return False
             if len(self.calls) != len(calls) or not all(
                 one.is_like(other, absent) for one, other in zip(calls, self.calls, strict=True)
             ):

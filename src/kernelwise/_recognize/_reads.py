@@ -13,6 +13,8 @@ import torch
 from torch import nn
 
 MISSING = "<missing>"
+OF_THE_MODULE = "<the mode of the module>"
+"""Stands for a `training` flag that was read where an answer is about a mode: what counts is that all flags agree."""
 Token = Any
 SCALARS = frozenset({bool, int, float, str, type(None)})
 PLAIN = (int, float, complex, str, bytes, bool, type(None), torch.dtype, torch.device, torch.Size, enum.Enum, type)
@@ -59,13 +61,24 @@ def token(value: Any) -> Token:
 
 
 def child_token(module: nn.Module) -> Token:
-    """What decides how a trace goes on at a child: its class, and whether it is a function or a leaf."""
-    return (weakref.ref(type(module)), is_function(module))
+    """What decides how a trace goes on at a child: its class, whether it is a function or a leaf, what it is made of."""
+    only_function = is_function(module)
+    return (weakref.ref(type(module)), only_function, contents(module, only_function))
+
+
+_CONTAINERS = (nn.Sequential, nn.ModuleList, nn.ModuleDict)
+
+
+def contents(module: nn.Module, only_function: bool) -> Token:
+    """Names and kinds of the children of a function or of a container, which a trace looks into; None for a leaf."""
+    if not only_function and not isinstance(module, _CONTAINERS):
+        return None
+    return tuple((name, None if child is None else child_token(child)) for name, child in module._modules.items())
 
 
 def is_child_token(value: Token) -> bool:
     """Whether a token is one that `child_token` makes."""
-    return isinstance(value, tuple) and len(value) == 2 and isinstance(value[0], weakref.ref) and type(value[1]) is bool
+    return isinstance(value, tuple) and len(value) == 3 and isinstance(value[0], weakref.ref) and type(value[1]) is bool
 
 
 def has_hooks(module: nn.Module) -> bool:

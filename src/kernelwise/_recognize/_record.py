@@ -1,16 +1,19 @@
 """The recorder: every ATen operation of a call becomes a node of a canonical graph.
 
 Whatever a graph cannot say (control flow on data, randomness, custom autograd, writes that others see) ends in
-`Untraceable` with the reason.
+`Untraceable` with the reason. A trace that met one never gives a graph, whatever the traced code does with the exception.
 """
 
 from __future__ import annotations
 
+import contextlib
+import threading
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensor
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernelwise._recognize._graph import Graph, Node, parts_of
@@ -19,9 +22,42 @@ from kernelwise._recognize._graph import Graph, Node, parts_of
 class Untraceable(Exception):  # noqa: N818
     """The forward does something that a graph cannot say; the message is the reason."""
 
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        heard: list[Untraceable] | None = getattr(_trace, "heard", None)
+        if heard is not None:
+            heard.append(self)
 
-class Refused(Untraceable):
+
+class Failed(Untraceable):
+    """The forward fails on what it was given, as it would on real tensors: it cannot be called this way."""
+
+
+class Refused(Failed):
     """The forward itself raises an exception for what it was given."""
+
+
+_trace = threading.local()
+
+
+@contextlib.contextmanager
+def no_way_back() -> Iterator[None]:
+    """Raise the first `Untraceable` of the body again, where the traced code has caught it."""
+    outer: list[Untraceable] | None = getattr(_trace, "heard", None)
+    heard = _trace.heard = [] if outer is None else outer
+    start = len(heard)
+    try:
+        yield
+        if len(heard) > start:
+            raise heard[start]
+    except Untraceable:
+        raise
+    except Exception:
+        if len(heard) > start:
+            raise heard[start] from None
+        raise
+    finally:
+        _trace.heard = outer
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +93,7 @@ class Recorder(TorchDispatchMode):
         self._tensors: list[torch.Tensor] = []  # keeps ids alive
         self._given: set[int] = set()  # storages that belong to the caller
         self.paused = False
-        self._num_calls = 0
+        self._called: list[Node] = []
 
     def input(self, tensor: torch.Tensor, source: Source) -> torch.Tensor:
         """Make `tensor` an input of the graph."""
@@ -67,10 +103,15 @@ class Recorder(TorchDispatchMode):
 
     def call(self, source: Source, arguments: tuple[Any, ...], output: torch.Tensor) -> torch.Tensor:
         """Make `output` the result of an opaque call."""
-        self._num_calls += 1
-        if self._num_calls > _MOST_CALLS:  # a whole model: what it reads would be compared at every look
+        if len(self._called) == _MOST_CALLS:  # a whole model: what it reads would be compared at every look
             raise Untraceable(f"it calls more than {_MOST_CALLS} children, which no operation does")
-        node = self.graph.node("call", (source, self._read(arguments)), tuple(output.shape), output.dtype)
+        _refuse_custom_autograd(tuple(item for item in arguments if isinstance(item, torch.Tensor)))
+        # Without gradients the child gets none either: another thing than a call.
+        op = "call" if torch.is_grad_enabled() else "call_without_gradient"
+        node = self.graph.node(op, (source, self._read(arguments)), tuple(output.shape), output.dtype)
+        if any(node is earlier for earlier in self._called):
+            raise Untraceable(f"it calls its {source} twice with the same")
+        self._called.append(node)
         self._bind(output, node)
         self._given.add(_storage(output))
         return output
@@ -85,11 +126,20 @@ class Recorder(TorchDispatchMode):
             raise Untraceable(f"it returns {type(result).__name__}, not a tensor or a tuple of tensors")
         self.graph.outputs = tuple(self._read(item) for item in outputs)
         _refuse_custom_autograd(outputs)
+        if any(tensor._backward_hooks for tensor in self._tensors):
+            raise Untraceable("it puts a hook on a gradient")
+        used = {id(node) for node in self.graph.reachable()}
+        for node in self._called:
+            if id(node) not in used:
+                raise Untraceable(f"it calls its {node.args[0]} for something else than its result")
         return self.graph
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        try:
+            result = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException):
+            raise Untraceable("its control flow or its shapes depend on data") from None
         if self.paused or func.namespace == "prim":
             return result
         if torch.Tag.nondeterministic_seeded in func.tags:

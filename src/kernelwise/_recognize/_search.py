@@ -8,7 +8,6 @@ shows there. Numbers are bound to an attribute only where changing the attribute
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import inspect
 import itertools
@@ -36,7 +35,7 @@ from kernelwise._recognize._compare import (
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound
 from kernelwise._recognize._reads import Reads
-from kernelwise._recognize._record import Source, Untraceable
+from kernelwise._recognize._record import Failed, Source, Untraceable
 from kernelwise._recognize._stand_in import Stage, make_stand_in
 from kernelwise._recognize._trace import innermost_forward, parameters_of, trace
 from kernelwise.ops import OPERATIONS, Operation, Role, Variant
@@ -266,7 +265,11 @@ class _TracedFunction:
         for option, whole, part in (("part", "all", "first"), ("tokens", "all", "last")):
             if (option, whole) in variant.options:
                 partial = replace(variant, options=(*variant.options, (option, part)))
-                with contextlib.suppress(Untraceable):
+                try:
                     self._candidate(arguments, partial, fixed).graph(FIRST)
+                except Failed:
+                    continue
+                except Untraceable:
                     return True
+                return True
         return False

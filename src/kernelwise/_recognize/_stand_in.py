@@ -20,10 +20,10 @@ from typing import Any
 import torch
 import torch._subclasses.fake_tensor
 from torch import nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from kernelwise._recognize._reads import CODE, MISSING, PLAIN, Reads, has_hooks, is_function, is_own_code
-from kernelwise._recognize._record import Recorder, Refused, Source, Untraceable, Widths
+from kernelwise._recognize._reads import CODE, MISSING, OF_THE_MODULE, PLAIN, Reads, has_hooks, is_function, is_own_code
+from kernelwise._recognize._record import Failed, Recorder, Refused, Source, Untraceable, Widths, no_way_back
 
 
 @dataclass(slots=True)
@@ -125,7 +125,9 @@ class View:
             value = self._stage.overrides[name]
         if name == "training" and self._stage.training is not None:
             value = self._stage.training
-        self._stage.reads.note(path, value)
+            self._stage.reads.tokens[path] = OF_THE_MODULE
+        else:
+            self._stage.reads.note(path, value)
         made = self._made[name] = stand_in_for(value, self._stage, path)
         return made
 
@@ -275,10 +277,17 @@ class Child:
         finally:
             stage.recorder.paused = False
             for key, value in inner.reads.tokens.items():
-                stage.reads.tokens.setdefault((*path, *key), value)
+                if value is not OF_THE_MODULE:  # its mode is its own: the call of a leaf stays a call
+                    stage.reads.tokens.setdefault((*path, *key), value)
         if not isinstance(result, torch.Tensor):
             raise Untraceable(f"its child {'.'.join(path)} gives no single tensor")
         return stage.fake(tuple(result.shape), stage.widths.leaves or x.dtype)
+
+
+# Of Python and of PyTorch, where something does not fit; and what they say where only a trace fails: on tensors without
+# data, and on a write into an input, which may have no gradient otherwise.
+_PLAIN_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
+_ONLY_HERE = ("FakeTensor", "fake tensor", "tensor subclass", "data pointer", "in-place operation")
 
 
 def run(stage: Stage, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -291,17 +300,18 @@ def run(stage: Stage, function: Callable[..., Any], args: tuple[Any, ...], kwarg
             torch.amp.autocast("cpu", enabled=False),
             stage.mode,
             stage.recorder,
+            no_way_back(),
         ):
             return function(*args, **kwargs)
     except Untraceable:
         raise
-    except (DataDependentOutputException, DynamicOutputShapeException):
-        raise Untraceable("its control flow or its shapes depend on data") from None
     except Exception as error:
         line = str(error).splitlines()[0] if str(error) else ""
         if _says_no(error):
             raise Refused(f"it raises {type(error).__name__}: {line[:120]}") from None
-        raise Untraceable(f"it does not run on tensors without data ({type(error).__name__}: {line[:120]})") from None
+        only_here = not isinstance(error, _PLAIN_ERRORS) or any(words in str(error) for words in _ONLY_HERE)
+        kind = Untraceable if only_here else Failed
+        raise kind(f"it does not run on tensors without data ({type(error).__name__}: {line[:120]})") from None
     finally:
         if torch.get_default_dtype() != default:
             torch.set_default_dtype(default)

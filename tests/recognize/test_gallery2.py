@@ -1,0 +1,295 @@
+"""Layers that hide what they do: behind a dtype, in a container, in a mode, in an exception that they swallow."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+import kernelwise._recognize as recognition
+from kernelwise._recognize import Recognizer, Unknown, recognize
+
+
+def rms(x: Tensor, weight: Tensor, eps: float) -> Tensor:
+    y = x.float()
+    return weight * (y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + eps)).to(x.dtype)
+
+
+class Norm(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight, self.eps = nn.Parameter(torch.ones(32)), 1e-6
+        self.calls = 0
+        self.log: list[int] = []
+        self.state = {"calls": 0}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms(x, self.weight, self.eps)
+
+
+class MLP(nn.Module):
+    def __init__(self, act: nn.Module | None = None, before: tuple[nn.Module, ...] = ()) -> None:
+        super().__init__()
+        self.gate, self.up = nn.Linear(32, 48, bias=False), nn.Linear(32, 48, bias=False)
+        self.down, self.act = nn.Linear(48, 32, bias=False), act or nn.SiLU()
+        self.before = nn.ModuleList(before)
+
+    def forward(self, x: Tensor) -> Tensor:
+        for module in self.before:
+            x = module(x)
+        return self.down(self.act(self.gate(x)) * self.up(x))
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(32, 32)
+
+    def forward(self, x: Tensor, mask: Any = None) -> tuple[Tensor, None]:
+        return self.q(x), None
+
+
+class Layer(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.norm2, self.attention, self.mlp = Norm(), Norm(), Attention(), MLP()
+
+    def forward(self, x: Tensor, mask: Any = None) -> Tensor:
+        x = x + self.attention(self.norm(x), mask=mask)[0]
+        return x + self.mlp(self.norm2(x))
+
+
+def with_forward(base: type[nn.Module], forward: Callable[..., Any]) -> nn.Module:
+    return type("Changed", (base,), {"forward": forward})()
+
+
+def reason(module: nn.Module, training: bool | None = None) -> str:
+    answer = recognize(module, training=training)
+    assert isinstance(answer, Unknown), answer
+    return answer.reason
+
+
+def operation(module: nn.Module, training: bool | None = None) -> str | None:
+    answer = recognize(module, training=training)
+    return None if isinstance(answer, Unknown) else answer.op
+
+
+def test_the_plain_ones_are_recognised():
+    assert [operation(module) for module in (Norm(), MLP(), Layer())] == ["rms_norm", "gated_mlp", "decoder_layer"]
+
+
+# --- behind a dtype, a shape, an argument -----------------------------------------------------------------------------
+
+
+def bounded_in_float16(self: Any, x: Tensor) -> Tensor:
+    y = rms(x, self.weight, self.eps)
+    return y / 2 if x.dtype == torch.float16 and x.abs().max() > 3 else y
+
+
+def dropped_for_one_token(self: Any, x: Tensor) -> Tensor:
+    return rms(F.dropout(x, 0.1) if x.shape[1] == 1 else x, self.weight, self.eps)
+
+
+def random_in_four_dimensions(self: Any, x: Tensor) -> Tensor:
+    return rms(x * torch.rand(()) if x.dim() == 4 else x, self.weight, self.eps)
+
+
+def writes_in_float32(self: Any, x: Tensor) -> Tensor:
+    return rms(x.mul_(2) if x.dtype == torch.float32 else x, self.weight, self.eps)
+
+
+def looks_at_numbers_in_float16(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if x.dtype == torch.float16 and x.numpy()[0, 0, 0] > 1 else x, self.weight, self.eps)
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        (bounded_in_float16, "depend on data"),
+        (dropped_for_one_token, "random"),
+        (random_in_four_dimensions, "random"),
+        (writes_in_float32, "in-place"),
+        (looks_at_numbers_in_float16, "without data"),
+    ],
+)
+def test_what_cannot_be_traced_in_one_round_makes_the_layer_unknown(forward: Callable[..., Any], why: str):
+    assert why in reason(with_forward(Norm, forward))
+
+
+def test_a_layer_that_refuses_a_shape_is_still_known():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        if x.dtype == torch.float16:
+            raise ValueError("not in float16")
+        return rms(x, self.weight, self.eps)
+
+    assert operation(with_forward(Norm, forward)) == "rms_norm"
+
+
+def without_mask(self: Any, x: Tensor, mask: Any = None) -> Tensor:
+    if mask is None and x.max() > 5:
+        x = x / 2
+    return Layer.forward(self, x, mask)
+
+
+def dropped_without_mask(self: Any, x: Tensor, mask: Any = None) -> Tensor:
+    if mask is None:
+        x = F.dropout(x, 0.1)
+    return Layer.forward(self, x, mask)
+
+
+@pytest.mark.parametrize("forward", [without_mask, dropped_without_mask])
+def test_what_cannot_be_traced_without_an_argument_makes_the_layer_unknown(forward: Callable[..., Any]):
+    assert operation(with_forward(Layer, forward)) is None
+
+
+# --- swallowed exceptions ---------------------------------------------------------------------------------------------
+
+
+def counts_if_it_can(self: Any, x: Tensor) -> Tensor:
+    with contextlib.suppress(Exception):
+        self.calls += 1
+    return rms(x, self.weight, self.eps)
+
+
+def looks_if_it_can(self: Any, x: Tensor) -> Tensor:
+    with contextlib.suppress(RuntimeError):
+        x = x / 2 if x.abs().max() > 10 else x
+    return rms(x, self.weight, self.eps)
+
+
+@pytest.mark.parametrize(("forward", "why"), [(counts_if_it_can, "writes to its"), (looks_if_it_can, "on data")])
+def test_a_refusal_that_the_layer_swallows_is_not_lost(forward: Callable[..., Any], why: str):
+    assert why in reason(with_forward(Norm, forward))
+
+
+# --- gradients --------------------------------------------------------------------------------------------------------
+
+
+class Reversed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return -grad
+
+
+def reversed_before_the_children(self: Any, x: Tensor) -> Tensor:
+    return MLP.forward(self, Reversed.apply(x))
+
+
+def reversed_before_the_last(self: Any, x: Tensor) -> Tensor:
+    return self.down(Reversed.apply(self.act(self.gate(x)) * self.up(x)))
+
+
+def gate_without_gradient(self: Any, x: Tensor) -> Tensor:
+    with torch.no_grad():
+        gate = self.gate(x)
+    return self.down(self.act(gate) * self.up(x))
+
+
+def hooked(self: Any, x: Tensor) -> Tensor:
+    y = MLP.forward(self, x)
+    y.register_hook(lambda grad: grad * 0.1)
+    return y
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [
+        (reversed_before_the_children, "gradient of its own"),
+        (reversed_before_the_last, "gradient of its own"),
+        (gate_without_gradient, "no known operation"),
+        (hooked, "hook on a gradient"),
+    ],
+)
+def test_another_gradient_makes_the_layer_unknown(forward: Callable[..., Any], why: str):
+    assert why in reason(with_forward(MLP, forward))
+
+
+# --- children that are called for something else ----------------------------------------------------------------------
+
+
+class Observed(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.observer = nn.Linear(32, 4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.observer(x)
+        return super().forward(x)
+
+
+class CalledTwice(MLP):
+    def forward(self, x: Tensor) -> Tensor:
+        self.gate(x)
+        return super().forward(x)
+
+
+def test_a_child_that_is_called_and_not_used_makes_the_layer_unknown():
+    assert "something else than its result" in reason(Observed())
+    assert "twice" in reason(CalledTwice())
+
+
+# --- containers -------------------------------------------------------------------------------------------------------
+
+
+def test_another_length_of_a_container_is_another_layer():
+    assert operation(MLP(nn.Sequential(nn.SiLU()))) == "gated_mlp"
+    assert operation(MLP(nn.Sequential(nn.SiLU(), nn.Tanh()))) is None
+    assert operation(MLP(before=())) == "gated_mlp"
+    assert operation(MLP(before=(nn.Tanh(),))) is None
+    assert operation(MLP(nn.Sequential(nn.Sequential(nn.SiLU())))) == "gated_mlp"
+    assert operation(MLP(nn.Sequential(nn.Sequential(nn.SiLU(), nn.Tanh())))) is None
+
+
+def test_a_container_that_grows_is_asked_about_again():
+    module = MLP(nn.Sequential(nn.SiLU()))
+    assert operation(module) == "gated_mlp"
+    module.act.append(nn.Tanh())
+    assert operation(module) is None
+
+
+# --- modes ------------------------------------------------------------------------------------------------------------
+
+
+class Dropping(MLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop = nn.Dropout(0.1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down(self.drop(self.act(self.gate(x)) * self.up(x)))
+
+
+def test_dropout_that_is_on_in_inference_makes_the_layer_unknown():
+    module = Dropping().eval()
+    assert operation(module, training=False) == "gated_mlp"
+    module.drop.train()
+    assert "drop is in another mode" in reason(module, training=False)
+    module.train()
+    assert operation(module, training=False) == "gated_mlp"  # asked as if eval() were called on all of it
+    module.drop.eval()
+    assert "drop is in another mode" in reason(module, training=False)
+
+
+@pytest.mark.parametrize("mode", [True, False])
+def test_layers_with_dropout_are_remembered(mode: bool, monkeypatch: pytest.MonkeyPatch):
+    traced = []
+    find = recognition.find
+    monkeypatch.setattr(recognition, "find", lambda *args, **kwargs: traced.append(args) or find(*args, **kwargs))
+    modules = [type("Own", (Dropping,), {"forward": Dropping.forward})().train(mode)]
+    modules += [type(modules[0])().train(mode) for _ in range(3)]
+    recognizer = Recognizer()
+    answers = [recognizer.both(module) for module in modules]
+    assert len(traced) == 2  # once for each mode
+    assert all(inference.recognition and not training.recognition for inference, training in answers)
+    modules[0].train(not mode)
+    assert Recognizer().both(modules[0]) == answers[0]
+    assert len(traced) == 2
