@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves
 
 from kernelwise import _apply
+from kernelwise._alike import traits_of
 from kernelwise._data import Decision, Kernel, KernelRef, Layer, Plan, Target
 from kernelwise._discover import globals_called, own_forward
 from kernelwise._inputs import Sample, axes
@@ -47,7 +48,7 @@ def group(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
         if decision.kernel is not None and not holds_others(decision):
             layer = decision.layer
             if layer.path not in shapes:
-                shapes[layer.path] = () if layer.function else _signature(module_of(model, layer))
+                shapes[layer.path] = () if layer.function else traits_of(module_of(model, layer), None, {})
             found.setdefault(
                 (layer.class_name, layer.function, layer.computes(decision.mode), decision.kernel, shapes[layer.path]),
                 [],
@@ -71,12 +72,6 @@ def holds_others(decision: Decision) -> bool:
 def module_of(model: nn.Module, layer: Layer) -> nn.Module:
     """Return the module that a layer is, or whose forward calls it."""
     return model.get_submodule(layer.path.rpartition(".")[0] if layer.function is not None else layer.path)
-
-
-def _signature(module: nn.Module) -> tuple[Any, ...]:
-    tensors = [*module.named_parameters(), *module.named_buffers()]
-    numbers = sorted((n, v) for n, v in vars(module).items() if isinstance(v, (int, float, str)) and n != "training")
-    return tuple((name, tuple(t.shape), t.dtype) for name, t in tensors), tuple(numbers)
 
 
 def capture(

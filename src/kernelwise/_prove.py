@@ -27,11 +27,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernelwise._alike import function_code, traits_of
 from kernelwise._cache import cache_directory
 from kernelwise._capture import Group
 from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Recognition, to_json
 from kernelwise._errors import KernelLoadError, PlanError
-from kernelwise._verify import Options, check_group
+from kernelwise._verify import Options, check_group, own_code
 from kernelwise._worker import MEMORY, Worker, WorkerError
 from kernelwise._worker import SECONDS as LIMIT
 
@@ -41,8 +42,6 @@ SECONDS = 120.0
 PROVEN = "proven"
 ON_TRUST = "unproven (verify=False)"
 NOT_ASKED = "unproven (apply)"
-
-_NUMBERS = frozenset({int, float, bool, str})
 
 _log = logging.getLogger("kernelwise")
 _remembered: dict[tuple[Any, ...], str | None] = {}
@@ -65,7 +64,7 @@ class ImportFailedError(KernelLoadError):
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A kernel and a kind of layer: what one proof speaks for. `traits` are the layer's shapes and the numbers it has."""
+    """A kernel and a kind of layer: what one proof speaks for. `traits` are what `_alike.traits_of` returned."""
 
     key: tuple[Any, ...]
     traits: tuple[Any, ...]
@@ -231,13 +230,16 @@ def _kinds(model: nn.Module, plan: Plan) -> list[_Kind]:
     """Group the decisions whose kernels are not builtin by everything that a proof depends on.
 
     Values that `discover` and `plan` share between layers stand by their identity, and what is alike mostly comes in a row:
-    a layer costs a microsecond, of which reading its shape is the most.
+    a layer costs one or two microseconds, of which reading its shape is the most.
     """
     children: dict[str, dict[str, nn.Module | None]] = {}
+    codes: dict[tuple[str, str], tuple[Any, ...]] = {}
+    classes: dict[Any, str] = {}
     alike: dict[tuple[Any, ...], list[Decision]] = {}
     kernel: Kernel | None = None
     computes: Recognition | None = None
     read: tuple[str, ...] | None = None
+    asks = False
     last: tuple[Any, ...] = ()
     current: list[Decision] = []
     for decision in plan.decisions:
@@ -246,16 +248,21 @@ def _kinds(model: nn.Module, plan: Plan) -> list[_Kind]:
             found = layer.recognition_in_training
         if decision.kernel is not kernel or found is not computes:
             kernel, computes = decision.kernel, found
-            read = _names_read(kernel, computes)
-        if read is None:
+            asks = kernel is not None and kernel.ref.scheme != "builtin" and kernel.function is not None
+            read = _names_read(kernel, computes) if kernel is not None and asks else None
+        if not asks:
             continue
-        traits: tuple[Any, ...] | None = None
-        if layer.function is None:
-            above, _, name = layer.path.rpartition(".")
+        above, _, name = layer.path.rpartition(".")
+        if layer.function is not None:
+            traits = codes.get((above, layer.function))
+            if traits is None:
+                own = own_code(model.get_submodule(above), layer)
+                traits = codes[above, layer.function] = (function_code(own),)
+        else:
             siblings = children.get(above)
             if siblings is None:
                 siblings = children[above] = model.get_submodule(above)._modules
-            traits = _traits(siblings[name] if name else model, read)
+            traits = traits_of(siblings[name] if name else model, read, classes)
         key = (
             traits,
             layer.class_name,
@@ -272,32 +279,18 @@ def _kinds(model: nn.Module, plan: Plan) -> list[_Kind]:
     return [_kind(decisions, key[0]) for key, decisions in alike.items()]
 
 
-def _names_read(kernel: Kernel | None, computes: Recognition | None) -> tuple[str, ...] | None:
-    """The attributes that a kernel reads from a layer; None where no proof is needed, or the kernel is only described."""
-    if kernel is None or kernel.ref.scheme == "builtin" or kernel.function is None:
+def _names_read(kernel: Kernel, computes: Recognition | None) -> tuple[str, ...] | None:
+    """The attributes that decide what a layer and its kernel compute; None where the layer is not recognised: all may.
+
+    A kernel need not read what its layer reads: with a fixed epsilon it is right for one layer and wrong for the next.
+    """
+    if computes is None:
         return None
-    if kernel.op is None or computes is None:
-        return kernel.reads
-    return tuple(str(binding.value) for _, binding in computes.roles if binding.kind == "attribute")
+    names = {str(binding.value) for _, binding in computes.roles if binding.kind == "attribute"}
+    return tuple(sorted(names.union(computes.depends, kernel.reads if kernel.op is None else ())))
 
 
-def _traits(module: Any, names: tuple[str, ...]) -> tuple[Any, ...]:
-    """The shapes of a module's weights, and the numbers among what a kernel reads from it."""
-    held = module.__dict__
-    own = held["_parameters"]
-    traits: list[Any]
-    if len(own) == 1 and not held["_modules"]:  # a norm, of which a model has many
-        (weight,) = own.values()
-        traits = [None if weight is None else weight.shape]
-    else:
-        traits = [None if weight is None else weight.shape for weight in module.parameters()]
-    for name in names:
-        if type(value := held.get(name)) in _NUMBERS:
-            traits.append(value)
-    return tuple(traits)
-
-
-def _kind(decisions: list[Decision], traits: tuple[Any, ...] | None) -> _Kind:
+def _kind(decisions: list[Decision], traits: tuple[Any, ...]) -> _Kind:
     decision = decisions[0]
     layer, kernel = decision.layer, decision.kernel
     assert kernel is not None
@@ -312,7 +305,7 @@ def _kind(decisions: list[Decision], traits: tuple[Any, ...] | None) -> _Kind:
         layer.signature,
         traits,
     )
-    return _Kind(key, traits or (), decisions)
+    return _Kind(key, traits, decisions)
 
 
 def _ref(kind: _Kind) -> str:
@@ -375,7 +368,7 @@ def _proof_file(kind: _Kind, plan: Plan) -> Path | None:
             plan.target.arch or _processor(),
             [layer.class_name, layer.function, layer.device, list(layer.dtypes), to_json(layer.signature)],
             to_json(layer.computes(decision.mode)),
-            [list(trait) if isinstance(trait, tuple) else trait for trait in kind.traits],
+            kind.traits,
         ],
     )
 

@@ -49,6 +49,21 @@ class WrongAtWidth96(nn.Module):
         return norm(hidden_states, self.weight, self.variance_epsilon) * (1 + (hidden_states.shape[-1] == 96))
 
 
+class EpsilonNotRead(nn.Module):
+    def forward(self, hidden_states):
+        return norm(hidden_states, self.weight, 1e-5)
+
+
+class SortedDown(nn.Module):
+    def forward(self, hidden_states):
+        return torch.sort(hidden_states, -1, descending=True).values * self.weight
+
+
+class SortedSilu(nn.Module):
+    def forward(self, hidden_states):
+        return torch.sort(nn.functional.silu(hidden_states), -1).values
+
+
 class TwoInputs(nn.Module):
     def forward(self, a, b):
         return a + b
@@ -346,3 +361,105 @@ print(kw.report(model).rows[0].proof)
     )
     assert ran.stdout.split() == ["proven"], ran.stderr
     assert len(trace.read_text().split()) == 1
+
+
+# ------------------------------------------------------------------------------------------- what a proof speaks for
+
+
+class Descending(nn.Module):
+    """A layer that nothing recognises."""
+
+    def __init__(self, descending: bool = True, factor: float = 1.0) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 48))
+        self.descending, self.factor = descending, factor
+
+    def forward(self, hidden_states):
+        return torch.sort(hidden_states, -1, descending=self.descending).values * self.weight * self.factor
+
+
+class Activated(nn.Module):
+    """A layer that nothing recognises, with a function and a child that decide what it computes."""
+
+    def __init__(self, act, child: nn.Module) -> None:
+        super().__init__()
+        self.act, self.child = act, child
+
+    def forward(self, hidden_states):
+        return torch.sort(self.child(self.act(hidden_states)), -1).values
+
+
+def test_a_fixed_number_is_proven_for_layers_with_this_number_alone(repository):
+    """The kernel does not read the epsilon, so only the layer can say that it has another one."""
+    mapping = {"RMSNorm": f"{repository}:EpsilonNotRead"}
+    kw.kernelize(nn.Sequential(gallery.Norm(eps=1e-5)), mapping)
+    with pytest.raises(kw.PlanError, match=r"into 1\n.*wrong_values"):
+        kw.kernelize(nn.Sequential(gallery.Norm(eps=1e-5), gallery.Norm(eps=10.0)), mapping)
+
+
+@pytest.mark.parametrize("changes", [{"descending": False}, {"factor": 2.0}])
+def test_of_a_layer_that_is_not_recognised_every_number_counts(changes, repository):
+    kw.register_layer(Descending, "Sorted")
+    mapping = {"Sorted": f"{repository}:SortedDown"}
+    kw.kernelize(nn.Sequential(Descending()), mapping)
+    with pytest.raises(kw.PlanError, match=r"into 1\n.*wrong_values"):
+        kw.kernelize(nn.Sequential(Descending(), Descending(**changes)), mapping)
+
+
+@pytest.mark.parametrize(
+    "other", [(nn.functional.gelu, nn.Identity()), (nn.functional.silu, nn.Tanh())], ids=["function", "child"]
+)
+def test_functions_and_the_classes_of_children_count(other, repository):
+    kw.register_layer(Activated, "Activated")
+    mapping = {"Activated": f"{repository}:SortedSilu"}
+    right = Activated(nn.functional.silu, nn.Identity())
+    kw.kernelize(nn.Sequential(right), mapping, device="cpu")
+    with pytest.raises(kw.PlanError, match=r"into 1\n.*wrong_values"):
+        kw.kernelize(nn.Sequential(right, Activated(*other)), mapping, device="cpu")
+
+
+def edited(body: str) -> nn.Module:
+    """A layer of a class that has always the same name."""
+    space: dict = {"torch": torch, "nn": nn, "__name__": "edited"}
+    exec(
+        "class Mine(nn.Module):\n"
+        "    def __init__(self):\n"
+        "        super().__init__()\n"
+        "        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 48))\n"
+        f"    def forward(self, hidden_states):\n        return {body}\n",
+        space,
+    )
+    return kw.register_layer(space["Mine"], "Sorted")()
+
+
+def test_the_code_of_a_layer_counts_and_not_the_name_of_its_class(repository, monkeypatch):
+    mapping = {"Sorted": f"{repository}:SortedDown"}
+    kw.kernelize(nn.Sequential(edited("torch.sort(hidden_states, -1, descending=True).values * self.weight")), mapping)
+    wrong = edited("torch.sort(hidden_states, -1, descending=False).values * self.weight")
+    with pytest.raises(kw.PlanError, match="wrong_values"):
+        kw.kernelize(nn.Sequential(wrong), mapping)
+    another_process(monkeypatch)
+    with pytest.raises(kw.PlanError, match="wrong_values"):
+        kw.kernelize(nn.Sequential(wrong), mapping)
+    right = edited("torch.sort(hidden_states, -1, descending=True).values * self.weight")
+    model = nn.Sequential(right, wrong)
+    assert not kw.verify(model, kw.plan(model, mapping)).ok
+
+
+def test_the_hash_of_code_is_the_same_in_every_process():
+    script = (
+        f"import sys; sys.path.insert(0, {str(Path(__file__).parent)!r}); import gallery\n"
+        "from kernelwise._alike import class_code\n"
+        "print(class_code(gallery.Norm, gallery.Norm.forward), class_code(gallery.MLP, gallery.MLP.forward))"
+    )
+    said = {
+        subprocess.run(
+            [sys.executable, "-c", script],
+            capture_output=True,
+            text=True,
+            check=True,
+            env={**os.environ, "PYTHONHASHSEED": seed},
+        ).stdout
+        for seed in ("1", "2")
+    }
+    assert len(said) == 1
