@@ -75,7 +75,7 @@ def test_same_results_and_exact_undo(model_type, fused):
     model = build(model_type, **MODELS[model_type])
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
     own = logits(model)
-    kw.kernelize(model)
+    kw.kernelize(model, LAYERS)
     assert "builtin:DecoderLayer" in str(kw.report(model))
     torch.testing.assert_close(logits(model), own, rtol=1e-5, atol=1e-5)
     assert len(fused) == 2
@@ -94,7 +94,7 @@ def test_gradients_and_checkpointing(fused):
         return [parameter.grad.clone() for parameter in model.parameters()]
 
     own = gradients()
-    kw.kernelize(model)
+    kw.kernelize(model, LAYERS)
     ours = gradients()
     assert len(fused) == 2
     torch.testing.assert_close(ours, own, rtol=1e-4, atol=1e-6)
@@ -111,14 +111,14 @@ def test_cache_and_masks(fused):
     given = {"attention_mask": mask, "max_new_tokens": 6, "do_sample": False}
     own = model.generate(IDS, **given)
     masked = logits(model, attention_mask=mask)
-    kw.kernelize(model)
+    kw.kernelize(model, LAYERS)
     assert torch.equal(model.generate(IDS, **given), own)
     torch.testing.assert_close(logits(model, attention_mask=mask), masked, rtol=1e-5, atol=1e-5)
     assert fused
 
 
 def test_hooks_on_children_are_called(fused):
-    model = kw.kernelize(build())
+    model = kw.kernelize(build(), LAYERS)
     layer = model.model.layers[0]
     seen = []
     for name in ("self_attn", "mlp", "input_layernorm"):
@@ -140,14 +140,14 @@ def test_hook_that_changes_what_a_norm_gives(fused):
     norm = model.model.layers[0].post_attention_layernorm
     handle = norm.register_forward_hook(lambda module, args, result: result * 2)
     own = logits(model)
-    kw.kernelize(model)
+    kw.kernelize(model, LAYERS)
     torch.testing.assert_close(logits(model), own, rtol=1e-5, atol=1e-5)
     handle.remove()
     assert not torch.allclose(logits(model), own)
 
 
 def test_global_hooks_see_the_norm(fused):
-    model = kw.kernelize(build())
+    model = kw.kernelize(build(), LAYERS)
     seen = []
     hook = torch.nn.modules.module.register_module_forward_hook(lambda module, args, result: seen.append(type(module)))
     try:
@@ -159,7 +159,7 @@ def test_global_hooks_see_the_norm(fused):
 
 
 def test_norm_with_its_own_code_runs_its_own_code(fused):
-    model = kw.kernelize(build(), {"RMSNorm@model.layers.0.*": None})
+    model = kw.kernelize(build(), {**LAYERS, "RMSNorm@model.layers.0.*": None})
     logits(model)
     assert len(fused) == 1
     kw.unkernelize(model, paths=["model.layers.1.post_attention_layernorm"])
@@ -172,7 +172,7 @@ def test_replaced_norm_is_called(fused):
         def forward(self, x):
             return 2 * x
 
-    model = kw.kernelize(build())
+    model = kw.kernelize(build(), LAYERS)
     other = build()
     for each in (model, other):
         each.model.layers[0].post_attention_layernorm = Doubled()
@@ -181,7 +181,7 @@ def test_replaced_norm_is_called(fused):
 
 def test_forward_replaced_on_the_norm(fused):
     model = build()
-    kw.kernelize(model)
+    kw.kernelize(model, LAYERS)
     norm = model.model.layers[0].post_attention_layernorm
     norm.forward = lambda x: torch.zeros_like(x)
     other = build()
@@ -207,7 +207,7 @@ def test_named_in_a_mapping_alone(fused):
 def test_copies_run_their_own_norms(fused):
     model = build()
     own = logits(model)
-    kw.kernelize(model)
+    kw.kernelize(model, LAYERS)
     copied = copy.deepcopy(model)
     with torch.no_grad():
         copied.model.layers[0].post_attention_layernorm.weight.zero_()
@@ -217,7 +217,7 @@ def test_copies_run_their_own_norms(fused):
 
 
 def test_an_error_in_a_child_is_not_run_again(fused):
-    model = kw.kernelize(build())
+    model = kw.kernelize(build(), LAYERS)
     calls = []
 
     def fail(module, args, kwargs):
@@ -234,7 +234,7 @@ def test_attention_outputs_are_kept():
     model = build()
     model.config._attn_implementation = "eager"
     own = model(IDS, output_attentions=True, output_hidden_states=True)
-    kw.kernelize(model)
+    kw.kernelize(model, LAYERS)
     ours = model(IDS, output_attentions=True, output_hidden_states=True)
     assert len(ours.attentions) == len(own.attentions) == 2
     torch.testing.assert_close(ours.attentions, own.attentions, rtol=1e-5, atol=1e-5)
@@ -246,7 +246,7 @@ def test_half_precision_errs_no_more():
     exact = logits(wide)
     model = build().bfloat16()
     own = (logits(model).double() - exact).abs().mean()
-    kw.kernelize(model)
+    kw.kernelize(model, LAYERS)
     assert (logits(model).double() - exact).abs().mean() <= 1.25 * own
 
 
@@ -275,13 +275,13 @@ def test_layers_that_cannot_be_taken_apart_keep_their_code():
     model = torch.nn.Sequential(Layer())
     (layer,) = [layer for layer in kw.discover(model) if layer.name == "DecoderLayer"]
     assert dict(layer.recognition.options)["passing"] == "other"
-    decisions = [d for d in kw.plan(model).decisions if d.layer.name == "DecoderLayer"]
+    decisions = [d for d in kw.plan(model, LAYERS, on_miss="keep").decisions if d.layer.name == "DecoderLayer"]
     assert all(d.kernel is None and "supports passing plain" in d.reason for d in decisions)
 
 
 def test_small_inputs_run_the_layers_own_code(fused, monkeypatch):
     monkeypatch.setattr(kernels, "LEAST", IDS.numel() * 64 + 1, raising=False)
-    model = kw.kernelize(build())
+    model = kw.kernelize(build(), LAYERS)
     logits(model)
     assert not fused
     assert not reasons(model)

@@ -348,7 +348,7 @@ def test_deciding_imports_no_torch() -> None:
 def test_a_config_without_defaults_says_so_where_nothing_is_asked_for() -> None:
     known = layer("a", recognition=NORM, recognition_in_training=NORM)
     for defaults, said in (
-        ({}, "no kernel for rms_norm on cpu"),
+        ({}, "no rule asks for it, and no kernel is put in unasked for rms_norm on cpu"),
         (None, "no rule asks for it (inherit_mapping=False)"),
     ):
         plan = make_plan([known], (), {}, target=CPU, modes=BOTH, defaults=defaults)

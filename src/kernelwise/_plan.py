@@ -238,7 +238,7 @@ def _decide(
     elif found is None:
         reason = "no rule asks for it, and what it computes was not recognised"
     else:
-        reason = f"no kernel for {found.op} on {layer.device}"
+        reason = f"no rule asks for it, and no kernel is put in unasked for {found.op} on {layer.device}"
     return None, tuple(rejected), reason, asked_by, is_demand
 
 

@@ -84,7 +84,9 @@ def width_of(module: nn.Module) -> int:
             return int(child.in_features)
     for parameter in module.parameters():
         return int(parameter.shape[-1])
-    return int(getattr(module, "normalized_shape", (24,))[-1])  # a layer norm without weight knows its width all the same
+    return int(
+        getattr(module, "normalized_shape", (24,))[-1]
+    )  # a layer norm without weight knows its width all the same
 
 
 def randomize(module: nn.Module, generator: torch.Generator) -> None:
