@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable
 from typing import Any
 
@@ -293,3 +294,118 @@ def test_layers_with_dropout_are_remembered(mode: bool, monkeypatch: pytest.Monk
     modules[0].train(not mode)
     assert Recognizer().both(modules[0]) == answers[0]
     assert len(traced) == 2
+
+
+# --- state ------------------------------------------------------------------------------------------------------------
+
+
+def logs(self: Any, x: Tensor) -> Tensor:
+    self.log.append(x.shape[1])
+    return rms(x, self.weight, self.eps)
+
+
+def counts_in_a_dict(self: Any, x: Tensor) -> Tensor:
+    self.state["calls"] += 1
+    return rms(x, self.weight, self.eps)
+
+
+COUNT = 0
+
+
+def counts_in_a_global(self: Any, x: Tensor) -> Tensor:
+    global COUNT
+    COUNT += 1
+    return rms(x, self.weight, self.eps)
+
+
+@pytest.mark.parametrize(
+    ("forward", "why"),
+    [(logs, "to a list"), (counts_in_a_dict, "to a dict"), (counts_in_a_global, "to a global variable")],
+)
+def test_a_layer_that_keeps_account_of_its_calls_is_unknown(forward: Callable[..., Any], why: str):
+    assert why in reason(with_forward(Norm, forward))
+    assert COUNT == 0
+
+
+def test_a_function_child_that_keeps_account_makes_the_layer_unknown():
+    class Counting(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.seen: list[int] = []
+
+        def forward(self, x: Tensor) -> Tensor:
+            self.seen.append(1)
+            return F.silu(x)
+
+    assert "to a list" in reason(MLP(Counting()))
+
+
+def test_lists_and_dicts_can_be_read():
+    class Listed(Norm):
+        def __init__(self) -> None:
+            super().__init__()
+            self.numbers, self.named = [1e-6, 2.0], {"eps": 1e-6}
+
+        def forward(self, x: Tensor) -> Tensor:
+            eps, two = self.numbers
+            return rms(x, self.weight, min(eps, self.named["eps"], len(self.numbers), *self.numbers[1:], two))
+
+    assert operation(Listed()) == "rms_norm"
+
+
+class TypeOfSelf(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms(x * 2 if type(self) is TypeOfSelf else x, self.weight, self.eps)
+
+
+class ClassOfSelf(Norm):
+    def forward(self, x: Tensor) -> Tensor:
+        return rms(x * 2 if self.__class__ is ClassOfSelf else x, self.weight, self.eps)
+
+
+class AttributeOfItsType(Norm):
+    small = 1e-6
+
+    def forward(self, x: Tensor) -> Tensor:
+        return rms(x, self.weight, type(self).small)
+
+
+def test_a_layer_that_asks_for_its_own_class_is_not_taken_for_another():
+    assert operation(TypeOfSelf()) is None
+    assert operation(ClassOfSelf()) is None
+    assert operation(AttributeOfItsType()) == "rms_norm"
+
+
+def by_grad_mode(self: Any, x: Tensor) -> Tensor:
+    return rms(x if torch.is_grad_enabled() else x * 2, self.weight, self.eps)
+
+
+def by_layout(self: Any, x: Tensor) -> Tensor:
+    return rms(x if x.is_contiguous() else x * 2, self.weight, self.eps)
+
+
+def by_inference(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if x.is_inference() else x, self.weight, self.eps)
+
+
+def by_autocast(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if torch.is_autocast_enabled("cpu") else x, self.weight, self.eps)
+
+
+def by_compiler(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if torch.compiler.is_compiling() else x, self.weight, self.eps)
+
+
+def by_environment(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if os.environ.get("DOUBLE") else x, self.weight, self.eps)
+
+
+def by_device(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if x.is_cuda else x, self.weight, self.eps)
+
+
+@pytest.mark.parametrize(
+    "forward", [by_grad_mode, by_layout, by_inference, by_autocast, by_compiler, by_environment, by_device]
+)
+def test_what_inputs_do_not_decide_makes_the_layer_unknown(forward: Callable[..., Any]):
+    assert "more than its inputs" in reason(with_forward(Norm, forward))

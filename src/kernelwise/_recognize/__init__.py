@@ -20,7 +20,7 @@ from kernelwise._data import Recognition
 from kernelwise._recognize._children import find
 from kernelwise._recognize._compare import forget_references
 from kernelwise._recognize._explain import NearMiss, near_miss
-from kernelwise._recognize._memory import Entry, device_names, global_names, is_library, modes, plain_function
+from kernelwise._recognize._memory import Entry, global_names, is_library, modes, not_only_of_its_inputs, plain_function
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Untraceable
 from kernelwise._recognize._search import Finding, find_function
@@ -86,7 +86,9 @@ class Recognizer:
                 if holds:
                     return entry
         forward = innermost_forward(module)
-        finding = find(module, training=training)
+        # Before a trace too, which would run it.
+        problem = not_only_of_its_inputs(Reads(), (forward,))
+        finding = find(module, training=training) if problem is None else Finding(None, problem, None, Reads())
         answer = _answer(finding, forward)
         if isinstance(answer, Recognition):
             answer = replace(answer, depends=_depends(module, answer, finding.reads))
@@ -165,7 +167,8 @@ def _recognize_function(function: types.FunctionType) -> Recognition | Unknown:
         _forget_if_operations_changed()
         entry = _functions.get(function)
         if entry is None or not entry.code_holds():
-            finding = find_function(function)
+            problem = not_only_of_its_inputs(Reads(), (function,))
+            finding = find_function(function) if problem is None else Finding(None, problem, None, Reads())
             entry = _functions[function] = Entry(_answer(finding, function), Reads(), (function,))
         known: Recognition | Unknown = entry.answer
         return known
@@ -183,10 +186,8 @@ def _forget_if_operations_changed() -> None:
 def _answer(finding: Finding, function: Callable[..., Any]) -> Recognition | Unknown:
     if finding.recognition is None:
         return Unknown(finding.reason or "no known operation has this graph", finding.graph)
-    asked = device_names(finding.reads, (function,))
-    if asked:  # the trace runs as on a CPU
-        return Unknown(f"what it computes may depend on the device ({', '.join(asked)})")
-    return finding.recognition
+    problem = not_only_of_its_inputs(finding.reads, (function,))  # also of methods that the trace has found
+    return finding.recognition if problem is None else Unknown(problem, finding.graph)
 
 
 __all__ = [

@@ -19,7 +19,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernelwise._data import Binding, Recognition
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import match
-from kernelwise._recognize._memory import device_names
+from kernelwise._recognize._memory import not_only_of_its_inputs
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Recorder, Source, Untraceable, Widths
 from kernelwise._recognize._stand_in import Stage
@@ -48,9 +48,9 @@ def find_loss(function: Callable[..., Any]) -> Recognition | str:
     signature = _signature(function)
     if isinstance(signature, str):
         return signature
-    asked = device_names(Reads(), (function,))
-    if asked:
-        return f"what it computes may depend on the device ({', '.join(asked)})"
+    asks = not_only_of_its_inputs(Reads(), (function,))
+    if asks is not None:
+        return asks
     problem = "no known loss has this graph"
     for op in OPERATIONS.values():
         for variant, names in itertools.product(op.variants if op.loss else (), _namings(signature)):

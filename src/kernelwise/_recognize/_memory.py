@@ -8,6 +8,7 @@ module, a class or a function alive.
 from __future__ import annotations
 
 import builtins
+import dis
 import functools
 import types
 import weakref
@@ -267,15 +268,51 @@ def _reached(functions: Iterable[Any]) -> Iterator[types.FunctionType]:
         stack.extend(plain_function(space[name]) for name in names if name in space and not hasattr(builtins, name))
 
 
-_DEVICE_NAMES = frozenset({"is_cuda", "is_cpu", "is_mps", "is_xpu"})
+# What a trace answers in one way, and a call may answer in another one: where it runs, in which mode, how a tensor lies.
+_ASKED = frozenset(
+    [
+        "is_cuda",
+        "is_cpu",
+        "is_mps",
+        "is_xpu",
+        "is_grad_enabled",
+        "is_inference",
+        "is_inference_mode_enabled",
+        "is_contiguous",
+        "is_autocast_enabled",
+        "is_compiling",
+        "environ",
+        "getenv",
+    ]
+)
 
 
-def device_names(reads: Reads, functions: Iterable[Any]) -> tuple[str, ...]:
-    """The names through which code that a trace has run, or may have run, asks what device it runs on."""
-    named: set[str] = set()
+def not_only_of_its_inputs(reads: Reads, functions: Iterable[Any]) -> str | None:
+    """Return why code that a trace has run, or may run, computes something that its inputs do not decide, or None."""
+    asked: set[str] = set()
     for function in _reached((*functions, *_methods(reads))):
-        named |= _DEVICE_NAMES & global_names(function.__code__)
-    return tuple(sorted(named))
+        asked |= _ASKED & global_names(function.__code__)
+        problem = _about_its_state(function.__code__)
+        if problem is not None:
+            return problem
+    if asked:
+        return f"what it computes may depend on more than its inputs ({', '.join(sorted(asked))})"
+    return None
+
+
+@functools.lru_cache(maxsize=4096)
+def _about_its_state(code: types.CodeType) -> str | None:
+    """Return why a trace cannot stand for code that writes a global variable, or asks which type `self` is, or None."""
+    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PUSH_NULL", "PRECALL")]
+    for one, two, _, after in zip(instructions, instructions[1:], instructions[2:], instructions[3:], strict=False):
+        # A trace runs on an object of a subclass. What is looked up on the type is the same there.
+        asks = one.opname == "LOAD_GLOBAL" and one.argval == "type" and two.opname.startswith("LOAD_FAST")
+        if asks and two.argval in code.co_varnames[:1] and after.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
+            return "it asks for the type of its first argument"
+    if any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in instructions):
+        return "it writes to a global variable"
+    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
+    return next(filter(None, map(_about_its_state, inner)), None)
 
 
 def _methods(reads: Reads) -> list[Any]:

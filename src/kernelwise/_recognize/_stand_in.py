@@ -61,10 +61,12 @@ class _StandIn:
     def __getattribute__(self, name: str) -> Any:
         d = object.__getattribute__(self, "__dict__")
         view = d.get("_kernelwise_view")
-        if view is None or name in ("__class__", "__dict__"):
-            if view is not None and name == "__dict__":
-                raise Untraceable("it looks into its own __dict__")
+        if view is None:
             return object.__getattribute__(self, name)
+        if name == "__dict__":
+            raise Untraceable("it looks into its own __dict__")
+        if name == "__class__":
+            return view.module_class
         return view.get(self, name)
 
     def __getattr__(self, name: str) -> Any:  # not that of nn.Module, which looks into __dict__
@@ -89,6 +91,7 @@ class View:
     def __init__(self, module: nn.Module, stage: Stage, path: tuple[str, ...]) -> None:
         self._module, self._stage, self._path = module, stage, path
         self._made: dict[str, Any] = {}
+        self.module_class = type(module)
 
     def get(self, stand_in: Any, name: str) -> Any:
         """Return what `self.<name>` is, and note that it was read."""
@@ -151,10 +154,29 @@ def stand_in_for(value: Any, stage: Stage, path: tuple[str, ...]) -> Any:
             raise Untraceable(f"it calls a method of another module ({'.'.join(path)})")
         return value
     if isinstance(value, (tuple, list)):
-        return type(value)(stand_in_for(item, stage, (*path, str(i))) for i, item in enumerate(value))
+        kind = _List if type(value) is list else type(value)
+        return kind(stand_in_for(item, stage, (*path, str(i))) for i, item in enumerate(value))
     if isinstance(value, dict):
-        return {key: stand_in_for(item, stage, (*path, str(key))) for key, item in value.items()}
+        return _Dict({key: stand_in_for(item, stage, (*path, str(key))) for key, item in value.items()})
     return _Plain(value, stage, path)
+
+
+def _refuse_write(self: Any, *args: Any, **kwargs: Any) -> Any:
+    raise Untraceable(f"it writes to a {type(self).__bases__[0].__name__} of its own")
+
+
+class _List(list):  # type: ignore[type-arg]
+    """A list of the module, which a trace may only read."""
+
+    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse_write
+    append = extend = insert = pop = remove = clear = sort = reverse = _refuse_write
+
+
+class _Dict(dict):  # type: ignore[type-arg]
+    """A dict of the module, which a trace may only read."""
+
+    __setitem__ = __delitem__ = __ior__ = _refuse_write
+    pop = popitem = clear = update = setdefault = _refuse_write
 
 
 class _Plain:
