@@ -22,7 +22,7 @@ from kernelwise._alike import traits_of
 from kernelwise._data import Decision, Kernel, KernelRef, Layer, Plan, Target
 from kernelwise._discover import globals_called, own_forward
 from kernelwise._inputs import Sample, axes
-from kernelwise._observe import copied, memory_of
+from kernelwise._observe import copied, memory_of, user_random_state
 
 MEMORY = 256 << 20
 ROWS = 32
@@ -110,6 +110,7 @@ def capture(
             outputs[layer.path] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
     with ExitStack() as stack:
+        stack.enter_context(user_random_state())
         functions = []
         for found in groups:
             layer = found.decision.layer

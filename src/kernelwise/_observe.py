@@ -250,16 +250,37 @@ def _observe(call: Call, case: Case, wide: bool) -> Observed:
         call = torch.compile(call, fullgraph=True)
     elif case.how == "cuda graph":
         call = _in_cuda_graph(call)
-    torch.manual_seed(0)
     seen = Observed()
     try:
-        with float64_mode() if wide else nullcontext() if case.fill is None else _filled_memory(case.fill):
+        with (
+            _same_random_numbers(),
+            float64_mode() if wide else nullcontext() if case.fill is None else _filled_memory(case.fill),
+        ):
             seen = _run(call, case, given)
     except Exception:
         if wide or not given.overwritten():  # an input that was written to explains most of what goes wrong after it
             raise
     seen.overwritten = [] if wide else [*given.overwritten(), *seen.overwritten]
     return seen
+
+
+@contextmanager
+def user_random_state() -> Iterator[None]:
+    """Give the user's random states back as they were: of the CPU, and of the GPUs where they are in use."""
+    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if in_use else ()
+    with torch.random.fork_rng(devices=devices):
+        yield
+
+
+@contextmanager
+def _same_random_numbers() -> Iterator[None]:
+    with user_random_state():
+        torch.default_generator.manual_seed(0)
+        # Where CUDA is not in use, a seed would wait for the first use that the user makes of it.
+        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            torch.cuda.manual_seed_all(0)
+        yield
 
 
 def _run(call: Call, case: Case, given: _Given) -> Observed:

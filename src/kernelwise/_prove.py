@@ -30,7 +30,7 @@ from torch import nn
 from kernelwise._alike import function_code, traits_of
 from kernelwise._cache import cache_directory
 from kernelwise._capture import Group
-from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Recognition, to_json
+from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Recognition, from_json, to_json
 from kernelwise._errors import KernelLoadError, PlanError
 from kernelwise._verify import Options, check_group, own_code
 from kernelwise._worker import MEMORY, Worker, WorkerError
@@ -64,10 +64,14 @@ class ImportFailedError(KernelLoadError):
 
 @dataclass(frozen=True, slots=True)
 class _Kind:
-    """A kernel and a kind of layer: what one proof speaks for. `traits` are what `_alike.traits_of` returned."""
+    """A kernel and a kind of layer: what one proof speaks for. `traits` are what `_alike.traits_of` returned.
+
+    `training` says for which of inference (False) and training (True): a kernel may ask for `self.training`.
+    """
 
     key: tuple[Any, ...]
     traits: tuple[Any, ...]
+    training: tuple[bool, ...]
     decisions: list[Decision]
 
 
@@ -138,13 +142,16 @@ class Prover:
         """Return why a kernel is not proven for a kind of layer, or None. Asks memory, then disk, then the worker."""
         if kind.key not in _remembered:
             file = _proof_file(kind, plan)
-            if file is not None and file.is_file():
-                _remembered[kind.key] = None
-            else:
+            if file is None or not _is_proof(file):
                 checks, done = self._check(model, kind)
-                _remembered[kind.key] = reason = _judge(checks, done=done)
+                reason = _judge(checks, done=done)
+                if reason is not None and not _is_definite(checks):
+                    return reason
                 if reason is None and file is not None:
                     _write(file, to_json(checks))
+                _remembered[kind.key] = reason
+            else:
+                _remembered[kind.key] = None
         return _remembered[kind.key]
 
     def _check(self, model: nn.Module, kind: _Kind) -> tuple[list[Check], bool]:
@@ -157,9 +164,13 @@ class Prover:
         _log.info("checking %s on %s (%s), once on this machine", kernel.ref, layer.path, layer.class_name)
         checks: list[Check] = []
         end = time.monotonic() + SECONDS
-        running = check_group(model, found, None, Options(), self.worker(kernel, layer.device))
+        worker = self.worker(kernel, layer.device)
+        worker.until = end
+        running = check_group(model, found, None, Options(), worker)
         try:
             for check in running:
+                if check.status == "timed_out" and time.monotonic() >= end:
+                    return checks, False
                 checks.append(check)
                 if check.failed:
                     return checks, True
@@ -167,6 +178,7 @@ class Prover:
                     return checks, False
         finally:
             running.close()
+            worker.until = None
         return checks, True
 
 
@@ -188,7 +200,7 @@ def recall(model: nn.Module, plan: Plan) -> Plan:
     for kind in kinds:
         if kind.key not in _remembered:
             file = _proof_file(kind, plan)
-            if file is None or not file.is_file():
+            if file is None or not _is_proof(file):
                 unproven.add(_ref(kind))
                 continue
             _remembered[kind.key] = None
@@ -216,11 +228,16 @@ def _judge(checks: Sequence[Check], *, done: bool) -> str | None:
     if problem is not None:
         return f"it is not proven: {problem}"
     passed = sum(check.status == "passed" for check in checks)
-    if not passed:
-        return f"it is not proven, for it could not be checked: {checks[0] if checks else 'there is no case for it'}"
     if not done:
         return f"it is not proven: not everything could be checked within {SECONDS:.0f} s ({passed} cases passed)"
+    if not passed:
+        return f"it is not proven, for it could not be checked: {checks[0] if checks else 'there is no case for it'}"
     return None
+
+
+def _is_definite(checks: Sequence[Check]) -> bool:
+    """Return whether checks refute a kernel for good: a machine that was busy or full says nothing about the next time."""
+    return any(check.failed and check.status not in ("timed_out", "out_of_memory") for check in checks)
 
 
 # -------------------------------------------------------------------------------------------------------------- kinds
@@ -294,6 +311,7 @@ def _kind(decisions: list[Decision], traits: tuple[Any, ...]) -> _Kind:
     decision = decisions[0]
     layer, kernel = decision.layer, decision.kernel
     assert kernel is not None
+    training = tuple(sorted({mode.startswith("training") for mode in {decision.mode for decision in decisions}}))
     key = (
         kernel,
         kernel.content_hash or id(kernel.function),
@@ -304,8 +322,9 @@ def _kind(decisions: list[Decision], traits: tuple[Any, ...]) -> _Kind:
         layer.dtypes,
         layer.signature,
         traits,
+        training,
     )
-    return _Kind(key, traits, decisions)
+    return _Kind(key, traits, training, decisions)
 
 
 def _ref(kind: _Kind) -> str:
@@ -369,8 +388,18 @@ def _proof_file(kind: _Kind, plan: Plan) -> Path | None:
             [layer.class_name, layer.function, layer.device, list(layer.dtypes), to_json(layer.signature)],
             to_json(layer.computes(decision.mode)),
             kind.traits,
+            kind.training,
         ],
     )
+
+
+def _is_proof(file: Path) -> bool:
+    """Return whether a file holds checks that are a proof, and not what a full disk or another program has left of them."""
+    try:
+        checks = [from_json(Check, check) for check in json.loads(file.read_text())]
+    except (OSError, ValueError, TypeError, KeyError, AttributeError):
+        return False
+    return _judge(checks, done=True) is None
 
 
 def _file(folder: str, identity: list[Any]) -> Path:

@@ -30,6 +30,9 @@ _FREE_TO_REFUSE = ("inputs with gaps", "transposed inputs", "rows 2^31", "width 
 _OTHER_STRIDES = ("contiguous inputs", "inputs with gaps", "transposed inputs", "rows 2^31 elements apart")
 """Cases in which an output may be strided where the layer's own is contiguous: no user of it counts on that."""
 
+_AS_GIVEN = {True: "as given, in training", False: "as given, in evaluation"}
+"""The case of the other mode, where one check speaks for both: a kernel may ask for `self.training`."""
+
 _DEADLY = ("crashed", "exited", "timed_out", "out_of_memory", "load_failed")
 """Statuses after which no further case is tried."""
 
@@ -154,6 +157,8 @@ def _all_cases(
     assert kernel is not None
     call = own_call(layer, own)
     generator = torch.Generator().manual_seed(options.seed)
+    training = decision.mode.startswith("training")
+    given, sample = sample, _in_mode(sample, training)
     for index, case in enumerate(cases(layer, sample, decision.mode, generator=generator)):
         if not kernel.has_backward and case.grad != "none":
             case = _without_gradients(case)
@@ -167,6 +172,12 @@ def _all_cases(
             index == 0 and check.status == "skipped"
         ):  # no inputs for this layer, no evidence
             return
+        if index == 0 and sample.module is not None and any(m.startswith("training") != training for m in base.modes):
+            other = _changed(case, module=_in_mode(given, not training).module, name=_AS_GIVEN[not training])
+            check = _one_case(runner, call, other, base)
+            yield check
+            if check.status in _DEADLY:
+                return
     yield from _properties(runner, layer, sample, decision.mode, base)
     if _on_gpu(sample) and (many := beyond(layer, sample, decision.mode)):
         check = _one_case(runner, call, many, base)
@@ -180,6 +191,16 @@ def _all_cases(
             said: Status = "does_not_compile" if how == "compile" else "no_cuda_graph"
             check = replace(check, status=said)
         yield check
+
+
+def _in_mode(sample: Sample, training: bool) -> Sample:
+    """The sample with a module that is set for training or for inference, whatever the model is set for now."""
+    if sample.module is None:
+        return sample
+    module = bare_copy(sample.module, lambda tensor: tensor)
+    for part in module.modules():
+        part.training = training
+    return replace(sample, module=module)
 
 
 def _ways(kernel: Kernel, sample: Sample, options: Options) -> Iterator[str]:
@@ -431,8 +452,18 @@ def verify_plan(
                 for check in check_group(model, found, samples.get(found.decision.layer.path), options, worker):
                     checks.append(check)
                     on_check(check)
+    for decision in plan.decisions:
+        if decision.kernel is not None and holds_others(decision) and decision.kernel.ref.scheme != "builtin":
+            why = "it calls the layer's children with arguments of its own, which cannot be made or cut"
+            ref, at = str(decision.kernel.ref), decision.layer
+            checks.append(Check(at.path, (at.path,), ref, (decision.mode,), "", "skipped", why))
+            on_check(checks[-1])
     notes: tuple[str, ...] = () if checks else ("no kernels in the plan: there is nothing to check",)
-    whole = dict.fromkeys(str(d.kernel.ref) for d in plan.decisions if d.kernel is not None and holds_others(d))
+    whole = dict.fromkeys(
+        str(d.kernel.ref)
+        for d in plan.decisions
+        if d.kernel is not None and d.kernel.ref.scheme == "builtin" and holds_others(d)
+    )
     notes += tuple(f"{ref} is not checked here: it calls the layer's children, which are" for ref in whole)
     return Checks(plan.target, tuple(checks), notes)
 

@@ -52,6 +52,9 @@ class Worker:
 
     def __init__(self, kernel: Kernel, device: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> None:
         self.kernel, self._device = kernel, device
+        self.until: float | None = (
+            None  # of `time.monotonic`: when all requests must have ended, whatever each may take
+        )
         self._seconds, self._memory = seconds, memory
         self._process: subprocess.Popen[bytes] | None = None
         self._layer: tuple[Layer, str] | None = None
@@ -149,16 +152,15 @@ class Worker:
         assert process.stdin is not None
         assert process.stdout is not None
         limit = time.monotonic() + (max(self._seconds, 120.0) if starting else self._seconds)
+        if self.until is not None:
+            limit = min(limit, self.until)
         memory = None if starting else self._base + self._memory
         try:
             buffer = _saved(message)
         except Exception as error:  # arguments that no file can hold
             raise WorkerError("skipped", f"its arguments cannot be sent to another process: {_text(error)}") from error
         try:
-            _send(process.stdin, buffer)
-            data = b"".join(_read_within(process, limit, memory))
-        except BrokenPipeError:
-            data = b""
+            data = b"".join(_answer_within(process, buffer, limit, memory))
         except _LimitError as error:
             self.close()
             raise WorkerError(error.status, error.detail) from None
@@ -193,24 +195,38 @@ class _LimitError(Exception):
         self.status, self.detail = status, detail
 
 
-def _read_within(process: subprocess.Popen[bytes], limit: float, memory: int | None) -> Iterator[bytes]:
-    """Yield a whole answer, nothing where the process ended; watch time and memory meanwhile."""
+def _answer_within(
+    process: subprocess.Popen[bytes], request: memoryview, limit: float, memory: int | None
+) -> Iterator[bytes]:
+    """Send a request and yield a whole answer, nothing where the process ended; watch time and memory meanwhile.
+
+    A process that does not read, because it stands still, must not hold this one: what its pipe takes is written, no more.
+    """
+    assert process.stdin is not None
     assert process.stdout is not None
-    start, fd, missing, header = time.monotonic(), process.stdout.fileno(), 8, b""
+    start, out, into = time.monotonic(), process.stdout.fileno(), process.stdin.fileno()
+    unsent = [memoryview(len(request).to_bytes(8, "little")), request]
+    missing, header = 8, b""
+    os.set_blocking(into, False)
     with selectors.DefaultSelector() as selector:
-        selector.register(fd, selectors.EVENT_READ)
+        selector.register(out, selectors.EVENT_READ)
+        selector.register(into, selectors.EVENT_WRITE)
         while missing:
             ended = process.poll() is not None
-            ready = selector.select(0 if ended else _POLL)
+            ready = {key.fd for key, _ in selector.select(0 if ended else _POLL)}
             if memory is not None and (used := _resident(process.pid)) > memory:
                 raise _LimitError("out_of_memory", f"the process took {used >> 20} MiB")
-            if not ready:
+            if time.monotonic() > limit:
+                raise _LimitError("timed_out", f"no answer after {time.monotonic() - start:.0f} s")
+            if into in ready:
+                unsent = _send_some(into, unsent)
+                if not unsent:
+                    selector.unregister(into)
+            if out not in ready:
                 if ended:  # a child that it left behind may still hold the pipe
                     return
-                if time.monotonic() > limit:
-                    raise _LimitError("timed_out", f"no answer after {time.monotonic() - start:.0f} s")
                 continue
-            chunk = os.read(fd, min(missing, 1 << 20))
+            chunk = os.read(out, min(missing, 1 << 20))
             if not chunk:
                 return
             missing -= len(chunk)
@@ -219,6 +235,17 @@ def _read_within(process: subprocess.Popen[bytes], limit: float, memory: int | N
                 missing = int.from_bytes(header, "little") if len(header) == 8 else missing
             else:
                 yield chunk
+
+
+def _send_some(into: int, unsent: list[memoryview]) -> list[memoryview]:
+    """Write as much as a pipe takes now and return the rest; nothing is left for a pipe that nobody reads any more."""
+    try:
+        written = os.write(into, unsent[0][: 1 << 20])
+    except BlockingIOError:
+        return unsent
+    except BrokenPipeError:  # the answer, or its end, says what happened
+        return []
+    return [part for part in (unsent[0][written:], *unsent[1:]) if len(part)]
 
 
 def _resident(pid: int) -> int:
@@ -231,19 +258,16 @@ def _resident(pid: int) -> int:
 
 
 def _write(pipe: Any, message: dict[str, Any]) -> None:
-    _send(pipe, _saved(message))
+    data = _saved(message)
+    pipe.write(len(data).to_bytes(8, "little"))
+    pipe.write(data)
+    pipe.flush()
 
 
 def _saved(message: dict[str, Any]) -> memoryview:
     buffer = io.BytesIO()
     torch.save(message, buffer)
     return buffer.getbuffer()
-
-
-def _send(pipe: Any, data: memoryview) -> None:
-    pipe.write(len(data).to_bytes(8, "little"))
-    pipe.write(data)
-    pipe.flush()
 
 
 def _plain(layer: Layer) -> Layer:

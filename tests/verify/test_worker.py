@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -241,3 +242,15 @@ def test_the_process_ends_with_its_worker(repository):
         os.kill(pid, 0)
     with pytest.raises(ProcessLookupError):
         os.kill(pid, 0)
+
+
+def test_a_process_that_stands_still_does_not_hold_this_one(repository):
+    """More is sent to it than its pipe takes, and nobody reads there."""
+    decided, module = decision(gallery.Norm(1 << 16), load(KernelRef("path", str(repository), "Loud"), device="cpu"))
+    with Worker(decided.kernel, "cpu", seconds=2.0) as worker:
+        worker.start()
+        os.kill(worker._process.pid, signal.SIGSTOP)
+        start = time.monotonic()
+        (first,) = checks_of(decided, module, worker=worker)
+        assert (first.case, first.status) == ("as given", "timed_out")
+        assert time.monotonic() - start < 30
