@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -409,3 +410,37 @@ def by_device(self: Any, x: Tensor) -> Tensor:
 )
 def test_what_inputs_do_not_decide_makes_the_layer_unknown(forward: Callable[..., Any]):
     assert "more than its inputs" in reason(with_forward(Norm, forward))
+
+
+def by_frozen_weight(self: Any, x: Tensor) -> Tensor:
+    return rms(x if self.weight.requires_grad else x * 2, self.weight, self.eps)
+
+
+def by_chance(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if random.random() < 1e-9 else x, self.weight, self.eps)
+
+
+@pytest.mark.parametrize("forward", [by_frozen_weight, by_chance])
+def test_a_rare_branch_makes_the_layer_unknown(forward: Callable[..., Any]):
+    assert "more than its inputs" in reason(with_forward(Norm, forward))
+
+
+class OtherAttributes(Norm):
+    def __getattribute__(self, name: str) -> Any:
+        return 0.5 if name == "eps" else super().__getattribute__(name)
+
+
+def test_attributes_that_code_answers_make_the_layer_unknown():
+    assert "__getattribute__" in reason(OtherAttributes())
+
+
+class CalledOtherwise(Norm):
+    def __call__(self, x: Tensor) -> Tensor:
+        return super().__call__(x) * 2
+
+
+def test_a_norm_that_is_called_in_another_way_is_no_norm_of_a_layer():
+    layer = Layer()
+    assert operation(layer) == "decoder_layer"
+    layer.norm2 = CalledOtherwise()
+    assert operation(layer) is None

@@ -109,7 +109,9 @@ def _norms_of(module: nn.Module, training: bool | None) -> tuple[dict[str, str |
     found = {
         name: find_module(child, training=training)
         for name, child in children.items()
-        if not child._modules and all(p is None or p.ndim == 1 for p in child._parameters.values())
+        if type(child).__call__ is nn.Module.__call__  # calling it does nothing but run its forward, and hooks
+        and not child._modules
+        and all(p is None or p.ndim == 1 for p in child._parameters.values())
     }
     norms = {name: f.recognition.op if f.recognition else None for name, f in found.items() if _is_norm(f)}
     return norms, {name: f.reads for name, f in found.items()}

@@ -210,6 +210,8 @@ class _Plain:
 def make_stand_in(module: nn.Module, stage: Stage, path: tuple[str, ...] = ()) -> Any:
     """An object of the module's class (for `isinstance`, methods and `super()`) that shares nothing with the module."""
     cls = type(module)
+    if cls.__getattribute__ is not object.__getattribute__:
+        raise Untraceable(f"{cls.__name__} has a __getattribute__ of its own")
     subclass = type.__new__(type(cls), cls.__name__, (_StandIn, cls), {})
     stand_in = object.__new__(subclass)
     object.__getattribute__(stand_in, "__dict__")["_kernelwise_view"] = View(module, stage, path)
