@@ -131,7 +131,7 @@ def test_kernel_without_backward_is_compared_without_gradients():
     model = kw.kernelize(nn.Sequential(Squash()))
     model(torch.randn(1, 2, 24)).sum().backward()
     assert model[0].gain.grad is not None
-    assert "no backward" in str(kw.report(model))
+    assert "no backward" in " ".join(str(kw.report(model)).split())  # the table may break the line there
 
 
 def test_children_are_linear_maps_of_the_right_width():

@@ -21,6 +21,7 @@ from kernelwise._errors import ApplyError, KernelLoadError, PlanError
 from kernelwise._mapping import DEVICE_HINTS, MISS_HINTS, MODE_HINTS, Rule, mode_name
 from kernelwise._reference import did_you_mean
 from kernelwise._report import Report, make_row
+from kernelwise.sources.registered import is_registered
 
 Model = TypeVar("Model", bound=nn.Module)
 Config = KernelConfig | Mapping[Any, Any] | None
@@ -440,11 +441,14 @@ def _proofs(model: nn.Module) -> dict[int, str]:
             said = dict(plan.proofs)
             for decision in plan.decisions:
                 if decision.kernel is not None:
-                    builtin = decision.kernel.ref.scheme == "builtin"
-                    found[id(decision.kernel)] = (
-                        "builtin" if builtin else said.get(str(decision.kernel.ref), "unproven")
-                    )
+                    found[id(decision.kernel)] = _proof(decision.kernel, said)
     return found
+
+
+def _proof(kernel: Kernel, said: dict[str, str]) -> str:
+    if is_registered(kernel):
+        return "your word (register_op)"
+    return "builtin" if kernel.ref.scheme == "builtin" else said.get(str(kernel.ref), "unproven")
 
 
 @contextmanager

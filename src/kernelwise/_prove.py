@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass, replace
 from functools import lru_cache
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import PackageNotFoundError, packages_distributions, version
 from pathlib import Path
 from typing import Any
 
@@ -415,10 +415,12 @@ def _processor() -> str:
 @lru_cache(maxsize=64)
 def _versions(requires: tuple[str, ...]) -> tuple[str, ...]:
     found = [f"python {sys.version_info.major}.{sys.version_info.minor}", f"torch {torch.__version__}"]
-    for package in ("kernelwise", "triton", "transformers", *requires):
+    distributions = packages_distributions() if requires else {}  # what is imported may be installed under another name
+    names = [name for required in requires for name in distributions.get(required, [required])]
+    for package in ("kernelwise", "triton", "transformers", *names):
         try:
             found.append(f"{package} {version(package)}")
-        except PackageNotFoundError:
+        except PackageNotFoundError:  # it has no version; the hash of its files is in the key
             continue
     return tuple(found)
 

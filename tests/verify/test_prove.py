@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import os
 import subprocess
@@ -17,7 +18,9 @@ from torch import nn
 
 import kernelwise as kw
 from kernelwise import _inputs, _prove, _worker
+from kernelwise._alike import function_code
 from kernelwise._data import from_json
+from kernelwise._register import unregister_op
 from kernelwise._report import Report
 
 LAYERS = """
@@ -552,3 +555,93 @@ def test_a_layer_of_layers_with_a_kernel_of_others_is_not_said_to_be_right(repos
     assert {check.status for check in checks.checks} == {"skipped"}
     with pytest.raises(kw.PlanError, match="could not be checked"):
         kw.kernelize(model, config)
+
+
+PACKAGE = """
+import torch
+from torch import nn
+from {top} import helper
+
+
+class Helped(nn.Module):
+    def forward(self, hidden_states):
+        wide = hidden_states.float()
+        wide = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + self.variance_epsilon)
+        return self.weight * wide.to(hidden_states.dtype) + helper.OFFSET
+"""
+
+
+def test_every_file_of_a_package_counts(tmp_path, monkeypatch):
+    package = tmp_path / "site" / "proven_package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").write_text("")
+    (package / "layers.py").write_text(PACKAGE.format(top="proven_package"))
+    monkeypatch.syspath_prepend(str(tmp_path / "site"))
+    mapping = {"RMSNorm": "package:proven_package.layers:Helped"}
+    for offset, right in (("0.0", True), ("1.25", False)):
+        (package / "helper.py").write_text(f"OFFSET = {offset}\n")
+        for name in [name for name in sys.modules if name.startswith("proven_package")]:
+            monkeypatch.delitem(sys.modules, name)
+        another_process(monkeypatch)
+        importlib.invalidate_caches()
+        model = kw.kernelize(nn.Sequential(gallery.Norm()), mapping, on_miss="keep")
+        assert (kw.report(model).rows[0].kernel is not None) == right
+
+
+def test_versions_are_those_of_distributions_and_not_of_imports(monkeypatch):
+    monkeypatch.setattr(_prove, "packages_distributions", lambda: {"imported_as": ["pytest"]})
+    _prove._versions.cache_clear()
+    assert f"pytest {pytest.__version__}" in _prove._versions(("imported_as",))
+    _prove._versions.cache_clear()
+
+
+class Waved(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 48))
+
+    def forward(self, x):
+        return torch.tanh(x) * self.weight + 1
+
+
+def waved(x, weight):
+    return torch.tanh(x) * weight + 1
+
+
+def test_a_function_of_the_user_is_the_users_word():
+    def fast(x, weight):
+        return torch.tanh(x) * weight + 1
+
+    kw.register_op(
+        waved,
+        roles={"x": "argument B S H", "weight": "attribute H"},
+        name="waved",
+        layer_name="Waved",
+        kernels=fast,
+    )
+    try:
+        model = kw.kernelize(nn.Sequential(Waved(), gallery.Norm()))
+        proofs = {row.path: row.proof for row in kw.report(model).rows}
+        assert proofs == {"0": "your word (register_op)", "1": "builtin"}
+    finally:
+        unregister_op("waved")
+
+
+def test_the_hash_of_a_function_follows_all_that_it_runs():
+    def made(factor, *, by=2.0):
+        def kernel(x, scale=by):
+            return x.sin() * factor * scale
+
+        return kernel
+
+    def cosine(x, scale=2.0):
+        return x.cos() * 1.0 * scale
+
+    def sine(x, scale=2.0):
+        return x.sin() * 1.0 * scale
+
+    sine.__qualname__ = cosine.__qualname__
+    assert function_code(made(1.0)) == function_code(made(1.0))
+    assert function_code(made(1.0)) != function_code(made(2.0))  # a closure
+    assert function_code(made(1.0)) != function_code(made(1.0, by=3.0))  # a default
+    assert function_code(sine) != function_code(cosine)  # a name

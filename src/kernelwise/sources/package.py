@@ -10,11 +10,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import importlib
-import importlib.metadata
 import importlib.util
-import inspect
 import sys
 from collections.abc import Callable, Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from kernelwise._data import Kernel, KernelRef, Limits
@@ -35,7 +34,7 @@ def load(ref: KernelRef, *, device: str, before_import: Callable[[Kernel, str], 
         hint = top.replace("_", "-")
         raise failure(ref, f"the package {top} is not installed", fix=f"pip install {hint}")
     if before_import is not None and ref.location not in sys.modules:
-        before_import(Kernel(ref), _file_hash(ref.location))
+        before_import(Kernel(ref), _package_hash(top) or "")
     with _forgotten_on_error(top):
         try:
             module = importlib.import_module(ref.location)
@@ -51,7 +50,7 @@ def load(ref: KernelRef, *, device: str, before_import: Callable[[Kernel, str], 
         problem = forward_problem(layer, ref.layer)
         if problem is not None:
             raise failure(ref, problem, fix="name a class of torch.nn.Module")
-        return kernel_of(ref, layer, limits=Limits(requires=(top,)), content_hash=_source_hash(layer))
+        return kernel_of(ref, layer, limits=Limits(requires=(top,)), content_hash=_package_hash(top))
 
 
 @contextlib.contextmanager
@@ -68,26 +67,37 @@ def _forgotten_on_error(top: str) -> Iterator[None]:
         raise
 
 
-def _file_hash(location: str) -> str:
-    """The hash of a module's file and of its package's version, without importing either; "" where there is no file."""
-    top, *rest = location.split(".")
+def _package_hash(top: str) -> str | None:
+    """Return the hash of all Python files and libraries of a package, without importing it; None where it has none.
+
+    A layer's code is more than the file of its class: helpers and compiled parts stand beside it.
+    """
     spec = importlib.util.find_spec(top)
-    folders = list(spec.submodule_search_locations or ()) if spec is not None else []
-    files = [Path(folder, *rest, "__init__.py") for folder in folders]
-    files += [Path(folder, *rest[:-1], f"{rest[-1]}.py") for folder in folders if rest]
-    files += [Path(spec.origin)] if spec is not None and spec.origin and not rest else []
-    found = next((file for file in files if file.is_file()), None)
-    if found is None:
-        return ""
-    with contextlib.suppress(importlib.metadata.PackageNotFoundError):
-        top = importlib.metadata.version(top)
-    return hashlib.sha256(top.encode() + found.read_bytes()).hexdigest()
-
-
-def _source_hash(layer: type) -> str | None:
-    """The hash of the file that defines the class; None where there is no such file."""
-    try:
-        file = inspect.getsourcefile(inspect.unwrap(layer.forward))  # type: ignore[attr-defined]
-        return hashlib.sha256(Path(file).read_bytes()).hexdigest() if file else None
-    except (OSError, TypeError):
+    if spec is None:
         return None
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    found = [(file.relative_to(folder).as_posix(), file) for folder in folders for file in _code_files(folder)]
+    if not folders and spec.origin and Path(spec.origin).is_file():
+        found = [(Path(spec.origin).name, Path(spec.origin))]
+    if not found:
+        return None
+    digest = hashlib.sha256()
+    for name, file in sorted(found):
+        state = file.stat()
+        digest.update(f"{name} {_file_hash(file, state.st_mtime_ns, state.st_size)}\n".encode())
+    return digest.hexdigest()
+
+
+def _code_files(folder: Path) -> Iterator[Path]:
+    for pattern in ("*.py", "*.so", "*.pyd"):
+        yield from (file for file in folder.rglob(pattern) if file.is_file())
+
+
+@lru_cache(maxsize=1 << 16)
+def _file_hash(file: Path, modified: int, size: int) -> str:
+    """The hash of a file as it was at a time; it is read once."""
+    digest = hashlib.sha256()
+    with file.open("rb") as opened:
+        while part := opened.read(1 << 20):
+            digest.update(part)
+    return digest.hexdigest()

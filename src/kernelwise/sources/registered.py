@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kernelwise._alike import function_code
 from kernelwise._data import Kernel, KernelRef, Limits
 from kernelwise.sources._layer_class import signature
 
@@ -15,14 +15,13 @@ _offers: dict[str, tuple[tuple[str | None, KernelRef], ...]] = {}
 
 def kernel_of(function: Callable[..., Any], op: str, device: str | None) -> Kernel:
     """Describe a function by the roles of an operation as a kernel. `device` None: it runs on any."""
-    code = getattr(function, "__code__", None)
     return Kernel(
         ref=KernelRef("builtin", "", getattr(function, "__name__", op)),
         op=op,
         limits=Limits(devices=() if device is None else (device,)),
         has_backward=bool(getattr(function, "has_backward", True)),
         can_torch_compile=bool(getattr(function, "can_torch_compile", False)),
-        content_hash=None if code is None else hashlib.sha256(code.co_code + repr(code.co_consts).encode()).hexdigest(),
+        content_hash=function_code(function) if hasattr(function, "__code__") else None,
         signature=signature(function),
         function=function,
     )
@@ -42,6 +41,16 @@ def forget(op: str) -> None:
     _offers.pop(op, None)
     for name in [name for name, kernel in _functions.items() if kernel.op == op]:
         del _functions[name]
+
+
+def is_registered(kernel: Kernel) -> bool:
+    """Return whether a kernel is a function that a user has registered; its reference looks like that of a builtin one."""
+    module = getattr(kernel.function, "__module__", None) or ""
+    return kernel.ref.scheme == "builtin" and kernel.function is not None and not _is_ours(module)
+
+
+def _is_ours(module: str) -> bool:
+    return module == "kernelwise" or module.startswith("kernelwise.")
 
 
 def refs(op: str, *, device: str) -> tuple[KernelRef, ...]:
