@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from kernelwise._data import Kernel, KernelRef
@@ -10,6 +11,10 @@ from kernelwise.sources import _kernels_compat
 from kernelwise.sources._explain import failure
 from kernelwise.sources._repository import all_variants, find_variant, metadata_problem, rejected_variants
 from kernelwise.sources._variant import check_statically, load_layer
+
+_Stamp = tuple[tuple[str, int, int, int, int], ...]
+_loaded: dict[tuple[KernelRef, str], tuple[_Stamp, Kernel]] = {}
+"""The last kernel that was loaded for a reference and a device, and what its files were then."""
 
 
 def load(ref: KernelRef, *, device: str, before_import: Callable[[Kernel, str], None] | None = None) -> Kernel:
@@ -25,6 +30,10 @@ def load(ref: KernelRef, *, device: str, before_import: Callable[[Kernel, str], 
         raise failure(ref, f"{path} is a file, not a directory", fix=f"name the directory: {path.parent}")
     if not path.is_dir():
         raise failure(ref, f"there is no directory {path}", fix="look at the path")
+    stamp = tuple(sorted(_stamps(str(path.resolve() / "build"))))
+    known = _loaded.get((ref, device))
+    if known is not None and known[0] == stamp:
+        return known[1]
     variant = find_variant(path.resolve(), device=device)
     if variant is None:
         rejected = rejected_variants(path.resolve(), device=device)
@@ -40,4 +49,21 @@ def load(ref: KernelRef, *, device: str, before_import: Callable[[Kernel, str], 
         str(variant), revision=None, backend=backend, trust_remote_code=ref.trust_remote_code
     )
     check_statically(ref, installed)
-    return load_layer(ref, installed, device=device, revision=None, before_import=before_import)
+    kernel = load_layer(ref, installed, device=device, revision=None, before_import=before_import)
+    if not installed.dependencies:  # which stand in other folders
+        _loaded[ref, device] = stamp, kernel
+    return kernel
+
+
+def _stamps(folder: str) -> Iterator[tuple[str, int, int, int, int]]:
+    """What changes when a file below a folder is written: the time of its last change is the system's, not the writer's."""
+    try:
+        entries = list(os.scandir(folder))
+    except OSError:
+        return
+    for entry in entries:
+        if entry.is_dir():
+            yield from _stamps(entry.path)
+        elif not entry.name.endswith(".pyc"):
+            found = entry.stat()
+            yield entry.path, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
