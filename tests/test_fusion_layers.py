@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import enum
 import functools
 
 import pytest
@@ -277,6 +278,35 @@ def test_layers_that_cannot_be_taken_apart_keep_their_code():
     assert dict(layer.recognition.options)["passing"] == "other"
     decisions = [d for d in kw.plan(model, LAYERS, on_miss="keep").decisions if d.layer.name == "DecoderLayer"]
     assert all(d.kernel is None and "supports passing plain" in d.reason for d in decisions)
+
+
+@pytest.mark.parametrize("constant", [float("inf"), enum.IntEnum("Kind", {"CAUSAL": 1}).CAUSAL])
+def test_a_constant_that_source_cannot_say_keeps_the_layers_code(constant):
+    class Attention(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.proj = torch.nn.Linear(32, 32)
+
+        def forward(self, x, bound):
+            return self.proj(x).clamp(max=float(bound))
+
+    class Layer(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.before, self.after = torch.nn.RMSNorm(32), torch.nn.RMSNorm(32)
+            self.attention, self.mlp = Attention(), torch.nn.Linear(32, 32)
+
+        def forward(self, x):
+            x = x + self.attention(self.before(x), bound=constant)
+            return x + self.mlp(self.after(x))
+
+    model = torch.nn.Sequential(Layer())
+    x = torch.randn(2, 3, 32)
+    own = model(x)
+    (layer,) = [layer for layer in kw.discover(model) if layer.name == "DecoderLayer"]
+    assert dict(layer.recognition.options)["passing"] == "other"
+    kw.kernelize(model, LAYERS, on_miss="keep")
+    torch.testing.assert_close(model(x), own)
 
 
 def test_small_inputs_run_the_layers_own_code(fused, monkeypatch):

@@ -11,6 +11,7 @@ import dis
 import functools
 import inspect
 import itertools
+import math
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -33,6 +34,13 @@ _MORE = "_kernelwise_more"
 _CONTEXT = 29  # positions of a context
 _MOST_UNKNOWN = 3  # children of a layer that may give a tensor or a tuple
 _MOST_ASKED = 4
+
+
+def _can_be_written(item: Any) -> bool:
+    """Whether an argument of a child is no constant, or one that Python source can say: no enum, no infinity."""
+    if type(item) is Given or not isinstance(item, _CONSTANTS):
+        return True
+    return type(item) in _CONSTANTS and (type(item) is not float or math.isfinite(item))
 
 
 class Given:
@@ -208,6 +216,8 @@ class LayerTrace:
         calls = self.calls
         plain = {*self.layer.others, *(name for name, _ in self.layer.switches), "**kwargs"}
         if any(type(item) is Given and item.name not in plain for call in calls for item in call.passed()):
+            return False
+        if not all(_can_be_written(item) for call in calls for item in call.passed()):
             return False
         for absent in self.absences():
             try:
