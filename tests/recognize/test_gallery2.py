@@ -389,10 +389,6 @@ def by_inference(self: Any, x: Tensor) -> Tensor:
     return rms(x * 2 if x.is_inference() else x, self.weight, self.eps)
 
 
-def by_autocast(self: Any, x: Tensor) -> Tensor:
-    return rms(x * 2 if torch.is_autocast_enabled("cpu") else x, self.weight, self.eps)
-
-
 def by_compiler(self: Any, x: Tensor) -> Tensor:
     return rms(x * 2 if torch.compiler.is_compiling() else x, self.weight, self.eps)
 
@@ -406,7 +402,7 @@ def by_device(self: Any, x: Tensor) -> Tensor:
 
 
 @pytest.mark.parametrize(
-    "forward", [by_grad_mode, by_layout, by_inference, by_autocast, by_compiler, by_environment, by_device]
+    "forward", [by_grad_mode, by_layout, by_inference, by_compiler, by_environment, by_device]
 )
 def test_what_inputs_do_not_decide_makes_the_layer_unknown(forward: Callable[..., Any]):
     assert "more than its inputs" in reason(with_forward(Norm, forward))

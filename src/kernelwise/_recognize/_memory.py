@@ -270,7 +270,7 @@ def _reached(functions: Iterable[Any]) -> Iterator[types.FunctionType]:
 
 # What a trace answers in one way, and a call may answer in another one: where it runs, in which mode, how a tensor lies.
 _ASKED = frozenset(
-    {"is_cuda", "is_cpu", "is_mps", "is_xpu", "environ", "getenv", "random", "is_compiling", "is_autocast_enabled"}
+    {"is_cuda", "is_cpu", "is_mps", "is_xpu", "environ", "getenv", "random", "is_compiling"}
     | {"is_grad_enabled", "is_inference", "is_inference_mode_enabled", "requires_grad", "is_leaf", "is_contiguous"}
 )
 
