@@ -401,9 +401,7 @@ def by_device(self: Any, x: Tensor) -> Tensor:
     return rms(x * 2 if x.is_cuda else x, self.weight, self.eps)
 
 
-@pytest.mark.parametrize(
-    "forward", [by_grad_mode, by_layout, by_inference, by_compiler, by_environment, by_device]
-)
+@pytest.mark.parametrize("forward", [by_grad_mode, by_layout, by_inference, by_compiler, by_environment, by_device])
 def test_what_inputs_do_not_decide_makes_the_layer_unknown(forward: Callable[..., Any]):
     assert "more than its inputs" in reason(with_forward(Norm, forward))
 
