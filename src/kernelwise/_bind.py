@@ -20,7 +20,7 @@ from torch import Tensor
 from kernelwise._data import Binding, Kernel, Layer, Limits, Parameter, Recognition
 from kernelwise._discover import STATE, mark_dispatcher, wrapping
 from kernelwise._errors import ApplyError
-from kernelwise._fuse import Passing, first
+from kernelwise._fuse import REFUSALS, Passing, first
 from kernelwise._signature import bind, source
 
 Call = Callable[..., Any]
@@ -262,7 +262,7 @@ def _compile(
         "_kw_carries_grad": carries_grad,
         "_kw_unchanged": unchanged,
         "_kw_OutOfMemory": torch.OutOfMemoryError,
-        "_kw_refusals": (RuntimeError, ValueError, NotImplementedError),
+        "_kw_refusals": REFUSALS,
         "_kw_CHANGED": CHANGED,
         "_kw_REFUSED": REFUSED,
         "_kw_INPUT": INPUT,

@@ -31,7 +31,7 @@ APART = (
 
 _any_hook: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
 _PLAIN = frozenset({torch.Tensor, nn.Parameter})
-_REFUSALS = (RuntimeError, ValueError, NotImplementedError)
+REFUSALS = (RuntimeError, ValueError, NotImplementedError)
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +152,7 @@ def _together(name: str, computes: Recognition, alone: Call, fused: Call) -> Cal
                     normed, h = fused(added, x, **values, **constants, **options)
                 except torch.OutOfMemoryError:
                     raise
-                except _REFUSALS:
+                except REFUSALS:
                     pass
                 else:
                     return normed, h

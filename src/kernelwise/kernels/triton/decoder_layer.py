@@ -19,7 +19,7 @@ SUMS = {"rms_norm": (rms_norm, add_rms_norm), "layer_norm": (layer_norm, add_lay
 
 
 LEAST = 1 << 20
-"""Elements of the hidden states from which on the sum and the norm in one pass are faster: below, launches are all."""
+"""Elements of the hidden states from which on the sum and the norm run in one pass (chosen: below, launches are all)."""
 
 
 def decoder_layer(
