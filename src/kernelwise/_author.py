@@ -14,10 +14,10 @@ from pathlib import Path
 from torch import nn
 
 from kernelwise import sources
-from kernelwise._api import current_target, plan_safely
 from kernelwise._capture import Group
 from kernelwise._config import KernelConfig
 from kernelwise._data import Check, Checks, Decision, Kernel, KernelRef, Layer
+from kernelwise._decide import current_target, plan_safely
 from kernelwise._discover import discover
 from kernelwise._errors import KernelwiseError
 from kernelwise._models import load_model

@@ -162,7 +162,7 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Target:
-    """The machine a plan is for. Only `kernelwise._api.current_target` asks the hardware.
+    """The machine a plan is for. Only `kernelwise._decide.current_target` asks the hardware.
 
     `device` is the device type of the model; a layer of a model spread over several has its own in `Layer.device`.
     """

@@ -15,9 +15,9 @@ from torch import nn
 
 import kernelwise as kw
 from kernelwise import _inputs as _inputs_module
-from kernelwise._api import current_target
 from kernelwise._capture import capture, group
 from kernelwise._data import STATUSES, Check, Checks, Target, from_json
+from kernelwise._decide import current_target
 from kernelwise._inputs import Sample, beyond
 from kernelwise._observe import own_call
 from kernelwise._plan import reasons_against

@@ -27,7 +27,7 @@ from typing import Any
 
 from torch import nn
 
-from kernelwise import _api, _apply, _config
+from kernelwise import _apply, _config, _decide
 from kernelwise._discover import STATE, discover
 from kernelwise._errors import MissingDependencyError
 from kernelwise._mapping import mode_name
@@ -197,7 +197,7 @@ def _is_on(model: nn.Module) -> bool:
 def _put_in(model: nn.Module, config: _config.KernelConfig, mode: object) -> None:
     """Give a model the kernels of a config in place of those it has. An error leaves the model as it was."""
     planned = _fusion.with_fused_layers(model, config)
-    plan = _api.decide(model, planned, mode=mode)
+    plan = _decide.decide(model, planned, mode=mode)
     if isinstance(config, KernelConfig) and isinstance(planned, KernelConfig):
         config.registered_layer_names = planned.registered_layer_names
     state = model.__dict__.get(STATE)
