@@ -1,9 +1,12 @@
-"""A Llama-3-8B-shaped model (8 layers, random bfloat16 weights) from end to end on one GPU.
+"""A model of a given shape (8 layers, random bfloat16 weights) from end to end on one GPU.
 
-    python benchmarks/gpu_e2e.py [--variants eager,ours,...] [--layers 8] [--seconds 400] [--out FOLDER]
+    python benchmarks/gpu_e2e.py [--shape llama] [--variants eager,ours,...] [--layers 8] [--seconds 400] [--out FOLDER]
+
+Shapes: `llama` (Llama-3-8B), `qwen3` (Qwen3-8B, with norms of q and k), `gemma3` (Gemma-3-4B: heads of 256, GEGLU, norms with
+`1 + w`, half of the attention in windows, a vocabulary of 262,208 shared with the head).
 
 Variants: `eager`; `ours` (`kernelwise.kernelize(model)`: RMS norm, gated MLP, rotary embedding); `ours+add` (and the
-second norm of a layer fused with the addition before it, by hand); `ours+loss` (and the head fused with its loss in
+second norm of a layer fused with the addition before it, by hand, for llama); `ours+loss` (and the head fused with its loss in
 training, by hand, as kernelize leaves the head alone); `compile` (torch.compile of the model);
 `ours+compile`; `liger` (apply_liger_kernel_to_llama without its fused loss, and with it
 as `liger+loss`). Each measures prefill of 1 x 4096 tokens, decoding with a dynamic cache (a Python loop) and with a
@@ -32,8 +35,10 @@ os.environ.setdefault("USE_HUB_KERNELS", "NO")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu_ops import command, versions
-from transformers import LlamaConfig, StaticCache
+from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config, StaticCache
+from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.llama import modeling_llama as llama
+from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 import kernelwise
 from kernelwise.kernels.triton.add_rms_norm import add_rms_norm
@@ -43,24 +48,52 @@ START = time.time()
 TOKENS = 4096
 PROMPT = 512  # tokens before decoding
 STEPS = 64
+MODULES = {"llama": llama, "qwen3": qwen3, "gemma3": gemma3}
 WATCHED = ("lm_head.weight", "model.norm.weight", "model.layers.0.mlp.gate_proj.weight")
 
 
-def build(layers: int) -> Any:
-    config = LlamaConfig(
-        hidden_size=4096,
-        intermediate_size=14336,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=128256,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-    )
-    config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
+def build(shape: str, layers: int) -> Any:
+    common = {"num_hidden_layers": layers, "max_position_embeddings": 8192}
+    if shape == "gemma3":
+        config: Any = Gemma3TextConfig(
+            hidden_size=2560,
+            intermediate_size=10240,
+            num_attention_heads=8,
+            num_key_value_heads=4,
+            head_dim=256,
+            vocab_size=262208,
+            sliding_window=1024,
+            layer_types=["sliding_attention", "full_attention"] * (layers // 2),
+            **common,
+        )
+        cls: Any = gemma3.Gemma3ForCausalLM
+    elif shape == "qwen3":
+        config = Qwen3Config(
+            hidden_size=4096,
+            intermediate_size=12288,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            head_dim=128,
+            vocab_size=151936,
+            rms_norm_eps=1e-6,
+            **common,
+        )
+        cls = qwen3.Qwen3ForCausalLM
+    else:
+        config = LlamaConfig(
+            hidden_size=4096,
+            intermediate_size=14336,
+            num_attention_heads=32,
+            num_key_value_heads=8,
+            vocab_size=128256,
+            rms_norm_eps=1e-5,
+            **common,
+        )
+        config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
+        cls = llama.LlamaForCausalLM
     torch.manual_seed(0)
     with torch.device("cuda"):
-        model = llama.LlamaForCausalLM._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+        model = cls._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
     return model.eval()
 
 
@@ -84,26 +117,27 @@ def fused_layer(
 
 
 @contextmanager
-def patched(variant: str) -> Iterator[None]:
-    """The classes of transformers as `variant` has them, and back as they were."""
-    names = ("LlamaRMSNorm", "LlamaMLP", "LlamaAttention", "LlamaForCausalLM", "LlamaDecoderLayer", "LlamaModel")
-    classes = {n: getattr(llama, n) for n in names}
-    before = {n: c.forward for n, c in classes.items()}
-    rotate = llama.apply_rotary_pos_emb
+def patched(variant: str, shape: str) -> Iterator[None]:
+    """The module of transformers that has the shape's classes as `variant` has it, and back as it was."""
+    module = MODULES[shape]
+    classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
+    forwards = {name: vars(cls)["forward"] for name, cls in classes.items() if "forward" in vars(cls)}
+    functions = {name: value for name, value in vars(module).items() if callable(value) and name not in classes}
     if "add" in variant:
         llama.LlamaDecoderLayer.forward = fused_layer
     elif variant.startswith("liger"):
-        from liger_kernel.transformers import apply_liger_kernel_to_llama
+        import liger_kernel.transformers as liger
 
-        loss = "loss" in variant
-        apply_liger_kernel_to_llama(fused_linear_cross_entropy=loss, cross_entropy=False)
+        names = {"llama": "llama", "qwen3": "qwen3", "gemma3": "gemma3_text"}
+        patch = getattr(liger, f"apply_liger_kernel_to_{names[shape]}")
+        patch(fused_linear_cross_entropy="loss" in variant, cross_entropy=False)
     try:
         yield
     finally:
-        for name, cls in classes.items():
-            cls.forward = before[name]
-            setattr(llama, name, cls)
-        llama.apply_rotary_pos_emb = rotate
+        for name, value in {**classes, **functions}.items():
+            setattr(module, name, value)
+        for name, forward in forwards.items():
+            classes[name].forward = forward
 
 
 def median_ms(step: Callable[[], Any], repeats: int = 5, warm: int = 2) -> float:
@@ -168,14 +202,16 @@ def decode_graph_ms(model: Any, ids: torch.Tensor) -> float:
     return median_ms(graph.replay, repeats=40, warm=3)
 
 
-def run_variant(variant: str, layers: int, reference: dict[str, Any]) -> dict[str, Any]:
+def run_variant(variant: str, shape: str, layers: int, reference: dict[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     compiled = "compile" in variant
-    model = build(layers)
+    model = build(shape, layers)
     if variant.startswith("ours"):
         kernelwise.kernelize(model)
         found["kernels"] = sorted({row.kernel for row in kernelwise.report(model).rows if row.kernel})
-    ids = torch.randint(0, 128256, (1, TOKENS), device="cuda", generator=torch.Generator("cuda").manual_seed(1))
+    ids = torch.randint(
+        0, model.config.vocab_size, (1, TOKENS), device="cuda", generator=torch.Generator("cuda").manual_seed(1)
+    )
 
     def prepared() -> Any:
         torch._dynamo.reset()
@@ -225,6 +261,7 @@ def run_variant(variant: str, layers: int, reference: dict[str, Any]) -> dict[st
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--variants", default="eager,ours,ours+add,ours+loss,liger,liger+loss,compile,ours+compile")
+    parser.add_argument("--shape", choices=tuple(MODULES), default="llama")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=400, help="stop starting new variants after this long")
     parser.add_argument("--out", type=Path, default=None, help="folder for gpu_e2e.json and gpu_e2e.txt")
@@ -239,8 +276,8 @@ def main() -> None:
             print(f"{variant}: skipped for lack of time")
             continue
         try:
-            with patched(variant):
-                results[variant] = run_variant(variant, arguments.layers, reference)
+            with patched(variant, arguments.shape):
+                results[variant] = run_variant(variant, arguments.shape, arguments.layers, reference)
         except Exception as error:  # one variant that fails must not end the run
             results[variant] = {"error": f"{type(error).__name__}: {error}"[:300]}
         shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in results[variant].items())
