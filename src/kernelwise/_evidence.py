@@ -7,10 +7,16 @@ a whole model with its eager self. A `Tuning` holds all of it, with what was cho
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import types
+import typing
+from collections.abc import Iterator
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, Literal
 
-from kernelwise._data import Target, to_json
+from kernelwise._data import Target, from_json, to_json
+from kernelwise._errors import KernelwiseError
+from kernelwise._table import render
+from kernelwise._units import digits, duration, size
 
 OWN_CODE = "own code"
 EAGER = "eager"
@@ -141,3 +147,106 @@ class Tuning:
         """Return the evidence as plain dicts, lists and scalars."""
         data: dict[str, Any] = to_json(self)
         return data
+
+    @classmethod
+    def from_json(cls, data: Any) -> Tuning:
+        """Build the evidence from what `to_json` gave.
+
+        Raises:
+            KernelwiseError: the data is not such evidence; the message says where it is not.
+        """
+        try:
+            found = from_json(cls, data)
+        except (TypeError, KeyError) as error:
+            raise KernelwiseError(f"this is no evidence of a tuning: {error}\n{_GO_ON}") from None
+        wrong = next(_misfits(found, cls, cls.__name__), None)
+        if wrong is not None:
+            raise KernelwiseError(f"this is no evidence of a tuning: {wrong}\n{_GO_ON}")
+        return found
+
+    def __str__(self) -> str:
+        took = f" in {duration(self.seconds * 1e6)}" if self.seconds else ""
+        what = f"tuned for {self.objective}" if self.choices else "measured"
+        parts = [f"{self.model} on {self.target.device}, {what}{took}", _runs_table(self.runs).strip("\n")]
+        if self.choices:
+            parts.append(_choices_table(self.choices).strip("\n"))
+        return "\n\n".join(parts) + "".join(f"\nnote: {note}" for note in self.notes)
+
+
+_GO_ON = "  go on      give a file that `kernelwise tune --json FILE` or `kernelwise bench --json FILE` wrote"
+
+
+def _runs_table(runs: tuple[Run, ...]) -> str:
+    """Return one line for each contender, with two columns for each workload."""
+    workloads = list(dict.fromkeys(run.workload for run in runs))
+    rows = []
+    for contender in dict.fromkeys(run.contender for run in runs):
+        own = {run.workload: run for run in runs if run.contender == contender}
+        found = [run.comparison for run in own.values() if run.comparison is not None]
+        cells = [cell for workload in workloads for cell in _run_cells(own.get(workload))]
+        peak = max((one.peak for one in found if one.peak is not None), default=None)
+        first = max((one.first_s for one in found if one.first_s is not None), default=None)
+        why = "; ".join(dict.fromkeys(run.error for run in own.values() if run.error))
+        ends = (size(peak) if peak is not None else "", duration(first * 1e6) if first is not None else "", why)
+        rows.append((contender, "", "", *cells, *ends))
+    columns = [header for workload in workloads for header in (workload, "x eager")]
+    return render(("contender", "", "", *columns, "peak memory", "first call", "why not"), rows)
+
+
+def _run_cells(run: Run | None) -> tuple[str, str]:
+    if run is None or run.comparison is None:
+        return "", ""
+    found = run.comparison
+    if run.contender == EAGER:
+        return duration(found.us), ""
+    if found.verdict == "no clear difference":
+        return duration(found.us), found.verdict
+    return duration(found.us), f"{digits(found.speedup)} ({digits(found.low)}-{digits(found.high)})"
+
+
+def _choices_table(choices: tuple[Choice, ...]) -> str:
+    rows = []
+    for choice in choices:
+        chosen = next((found for found in choice.candidates if found.kernel == choice.chosen), None)
+        timings = chosen.timings if chosen is not None and choice.chosen != OWN_CODE else ()
+        out = sum(found.out is not None for found in choice.candidates)
+        rows.append(
+            (
+                choice.layer,
+                choice.name,
+                choice.mode,
+                str(len(choice.paths)),
+                choice.chosen,
+                ", ".join(f"{_case(timing)} {digits(timing.comparison.speedup)}" for timing in timings),
+                digits(chosen.error) if chosen is not None and chosen.error is not None else "",
+                f"{len(choice.candidates)}" + (f", {out} out" if out else ""),
+                choice.reason,
+            )
+        )
+    headers = ("layer", "name", "mode", "alike", "chosen", "x own code", "error / allowed", "candidates", "reason")
+    return render(headers, rows)
+
+
+def _case(timing: Timing) -> str:
+    return f"{timing.workload} (CUDA graph)" if timing.graph else timing.workload
+
+
+def _misfits(value: Any, hint: Any, where: str) -> Iterator[str]:
+    """Say where a value that was read is not of the type that its field has; nouns and their tuples were seen to already."""
+    origin, args = typing.get_origin(hint), typing.get_args(hint)
+    if is_dataclass(value):
+        hints = typing.get_type_hints(type(value))
+        for item in fields(value):
+            yield from _misfits(getattr(value, item.name), hints[item.name], f"{where}.{item.name}")
+    elif origin is tuple:
+        for index, item in enumerate(value):
+            yield from _misfits(item, args[0] if args[-1] is Ellipsis else args[index], f"{where}[{index}]")
+    elif origin is Literal:
+        if value not in args:
+            yield f"{where} is {value!r}, not one of {', '.join(args)}"
+    else:
+        allowed = args if origin in (types.UnionType, typing.Union) else (hint,)
+        allowed = (*allowed, int) if float in allowed else allowed
+        if type(value) not in allowed:
+            names = " or ".join(getattr(kind, "__name__", str(kind)) for kind in allowed)
+            yield f"{where} is {value!r}, not {names}"
