@@ -75,7 +75,7 @@ def module_of(model: nn.Module, layer: Layer) -> nn.Module:
 
 
 def capture(
-    model: nn.Module, groups: Sequence[Group], inputs: Any, *, memory: int = MEMORY, rows: int = ROWS
+    model: nn.Module, groups: Sequence[Group], inputs: Any, *, memory: int = MEMORY, rows: int | None = ROWS
 ) -> dict[str, Sample]:
     """Run the model on its inputs and return what the first layer of each group was given, by that layer's path.
 
@@ -84,20 +84,24 @@ def capture(
     Args:
         inputs: a dict (called `model(**inputs)`), a tuple (`model(*inputs)`), or the one argument.
         memory: the most bytes to keep in all; layers beyond it are left out.
-        rows: how many rows of each batch dimension to keep.
+        rows: how many rows of each batch dimension to keep; None: whole tensors, as timing needs them.
     """
     samples: dict[str, Sample] = {}
     left = memory
 
     def record(layer: Layer, module: nn.Module | None, own: Callable[..., Any], args: Any, kwargs: Any) -> None:
         nonlocal left
-        if layer.path in samples:
+        known = samples.get(layer.path)
+        if known is not None and (outputs is None or known.with_grad is not None):
             return
         bound = inspect.signature(own).bind(*(args if layer.function or module is None else (module, *args)), **kwargs)
         bound.apply_defaults()
         names = {parameter.name for parameter in layer.signature}
         arguments = {name: value for name, value in bound.arguments.items() if name in names}
-        cut = _cut_rows(arguments, layer, rows)
+        if known is not None:
+            samples[layer.path] = replace(known, with_grad=tuple(n for n, v in arguments.items() if _needs_grad(v)))
+            return
+        cut = arguments if rows is None else _cut_rows(arguments, layer, rows)
         size = sum(memory_of(value).nbytes for value in cut.values() if isinstance(value, torch.Tensor))
         if size <= left:
             left -= size
@@ -156,7 +160,7 @@ def _loss_of(result: Any) -> torch.Tensor | None:
 
 
 def _add_gradients(
-    samples: dict[str, Sample], outputs: Mapping[str, list[torch.Tensor]], loss: torch.Tensor | None, rows: int
+    samples: dict[str, Sample], outputs: Mapping[str, list[torch.Tensor]], loss: torch.Tensor | None, rows: int | None
 ) -> None:
     """Take the gradients of the outputs of each captured layer, cut as its inputs were."""
     wanted = [(path, output) for path, found in outputs.items() for output in found if output.requires_grad]
@@ -167,8 +171,8 @@ def _add_gradients(
     for (path, _), gradient in zip(wanted, found, strict=True):
         by_path.setdefault(path, []).append(gradient)
     for path, gradients in by_path.items():
-        cut = tuple(None if g is None else _cut_like(samples[path], g).clone() for g in gradients)
-        samples[path] = replace(samples[path], upstream=cut)
+        kept = (g if g is None or rows is None else _cut_like(samples[path], g) for g in gradients)
+        samples[path] = replace(samples[path], upstream=tuple(None if g is None else g.clone() for g in kept))
 
 
 def _cut_like(sample: Sample, gradient: torch.Tensor) -> torch.Tensor:
@@ -180,6 +184,10 @@ def _cut_like(sample: Sample, gradient: torch.Tensor) -> torch.Tensor:
         if like is not None and like.shape[at] < gradient.shape[at]:
             gradient = gradient.narrow(at, 0, like.shape[at])
     return gradient
+
+
+def _needs_grad(value: Any) -> bool:
+    return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(value))
 
 
 def _hook(record: Callable[..., None], layer: Layer, own: Callable[..., Any]) -> Callable[..., None]:

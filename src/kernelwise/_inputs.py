@@ -46,13 +46,15 @@ _MADE = {"B": 3, "S": 7, "H": 64, "I": 96, "Hq": 4, "Hk": 2, "D": 64, "R": 32}
 class Sample:
     """What one call of a layer was given: the arguments of its forward by name, and the module (None for a function).
 
-    `upstream` are the gradients that the model's own backward gave its outputs, where the model computed a loss.
+    `upstream` are the gradients that the model's own backward gave its outputs, where the model computed a loss. `with_grad`
+    names the arguments through which that backward went on; None where nobody has looked.
     """
 
     arguments: dict[str, Any]
     module: nn.Module | None
     captured: bool = False
     upstream: tuple[torch.Tensor | None, ...] = ()
+    with_grad: tuple[str, ...] | None = None
 
 
 class _Symbols(dict[str, Any]):
