@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable
 
 import pytest
 import torch
 from exact import assert_as_exact, float64_mode
+
+from kernelwise._exact import deviation
 
 EPS = 1e-6
 
@@ -146,3 +149,81 @@ def test_float64_mode_reaches_the_backward_pass():
     ((weight.double() * normed) ** 2).sum().backward()
     assert x.grad is not None
     assert (x.grad - wide.grad).abs().max() < 1e-12
+
+
+@DTYPES
+def test_a_row_of_large_numbers_does_not_hide_that_the_others_are_wrong(dtype):
+    """All but the first row are garbage, and smaller than the last place of the first row's numbers."""
+    exact = torch.randn(6, 64, dtype=torch.float64)
+    exact[0] *= 2.0 / torch.finfo(dtype).eps
+    exact = exact.to(dtype).double() if dtype != torch.float16 else (exact * 1e-3).to(dtype).double()
+    own = exact.to(dtype)
+    wrong = own.clone()
+    wrong[1:] = -wrong[1:]
+    assert deviation(own, own.clone(), exact).status == "passed"
+    found = deviation(own, wrong, exact)
+    assert found.status == "wrong_values"
+    assert found.place[0] > 0
+    assert found.ratio > 10
+
+
+def test_a_row_that_is_too_narrow_to_be_judged_alone_is_judged_with_the_others():
+    """Two numbers may be what is left of larger ones that cancel."""
+    exact = torch.tensor([[1.0, 2.0], [1e-9, -1e-9]], dtype=torch.float64)
+    own = exact.float()
+    new = own + torch.tensor([[0.0, 0.0], [1e-7, 0.0]])
+    assert deviation(own, new, exact).status == "passed"
+
+
+def test_subnormal_numbers_may_be_flushed_to_zero_and_no_others():
+    exact = torch.full((2, 64), 1.0, dtype=torch.float64)
+    exact[1] = 1e-40
+    own = exact.float()
+    flushed = own.clone()
+    flushed[1] = 0
+    assert deviation(own, flushed, own.double()).status == "passed"
+    own[1] = 1e-30
+    assert deviation(own, flushed, own.double()).status == "wrong_values"
+
+
+def test_float64_mode_keeps_numbers_exact_that_would_be_rounded_to_the_default_dtype():
+    third = torch.tensor(1.0, dtype=torch.float64) / 3
+    with float64_mode():
+        made = {
+            "tensor": (torch.tensor(0.1), 0.1), "list": (torch.tensor([0.1])[0], 0.1), "full": (torch.full((), 0.1), 0.1),
+            "as_tensor": (torch.as_tensor(0.1), 0.1), "divided": (torch.tensor(1) / torch.tensor(3), third),
+            "times": (torch.arange(3)[1] * 0.1, 0.1), "linspace": (torch.linspace(0, 0.1, 2)[1], 0.1),
+            "root": (torch.tensor(2).sqrt(), 2**0.5), "mean": (torch.arange(3)[:2].float().mean(), 0.5),
+        }  # fmt: skip
+        whole = torch.tensor([1, 2]), torch.tensor(3), torch.arange(3)[torch.tensor(1)]
+    for name, (found, wanted) in made.items():
+        assert found.dtype == torch.float64, name
+        assert float(found) == pytest.approx(float(wanted), rel=1e-15), name
+    assert {t.dtype for t in whole} == {torch.int64}
+
+
+@DTYPES
+def test_float64_mode_draws_the_random_numbers_that_the_code_draws(dtype):
+    def draws(x: torch.Tensor) -> list[torch.Tensor]:
+        torch.manual_seed(0)
+        functional = torch.nn.functional
+        made = [torch.rand(5), functional.dropout(x, 0.5), torch.native_dropout(x, 0.3, True)[0], torch.randn_like(x)]
+        return [*made, x.new_empty(9).uniform_(), torch.rand_like(x), x.clone().bernoulli_(0.5), torch.rand(3)]
+
+    with torch.random.fork_rng(devices=()):
+        plain = draws(torch.ones(64, dtype=dtype))
+        with float64_mode(dtype):
+            wide = draws(torch.ones(64, dtype=torch.float64))
+    for one, other in zip(plain, wide, strict=True):
+        assert other.dtype == torch.float64
+        torch.testing.assert_close(one.double(), other, rtol=torch.finfo(dtype).eps, atol=0)
+    assert len(torch.unique(wide[1])) == 2
+
+
+def test_float64_mode_leaves_other_threads_alone():
+    found: list[torch.dtype] = []
+    with float64_mode():
+        thread = threading.Thread(target=lambda: found.extend((torch.ones(2).dtype, torch.get_default_dtype())))
+        thread.start()
+        thread.join()
+    assert found == [torch.float32, torch.float32]

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
@@ -26,6 +27,12 @@ FACTOR = 2.0  # a kernel may err this many times as much as the layer's own code
 FLOOR_ULPS = 2.0
 MEAN_FACTOR = 1.25  # one rounding more than a single one gives 1.41 times the mean error
 MEAN_ELEMENTS = 1024  # fewer say too little about a mean
+ROW_WIDTH = 32
+"""The least elements of a row that is judged by its own size. In narrower ones all results may be what is left of larger
+numbers that cancel, and whose error they keep; that a whole row of so many cancels does not happen by chance."""
+
+_FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.scalar_tensor)
+"""What rounds a Python number to the default dtype before a dispatch mode sees it."""
 
 
 def _widen(value: Any) -> Any:
@@ -36,33 +43,96 @@ def _widen(value: Any) -> Any:
     return value
 
 
+_DRAWS = frozenset(
+    getattr(torch.ops.aten, name)
+    for name in ("native_dropout", "bernoulli", "bernoulli_", "rand_like", "randn_like", "normal_", "uniform_")
+)
+
+
 class _Float64Mode(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, drawn: torch.dtype) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.drawn = drawn
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func is torch.ops.aten.view.dtype:  # looks at the bytes: another dtype would be another operation
             return func(*args, **kwargs)
+        if func.overloadpacket in _DRAWS:
+            return _drawn(func, args, kwargs, self.drawn)
         schema = func._schema.arguments
         # A tensor that is written to keeps its identity, so it keeps its dtype; what is written is still float64.
         written = [a.alias_info is not None and a.alias_info.is_write for a in schema]
         names = {a.name for a, w in zip(schema, written, strict=True) if w}
         args = tuple(a if w else tree_map(_widen, a) for a, w in zip(args, written, strict=False))
         kwargs = {k: v if k in names else tree_map(_widen, v) for k, v in kwargs.items()}
+        found = func(*args, **kwargs)
+        if names or not (isinstance(found, torch.Tensor) and found.dtype in NARROW_DTYPES):
+            return found
+        return _made_wide(func, args, kwargs, found)
+
+
+def _drawn(func: Any, args: Any, kwargs: Any, dtype: torch.dtype) -> Any:
+    """Draw the random numbers that code in `dtype` draws: in float64 others come out of the same state of the generator."""
+
+    def narrow(value: Any) -> Any:
+        return value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+
+    first, *rest = args
+    if func.overloadpacket is torch.ops.aten.native_dropout:
+        _, kept = func(torch.ones_like(first, dtype=dtype), *rest, **kwargs)
+        if len(rest) > 1 and rest[1] is False:
+            return _widen(first).clone(), kept
+        return _widen(first) * kept * (0.0 if rest[0] == 1 else 1 / (1 - rest[0])), kept
+    if func._schema.is_mutable:
+        return first.copy_(func(narrow(first), *tree_map(narrow, rest), **kwargs))
+    return tree_map(_widen, func(*tree_map(narrow, args), **kwargs))
+
+
+def _made_wide(func: Any, args: Any, kwargs: Any, found: torch.Tensor) -> torch.Tensor:
+    """Of a result in the default dtype, though nothing narrow went in, return what it is in float64.
+
+    Random numbers are those that the layer's own code draws; whole numbers are divided as float64.
+    """
+    if torch.Tag.nondeterministic_seeded in func.tags:
+        return found.double()
+    try:
+        if any(argument.name == "dtype" for argument in func._schema.arguments):
+            again = func(*args, **{**kwargs, "dtype": torch.float64})
+        else:
+            again = func(*tree_map(_from_integers, args), **tree_map(_from_integers, kwargs))
+    except (RuntimeError, TypeError):  # it takes no such dtype, or an index that must stay whole
+        return found.double()
+    return again.double() if isinstance(again, torch.Tensor) and again.shape == found.shape else found.double()
+
+
+def _from_integers(value: Any) -> Any:
+    whole = isinstance(value, torch.Tensor) and not value.is_floating_point() and not value.is_complex()
+    return value.double() if whole else value
+
+
+class _Float64Numbers(TorchFunctionMode):
+    """Keeps Python numbers exact where a tensor is made of them."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        if func in _FROM_NUMBERS and kwargs.get("dtype") is None and len(args) < 2:
+            data = args[0] if args else next(iter(kwargs.values()), None)
+            if type(data) is float or (type(data) in (list, tuple) and func(*args, **kwargs).is_floating_point()):
+                kwargs = {**kwargs, "dtype": torch.float64}
         return func(*args, **kwargs)
 
 
 @contextmanager
-def float64_mode() -> Iterator[None]:
-    """Inside, every operation computes in float64, whatever dtype the code asks for.
+def float64_mode(drawn: torch.dtype = torch.float32) -> Iterator[None]:
+    """Inside, every operation of this thread computes in float64, whatever dtype the code asks for.
 
-    Give it float64 inputs: gradients come back in the dtype of the leaf they belong to.
+    Give it float64 inputs: gradients come back in the dtype of the leaf they belong to. Random numbers, and so what a dropout
+    leaves out, are those that come in the dtype `drawn` from the same state of the generator. The default dtype stays as it
+    is, because other threads make tensors too.
     """
-    default = torch.get_default_dtype()
-    torch.set_default_dtype(torch.float64)
-    try:
-        with _Float64Mode():  # type: ignore[no-untyped-call]
-            yield
-    finally:
-        torch.set_default_dtype(default)
+    with _Float64Numbers(), _Float64Mode(drawn):  # type: ignore[no-untyped-call]
+        yield
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,13 +193,14 @@ def deviation(
     if not bool(judged.any()):
         return Deviation("passed")
     errors = (new.double() - exact).abs().masked_fill_(~judged, -1.0)
-    worst = int(errors.argmax())
+    own_errors = (own.double() - exact).abs().masked_fill_(~judged, 0.0)
+    bounds = _bounds(own_errors, exact.abs().masked_fill(~judged, 0.0), own.dtype, terms) * slack
+    # The worst element is the one that errs most by what is allowed there; where all is right, that which errs most.
+    beyond = errors > bounds
+    worst = int((torch.where(beyond, errors / bounds, -1.0) if bool(beyond.any()) else errors).argmax())
     error = float(errors.flatten()[worst])
-    own_error = float((own[judged].double() - exact[judged]).abs().max())
-    largest = float(exact[judged].abs().max())
-    allowed = FACTOR * own_error + FLOOR_ULPS * _ulp(largest, own.dtype)
-    allowed += math.sqrt(terms) / 8 * _ulp(largest, torch.float32)
-    allowed *= slack
+    allowed = float(bounds.expand_as(errors).flatten()[worst])
+    own_error = float(own_errors.max())
     detail = ""
     if error <= allowed and mean and own.dtype in (torch.float16, torch.bfloat16) and own.numel() >= MEAN_ELEMENTS:
         detail = _rounded_more_often(own[judged], new[judged], exact[judged])
@@ -158,10 +229,31 @@ def _rounded_more_often(own: torch.Tensor, new: torch.Tensor, exact: torch.Tenso
     return f"the root mean square of its errors is {mean_new:.3g}, allowed {allowed:.3g}: it rounds more often"
 
 
-def _ulp(value: float, dtype: torch.dtype) -> float:
+def _bounds(own_errors: torch.Tensor, sizes: torch.Tensor, dtype: torch.dtype, terms: int) -> torch.Tensor:
+    """Return what each row may err, as a tensor that broadcasts: by the size of the row, and no more than by that of all.
+
+    How much the own code errs is taken over all rows, as a share of each row's largest number: the error of a single row is
+    a matter of luck.
+    """
+    floor = math.sqrt(terms) / 8
+    largest = sizes.max()
+    whole = FACTOR * own_errors.max() + FLOOR_ULPS * _ulp(largest, dtype) + floor * _ulp(largest, torch.float32)
+    if sizes.dim() < 2 or sizes.shape[-1] < ROW_WIDTH:
+        return whole
+    rows = sizes.amax(-1, keepdim=True)
     info = torch.finfo(dtype)
-    smallest = info.smallest_normal * info.eps  # the distance between subnormal numbers
-    return max(info.eps * 2.0 ** math.floor(math.log2(value)), smallest) if value > 0 else smallest
+    # Subnormal numbers may be flushed to zero, but for those of float16, which all hardware keeps.
+    rows = rows.clamp(min=info.smallest_normal / (1.0 if dtype == torch.float16 else info.eps))
+    share = (own_errors.amax(-1, keepdim=True) / rows).max()
+    by_row = FACTOR * share * rows + FLOOR_ULPS * _ulp(rows, dtype) + floor * _ulp(rows, torch.float32)
+    return by_row.minimum(whole)
+
+
+def _ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """The distance between neighbouring numbers of a dtype at the size of some float64 numbers."""
+    info = torch.finfo(dtype)
+    units: torch.Tensor = torch.exp2(values.clamp(min=info.smallest_normal).log2().floor()) * info.eps
+    return units
 
 
 def _at(where: torch.Tensor, new: torch.Tensor, exact: torch.Tensor, status: Status, detail: str) -> Deviation:
