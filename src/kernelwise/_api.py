@@ -227,7 +227,7 @@ def _proofs(model: nn.Module) -> dict[int, str]:
 def _proof(kernel: Kernel, said: dict[str, str]) -> str:
     if is_registered(kernel):
         return "your word (register_op)"
-    return "builtin" if kernel.ref.scheme == "builtin" else said.get(str(kernel.ref), "unproven")
+    return said.get(str(kernel.ref), "unproven") if _prove.needs_proof(kernel.ref) else "builtin"
 
 
 @contextmanager

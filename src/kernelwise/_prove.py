@@ -182,6 +182,11 @@ class Prover:
         return checks, True
 
 
+def needs_proof(ref: KernelRef) -> bool:
+    """Return whether a kernel must be proven on this machine: others' kernels, and what is compiled here."""
+    return ref.scheme != "builtin" or ref.location == "inductor"
+
+
 def on_trust(plan: Plan) -> Plan:
     """Return a plan that says that nobody has asked for proofs."""
     return _with_proofs(plan, ON_TRUST)
@@ -265,7 +270,7 @@ def _kinds(model: nn.Module, plan: Plan) -> list[_Kind]:
             found = layer.recognition_in_training
         if decision.kernel is not kernel or found is not computes:
             kernel, computes = decision.kernel, found
-            asks = kernel is not None and kernel.ref.scheme != "builtin" and kernel.function is not None
+            asks = kernel is not None and needs_proof(kernel.ref) and kernel.function is not None
             read = _names_read(kernel, computes) if kernel is not None and asks else None
         if not asks:
             continue
@@ -338,7 +343,7 @@ def _ref(kind: _Kind) -> str:
 
 def _with_proofs(plan: Plan, proof: str, *, but: dict[str, str] | None = None) -> Plan:
     kernels = {id(d.kernel): d.kernel for d in plan.decisions if d.kernel is not None}
-    refs = sorted({str(kernel.ref) for kernel in kernels.values() if kernel.ref.scheme != "builtin"})
+    refs = sorted({str(kernel.ref) for kernel in kernels.values() if needs_proof(kernel.ref)})
     return replace(plan, proofs=tuple((ref, (but or {}).get(ref, proof)) for ref in refs)) if refs else plan
 
 

@@ -19,6 +19,8 @@ from kernelwise._data import KernelRef
 Fault = tuple[str, str]
 
 METADATA_KEYS = ("version", "revision", "trust_remote_code")
+BUILTIN_BACKENDS = ("torch", "inductor")
+"""What may stand before a builtin layer: PyTorch's own operators, or what Inductor compiles."""
 
 _CONTROL = re.compile("[\x00-\x1f\x7f-\x9f\ud800-\udfff]")
 _URL = re.compile(r"([A-Za-z][A-Za-z0-9+.-]+)://+(.*)", re.DOTALL)
@@ -72,8 +74,7 @@ def read_reference(text: str, *, local: bool = False) -> tuple[KernelRef | None,
         return None, [_url_fault(text, url[1], url[2])]
     scheme, _, rest = text.partition(":")
     if scheme == "builtin":
-        faults = _layer_faults(rest, f"builtin:{rest}", '"builtin:RMSNorm"')
-        return (None, faults) if faults else (KernelRef("builtin", "", rest), [])
+        return _read_builtin(rest)
     if scheme == "package":
         return _read_package(rest)
     if text.startswith(("/", "\\\\")) or _DRIVE.match(text):
@@ -184,6 +185,19 @@ def _read_path(text: str) -> tuple[KernelRef | None, list[Fault]]:
         what = f"the local path {show(text)} does not end in the name of a package"
         faults.append((what, 'name the directory of the kernel repository: "/home/user/layer_norm:RMSNorm"'))
     return (None, faults) if faults else (KernelRef("path", str(directory), layer), [])
+
+
+def _read_builtin(rest: str) -> tuple[KernelRef | None, list[Fault]]:
+    """Read `builtin:Layer`, or `builtin:torch:Layer` and `builtin:inductor:Layer` for what is not ours."""
+    backend, colon, layer = rest.rpartition(":")
+    faults = _layer_faults(layer, f"builtin:{rest}", '"builtin:RMSNorm"')
+    if colon and backend not in BUILTIN_BACKENDS:
+        guess = did_you_mean(backend, BUILTIN_BACKENDS)
+        what = f"{show(f'builtin:{rest}')}: there is no backend {show(backend)}{guess}"
+        faults.insert(
+            0, (what, f"write builtin:{layer or 'RMSNorm'}, or one of {', '.join(BUILTIN_BACKENDS)} before it")
+        )
+    return (None, faults) if faults else (KernelRef("builtin", backend, layer), [])
 
 
 def _read_package(rest: str) -> tuple[KernelRef | None, list[Fault]]:

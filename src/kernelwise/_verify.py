@@ -33,6 +33,9 @@ _OTHER_STRIDES = ("contiguous inputs", "inputs with gaps", "transposed inputs", 
 _AS_GIVEN = {True: "as given, in training", False: "as given, in evaluation"}
 """The case of the other mode, where one check speaks for both: a kernel may ask for `self.training`."""
 
+_FOR_COMPILED = ("as given", "the model's gradients", "scale ", "random weights", "no gradients", "one row", "NaN ")
+"""Cases for a kernel that is compiled anew for every kind of input: those of other kinds would check other kernels."""
+
 _DEADLY = ("crashed", "exited", "timed_out", "out_of_memory", "load_failed")
 """Statuses after which no further case is tried."""
 
@@ -160,6 +163,8 @@ def _all_cases(
     training = decision.mode.startswith("training")
     given, sample = sample, _in_mode(sample, training)
     for index, case in enumerate(cases(layer, sample, decision.mode, generator=generator)):
+        if kernel.ref.location == "inductor" and not case.name.startswith(_FOR_COMPILED):
+            continue
         if not kernel.has_backward and case.grad != "none":
             case = _without_gradients(case)
             if case.second or case.retain or case.name.startswith("only"):

@@ -14,7 +14,7 @@ from kernelwise._errors import KernelLoadError
 from kernelwise.sources import builtin, hub, package, path
 from kernelwise.sources._explain import explain
 
-__all__ = ["BeforeImport", "builtin_refs", "describe", "load"]
+__all__ = ["BeforeImport", "builtin_refs", "describe", "every_builtin_ref", "load"]
 
 BeforeImport = Callable[[Kernel, str], None]
 """Called with what is known of a kernel (its reference and commit) and a hash of its files, "" where there is none."""
@@ -55,3 +55,8 @@ def describe(ref: KernelRef, *, device: str) -> Kernel | None:
 def builtin_refs(op: str, *, device: str) -> tuple[KernelRef, ...]:
     """Return the builtin kernels that compute an operation on a device type."""
     return builtin.refs(op, device=device)
+
+
+def every_builtin_ref(op: str, layer: str, *, device: str) -> tuple[KernelRef, ...]:
+    """Return those and the ones that are never offered unasked, for a layer of that name: what tuning tries."""
+    return builtin.every_ref(op, layer, device=device)

@@ -1,4 +1,8 @@
-"""The kernels that come with Kernelwise: functions by the roles of an operation, `builtin:RMSNorm`."""
+"""The kernels that come with Kernelwise: functions by the roles of an operation, `builtin:RMSNorm`.
+
+Two further backends are never offered unasked, only tried by tuning or named by a rule: PyTorch's own fused operators
+(`builtin:torch:RMSNorm`), and what Inductor makes of an operation (`builtin:inductor:RMSNorm`).
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 from kernelwise._data import Kernel, KernelRef, Limits, Scalar
-from kernelwise.sources import registered
+from kernelwise.sources import _inductor, registered
 from kernelwise.sources._explain import failure, no_such_layer, one_line
 from kernelwise.sources._layer_class import signature
 from kernelwise.sources._repository import content_hash
@@ -34,12 +38,15 @@ class _Entry:
     unasked: bool = True  # whether it is offered to a layer of which no rule speaks
 
 
-_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",)}
-_MIN_ARCH = {"cpu": None, "triton": "sm_80"}
-_REQUIRES: dict[str, tuple[str, ...]] = {"cpu": (), "triton": ("triton",)}
+_DEVICES = {"cpu": ("cpu",), "triton": ("cuda",), "torch": ("cpu", "cuda")}
+_MIN_ARCH = {"cpu": None, "triton": "sm_80", "torch": None}
+_REQUIRES: dict[str, tuple[str, ...]] = {"cpu": (), "triton": ("triton",), "torch": ()}
+_PACKAGES = {"cpu": "cpu", "triton": "triton", "torch": "torch_native"}
+_LOCATIONS = {"torch": "torch"}  # the others are told apart by their device
 _MEND = {
     "cpu": "pip install --no-build-isolation --force-reinstall --no-deps kernelwise",
     "triton": "pip install triton",
+    "torch": "pip install --force-reinstall --no-deps kernelwise",
 }
 
 _SILU = (("activation", ("silu",)),)
@@ -70,7 +77,17 @@ CATALOGUE: tuple[_Entry, ...] = (
         for b in ("cpu", "triton")
     ),
     _Entry("Linear", "linear", "cpu", dtypes=("bfloat16", "float16")),
-)
+    # PyTorch's own operators, where models write them out. `torch.compile` finds them by itself.
+    _Entry("RMSNorm", "rms_norm", "torch", (("cast", ("before", "after")), ("offset", (0.0,))), unasked=False),
+    _Entry("LayerNorm", "layer_norm", "torch", (("offset", (0.0,)), ("dtype", ("own", "float32"))), unasked=False),
+    *(
+        _Entry(layer, "activation", "torch", (("activation", options),), unasked=False)
+        for layer, options in (
+            ("SiLU", ("silu",)), ("GeLU", ("gelu",)), ("GeluTanh", ("gelu_tanh",)), ("NewGELU", ("gelu_new",)),
+            ("FastGELU", ("gelu_fast",)), ("Activation", ("gelu_python",)),
+        )
+    ),
+)  # fmt: skip
 
 
 def refs(op: str, *, device: str) -> tuple[KernelRef, ...]:
@@ -79,10 +96,25 @@ def refs(op: str, *, device: str) -> tuple[KernelRef, ...]:
     return (*registered.refs(op, device=device), *(KernelRef("builtin", "", layer) for layer in found))
 
 
+def every_ref(op: str, layer: str, *, device: str) -> tuple[KernelRef, ...]:
+    """Return all kernels for an operation on a device type, also those that are never offered unasked.
+
+    `layer` is the name of a layer of that operation, under which Inductor's kernel goes.
+    """
+    found = [e for e in CATALOGUE if e.op == op and device in _DEVICES[e.backend]]
+    ours = [KernelRef("builtin", _LOCATIONS.get(e.backend, ""), e.layer) for e in found]
+    compiled = _inductor.refs(op, layer) if device in _inductor.DEVICES else ()
+    return (*registered.refs(op, device=device), *ours, *compiled)
+
+
 def describe(ref: KernelRef, *, device: str) -> Kernel | None:
     """Return a builtin kernel as data, without its function; None where there is none of that name for the device."""
-    entry = _find(ref.layer, device)
-    return registered.find(ref.layer, device=device) if entry is None else _kernel(ref, entry)
+    if ref.location == _inductor.BACKEND:
+        return _inductor.describe(ref) if device in _inductor.DEVICES else None
+    entry = _find(ref, device)
+    if entry is not None:
+        return _kernel(ref, entry)
+    return None if ref.location else registered.find(ref.layer, device=device)
 
 
 def load(ref: KernelRef, *, device: str) -> Kernel:
@@ -92,20 +124,23 @@ def load(ref: KernelRef, *, device: str) -> Kernel:
         KernelLoadError: no such kernel, none for the device, what it runs on (Triton, the C++ library) is missing, or
             PyTorch's own code is as good on this processor.
     """
-    entry = _find(ref.layer, device)
-    function = registered.find(ref.layer, device=device)
+    if ref.location == _inductor.BACKEND:
+        return _inductor.load(ref, device=device)
+    entry = _find(ref, device)
+    function = None if ref.location else registered.find(ref.layer, device=device)
     if entry is None and function is not None:
         return function
     if entry is None:
-        devices = {name for e in CATALOGUE if e.layer == ref.layer for name in _DEVICES[e.backend]}
+        beside = [e for e in CATALOGUE if _LOCATIONS.get(e.backend, "") == ref.location]
+        devices = {name for e in beside if e.layer == ref.layer for name in _DEVICES[e.backend]}
         if not devices:
-            raise no_such_layer(ref, {e.layer for e in CATALOGUE})
+            raise no_such_layer(ref, {e.layer for e in beside})
         raise failure(
             ref, f"it runs on {', '.join(sorted(devices))}, not on {device}", fix="leave the layer its own code"
         )
     mend = _MEND[entry.backend]
     try:
-        module = importlib.import_module(f"kernelwise.kernels.{entry.backend}.{entry.op}")
+        module = importlib.import_module(f"kernelwise.kernels.{_PACKAGES[entry.backend]}.{entry.op}")
     except (ImportError, OSError, RuntimeError) as error:
         reason = one_line(error).removesuffix(f": {mend}")
         raise failure(ref, f"it cannot be imported: {reason}", fix=mend) from error
@@ -127,8 +162,9 @@ def _worthwhile(ref: KernelRef, entry: _Entry, module: ModuleType) -> _Entry:
     return replace(entry, dtypes=dtypes)
 
 
-def _find(layer: str, device: str) -> _Entry | None:
-    return next((e for e in CATALOGUE if e.layer == layer and device in _DEVICES[e.backend]), None)
+def _find(ref: KernelRef, device: str) -> _Entry | None:
+    here = (e for e in CATALOGUE if _LOCATIONS.get(e.backend, "") == ref.location and device in _DEVICES[e.backend])
+    return next((e for e in here if e.layer == ref.layer), None)
 
 
 def _kernel(ref: KernelRef, entry: _Entry, function: Callable[..., Any] | None = None) -> Kernel:
@@ -156,7 +192,7 @@ def _backend_hash(backend: str) -> str:
     kernels = Path(__file__).parents[1] / "kernels"
     files = b"".join(
         [
-            content_hash(kernels / backend).encode(),
+            content_hash(kernels / _PACKAGES[backend]).encode(),
             *((kernels / name).read_bytes() for name in ("_layout.py", "_autograd.py")),
         ]
     )

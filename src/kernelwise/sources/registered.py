@@ -46,7 +46,8 @@ def forget(op: str) -> None:
 def is_registered(kernel: Kernel) -> bool:
     """Return whether a kernel is a function that a user has registered; its reference looks like that of a builtin one."""
     module = getattr(kernel.function, "__module__", None) or ""
-    return kernel.ref.scheme == "builtin" and kernel.function is not None and not _is_ours(module)
+    named = kernel.ref.scheme == "builtin" and not kernel.ref.location  # a backend compiles what users register too
+    return named and kernel.function is not None and not _is_ours(module)
 
 
 def _is_ours(module: str) -> bool:
