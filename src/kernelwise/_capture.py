@@ -22,7 +22,8 @@ from kernelwise._alike import traits_of
 from kernelwise._data import Decision, Kernel, KernelRef, Layer, Plan, Target
 from kernelwise._discover import globals_called, own_forward
 from kernelwise._inputs import Sample, axes
-from kernelwise._observe import copied, memory_of, user_random_state
+from kernelwise._observe import copied, memory_of
+from kernelwise._process import user_random_state
 
 MEMORY = 256 << 20
 ROWS = 32

@@ -35,6 +35,7 @@ Status = Literal[
     "wrong_requires_grad",
     # what a kernel does besides
     "input_overwritten",
+    "setting_changed",  # one of the process: the default dtype, the number of threads
     "not_repeatable",
     "leaks_memory",
     "does_not_compile",

@@ -131,7 +131,7 @@ def float64_mode(drawn: torch.dtype = torch.float32) -> Iterator[None]:
     leaves out, are those that come in the dtype `drawn` from the same state of the generator. The default dtype stays as it
     is, because other threads make tensors too.
     """
-    with _Float64Numbers(), _Float64Mode(drawn):  # type: ignore[no-untyped-call]
+    with _Float64Numbers(), _Float64Mode(drawn):
         yield
 
 

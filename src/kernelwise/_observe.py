@@ -22,6 +22,8 @@ from torch.utils._pytree import tree_flatten
 from kernelwise._data import Binding, Kernel, Layer, Parameter
 from kernelwise._discover import OURS
 from kernelwise._exact import NARROW_DTYPES, float64_mode
+from kernelwise._process import draw_from, drew_since, put_back, random_states, settings
+from kernelwise._process import user_random_state as user_random_state
 from kernelwise._signature import bind, source
 
 Call = Callable[..., Any]
@@ -56,7 +58,10 @@ class Case:
 
 @dataclass(slots=True)
 class Observed:
-    """What one call gave and did. Gradients are by the name of their leaf; `None` where there is none."""
+    """What one call gave and did. Gradients are by the name of their leaf; `None` where there is none.
+
+    `settings` are those of the process that it left changed; they have been put back.
+    """
 
     outputs: list[torch.Tensor] = field(default_factory=list)
     structure: str = ""
@@ -66,6 +71,8 @@ class Observed:
     second: dict[str, torch.Tensor | None] = field(default_factory=dict)
     no_second: str = ""
     overwritten: list[str] = field(default_factory=list)
+    settings: list[str] = field(default_factory=list)
+    draws: bool = False  # whether it drew random numbers
 
 
 def own_call(layer: Layer, own: Callable[..., Any]) -> Call:
@@ -230,11 +237,34 @@ def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
 
 
-def observe(call: Call, case: Case, *, wide: bool = False) -> Observed:
+def observe(call: Call, case: Case, *, wide: bool = False, natively: bool = False) -> Observed:
     """Run a call on fresh copies of a case's tensors. `wide` runs it in float64. Raises what the call raises, unless the
-    call has overwritten an input: that is what is observed then."""
+    call has overwritten an input: that is what is observed then.
+
+    A call that draws random numbers is made again from a seed that is always the same. `natively` also fills the memory that
+    compiled code allocates, by a setting of the whole process: for a process that has nothing else to do.
+    """
     with _device_of(case):
-        return _observe_tiled(call, case) if case.tiled else _observe(call, case, wide)
+        states, found = random_states(), settings()
+        try:
+            seen = _observe_tiled(call, case) if case.tiled else _observe(call, case, wide, natively)
+            if drew_since(states):
+                _seed()
+                seen = _observe_tiled(call, case) if case.tiled else _observe(call, case, wide, natively)
+                seen.draws = True
+        finally:
+            changed = put_back(found)
+            if drew_since(states):
+                draw_from(states)
+        seen.settings = changed
+        return seen
+
+
+def _seed() -> None:
+    torch.default_generator.manual_seed(0)
+    # Where CUDA is not in use, a seed would wait for the first use that the user makes of it.
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(0)
 
 
 def _device_of(case: Case) -> AbstractContextManager[Any]:
@@ -243,18 +273,20 @@ def _device_of(case: Case) -> AbstractContextManager[Any]:
     return nullcontext() if found is None else torch.cuda.device(found)
 
 
-def _observe(call: Call, case: Case, wide: bool) -> Observed:
+def _observe(call: Call, case: Case, wide: bool, natively: bool) -> Observed:
     given = _Given(case, wide=wide)
     if case.how == "compile":
-        torch._dynamo.reset()
         call = torch.compile(call, fullgraph=True)
     elif case.how == "cuda graph":
         call = _in_cuda_graph(call)
     seen = Observed()
     try:
         with (
-            _same_random_numbers(),
-            float64_mode() if wide else nullcontext() if case.fill is None else _filled_memory(case.fill),
+            float64_mode(_dtype_of(case))
+            if wide
+            else nullcontext()
+            if case.fill is None
+            else _filled_memory(case.fill, natively)
         ):
             seen = _run(call, case, given)
     except Exception:
@@ -264,23 +296,10 @@ def _observe(call: Call, case: Case, wide: bool) -> Observed:
     return seen
 
 
-@contextmanager
-def user_random_state() -> Iterator[None]:
-    """Give the user's random states back as they were: of the CPU, and of the GPUs where they are in use."""
-    in_use = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count()) if in_use else ()
-    with torch.random.fork_rng(devices=devices):
-        yield
-
-
-@contextmanager
-def _same_random_numbers() -> Iterator[None]:
-    with user_random_state():
-        torch.default_generator.manual_seed(0)
-        # Where CUDA is not in use, a seed would wait for the first use that the user makes of it.
-        if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-            torch.cuda.manual_seed_all(0)
-        yield
+def _dtype_of(case: Case) -> torch.dtype:
+    """The dtype in which a layer draws random numbers: that of the first number it is given."""
+    tensors = [v for v in case.arguments.values() if isinstance(v, torch.Tensor) and v.is_floating_point()]
+    return tensors[0].dtype if tensors else torch.float32
 
 
 def _run(call: Call, case: Case, given: _Given) -> Observed:
@@ -414,31 +433,43 @@ def _layout(output: torch.Tensor, given: _Given) -> str:
 
 
 @contextmanager
-def _filled_memory(value: float) -> Iterator[None]:
-    """Fill memory that is allocated without being written: with NaN, as PyTorch does for deterministic algorithms, or 0."""
-    if value == 0:
-        with _Zeros():  # type: ignore[no-untyped-call]
+def _filled_memory(value: float, natively: bool) -> Iterator[None]:
+    """Fill memory that is allocated without being written, with NaN or 0.
+
+    A mode of this thread sees what Python code allocates. What compiled code allocates within an operator, only the setting
+    for deterministic algorithms fills, with NaN; it is one of the process.
+    """
+    if not natively or value == 0:
+        with _Filled(value):
             yield
         return
-    settings: Any = torch.utils.deterministic
-    deterministic, warn_only = (
+    was: Any = torch.utils.deterministic
+    before = (
         torch.are_deterministic_algorithms_enabled(),
         torch.is_deterministic_algorithms_warn_only_enabled(),
+        was.fill_uninitialized_memory,
     )
-    filled = settings.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
-    settings.fill_uninitialized_memory = True
+    was.fill_uninitialized_memory = True
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(deterministic, warn_only=warn_only)
-        settings.fill_uninitialized_memory = filled
+        torch.use_deterministic_algorithms(before[0], warn_only=before[1])
+        was.fill_uninitialized_memory = before[2]
 
 
-class _Zeros(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class _Filled(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    def __init__(self, value: float) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.value = value
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         made = func(*args, **(kwargs or {}))
-        return made.zero_() if func.overloadpacket.__name__.startswith(("empty", "new_empty")) else made
+        if not func.overloadpacket.__name__.startswith(("empty", "new_empty")) or not isinstance(made, torch.Tensor):
+            return made
+        if self.value == 0 or made.is_floating_point() or made.is_complex():
+            return made.fill_(self.value)
+        return made if made.dtype == torch.bool else made.fill_(torch.iinfo(made.dtype).max)
 
 
 def _in_cuda_graph(call: Call) -> Call:
@@ -469,7 +500,7 @@ def growth(call: Call, case: Case) -> tuple[int, int]:
 
     The smallest growth of three rounds after a warm-up: what grows once is a cache, what grows every time is a leak.
     """
-    with _device_of(case), torch.no_grad():
+    with _device_of(case), user_random_state(), torch.no_grad():
         given = _Given(case, wide=False)
         outputs = [v for v in tree_flatten(call(given.module, **given.for_call()))[0] if isinstance(v, torch.Tensor)]
         nbytes = sum(output.nbytes for output in outputs)

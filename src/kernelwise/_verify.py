@@ -36,7 +36,7 @@ _AS_GIVEN = {True: "as given, in training", False: "as given, in evaluation"}
 _FOR_COMPILED = ("as given", "the model's gradients", "scale ", "random weights", "no gradients", "one row", "NaN ")
 """Cases for a kernel that is compiled anew for every kind of input: those of other kinds would check other kernels."""
 
-_DEADLY = ("crashed", "exited", "timed_out", "out_of_memory", "load_failed")
+_DEADLY = ("crashed", "exited", "timed_out", "out_of_memory", "load_failed", "setting_changed")
 """Statuses after which no further case is tried."""
 
 _SLACK = 4.0
@@ -51,6 +51,7 @@ NOT_BATCH_INVARIANT = "a row's result depends on the batch"
 NO_SECOND = "no second gradients"
 NO_BACKWARD = "no backward"
 ONE_BACKWARD = "one backward for each forward"
+DRAWS = "draws random numbers, which the layer does not"
 
 
 class _Runner(Protocol):
@@ -292,6 +293,10 @@ def _judge(base: Check, case: Case, own: Observed, exact: Observed, new: Observe
     written = [name for name in new.overwritten if name not in own.overwritten]
     if written:
         return replace(base, status="input_overwritten", what=written[0], detail=f"{', '.join(written)} was changed")
+    if changed := [name for name in new.settings if name not in own.settings]:
+        return replace(base, status="setting_changed", detail=f"for the whole process: {', '.join(changed)}")
+    if new.draws and not own.draws:
+        base = replace(base, marks=(*base.marks, DRAWS))
     if len(new.outputs) != len(own.outputs):
         return replace(base, status="wrong_structure", detail=f"{new.structure}; the layer's own: {own.structure}")
     found: list[tuple[str, Deviation]] = []

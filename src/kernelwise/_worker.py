@@ -28,6 +28,7 @@ from torch import nn
 from kernelwise import sources
 from kernelwise._data import Kernel, Layer, Status, from_json, to_json
 from kernelwise._observe import CannotTryError, Case, Observed, growth, kernel_call, observe
+from kernelwise._process import put_back, settings
 
 SECONDS = 60.0
 MEMORY = 8 << 30
@@ -350,8 +351,12 @@ def main() -> None:
     _limit(_receive(incoming)["memory"])
     _write(outgoing, {"ok": True})
     start = _receive(incoming)
+    before = settings()
     try:
         kernel = _load(from_json(Kernel, start["kernel"]), start["device"])
+        if changed := put_back(before):
+            said = f"its import changes {', '.join(changed)} for the whole process"
+            return _write(outgoing, {"failed": ["setting_changed", said]})
         _write(outgoing, {"ok": True})
     except BaseException as error:
         _write(outgoing, {"failed": ["load_failed", _text(error)]})
@@ -373,7 +378,7 @@ def main() -> None:
             do = message.pop("do")
             case = Case(module=module, **message)
             if do == "observe":
-                seen = observe(call, case)
+                seen = observe(call, case, natively=True)
                 answer: Any = {f.name: getattr(seen, f.name) for f in fields(seen)}
             else:
                 answer = list(growth(call, case))
