@@ -1,308 +1,266 @@
-"""Measure: things that do the same work, timed in turns → how much faster each is, and how sure that is.
+"""Measure: a layer's own code against a kernel, on what the model gives the layer → a timing.
 
-Times on a machine that does other things too drift, jump and repeat badly. So nothing is timed alone: in every round each
-contender has its turn, in an order that changes, and only ratios within a round count. What is said is the median of those
-ratios with a confidence interval that assumes nothing about how they scatter.
+Both are called as `_verify` calls them: with the model's own weights, without hooks and without the guards that stand before
+a kernel in a model. What those cost shows when the whole model is timed.
 """
 
 from __future__ import annotations
 
-import gc
-import math
-import statistics
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from random import Random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import cycle
 from time import perf_counter
+from typing import Any
 
 import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves, tree_map_only
 
-from kernelwise._evidence import Comparison
-from kernelwise._observe import user_random_state
+from kernelwise._capture import Group, module_of
+from kernelwise._compare import compare as compare
+from kernelwise._compare import on_device, said
+from kernelwise._data import Kernel, Layer
+from kernelwise._environment import environment as environment
+from kernelwise._evidence import OWN_CODE, Comparison, Timing
+from kernelwise._inputs import Sample, with_defaults
+from kernelwise._observe import Call, bare_copy, copied, kernel_call, memory_of, own_call, user_random_state
+from kernelwise._verify import defaults_of, own_code
+from kernelwise.ops import OPERATIONS
 
-MIN_ROUNDS = 5
-"""Fewer rounds say nothing. Six are needed for an interval of 95 %; with five it is all that was seen."""
+CACHE = 32 << 20
+"""Bytes of the last cache before memory, where the processor does not tell."""
 
-NARROW = 0.02
-"""An interval this wide, as a part of its speed-up, needs no further rounds."""
+MEMORY = 1 << 30
+"""The most bytes that the copies of a layer's inputs may take."""
 
-_TURN_S = {"cpu": 200e-6}
-_TURN_ON_DEVICE_S = 1e-3
-"""How long a turn takes at least: so long that reading the clock, or starting a first kernel, is lost in it."""
-
-_SURE, _SURER = 20, 1000
-"""One error in so many: for the interval that is said, and for stopping early, since who looks often finds differences."""
+COPIES = 64
+"""The most copies of a layer's inputs. What is so small is in a cache in a model too: the layer before has just written it."""
 
 
 @dataclass(slots=True)
-class _Contender:
-    """A call and what is known of it. `times` are seconds of one call, by the number of the round."""
+class _Given:
+    """One copy of a layer's inputs. In training, `leaves` are what needs a gradient, and `upstream` are the outputs'."""
 
-    name: str
-    call: Callable[[], object]
-    repeats: int = 1
-    first_s: float = 0.0
-    peak: int | None = None
-    spent_s: float = 0.0
-    times: dict[int, float] = field(default_factory=dict)
-    done: bool = False
-    error: str | None = None
+    arguments: dict[str, Any]
+    leaves: list[torch.Tensor]
+    upstream: list[torch.Tensor]
 
 
-def compare(
-    calls: Mapping[str, Callable[[], object]],
+def measure_group(
+    model: nn.Module,
+    found: Group,
+    sample: Sample,
+    kernel: Kernel,
     *,
-    own: str,
-    device: str,
+    mode: str,
+    workload: str,
     seconds: float,
-    min_rounds: int = MIN_ROUNDS,
-    before: Callable[[str], object] | None = None,
+    calls: int = 1,
+    graph: bool = False,
     progress: Callable[[float], None] | None = None,
-) -> dict[str, Comparison | str]:
-    """Time calls in turns and return each one's comparison with the call named `own`, or why it has none.
+) -> Timing | str:
+    """Time a kernel and the own code of a layer in turns, on what the layer was given; or say why that cannot be.
 
-    The result has every name, `own` too: its comparison is with itself, for its time, memory and first call. A call that
-    raises is out, with the error as a string, and the others go on. Where `own` raises, no call has a comparison.
+    In training a call is forward and backward, with the model's gradients of its outputs where the sample has them, else
+    random ones; gradients are returned and kept nowhere. With `+compile` both are compiled, each as one graph for these
+    shapes, and `first_s` is the time of the kernel's first call, compiling included. The inputs rotate among copies that
+    together are larger than the device's last cache, as far as `MEMORY` and `COPIES` go. Weights are the model's, not copied.
 
-    In CUDA's case the device's own clock is read, around so many calls that starting them is hidden where it can be hidden; a
-    call that the processor cannot start fast enough costs what starting it costs. Anywhere else it is the time until the
-    device is done. A call that is to find cold caches cycles through copies of its inputs itself.
-
-    A call that never returns cannot be stopped in this process. Kernels of others have been called in a worker with a time
-    limit by then, when they were checked.
-
-    The user's random state stays as it is, and gradients are the calls' business. Memory is counted where CUDA's allocator
-    counts it, in a call that is not timed; this resets PyTorch's peak statistics of that device.
+    A result in words is an error of the kernel, or of the layer's own code on this sample.
 
     Args:
-        calls: what to time, by name. Each does the same work at every call.
-        own: the name of the call that the others are compared with.
-        device: where the work is done, such as "cpu", "cuda", "cuda:1" or "rocm".
-        seconds: how long the rounds may take in all. First calls and warming up come on top, and so does what is missing
-            for `min_rounds`. Rounds end before that when all differences are clear and their intervals narrow.
-        min_rounds: how many rounds there are whatever they take. A call that is at least twice as slow as `own` has fewer
-            where its turns alone took longer than `seconds`.
-        before: called with a call's name before each of its turns, outside of what is timed. A turn is then one call.
+        found: the layers that this speaks for; their decision's layer is timed.
+        sample: whole inputs of that layer, from `capture(..., rows=None)`.
+        kernel: loaded, and checked for this layer: nothing is checked here.
+        mode: one of `kernelwise._data.MODES`.
+        workload: what the sample is from, for the record.
+        seconds: how long the rounds may take; building, compiling and warming up come on top.
+        calls: how often the model calls a layer of this kind in the workload, for the record.
+        graph: call both inside CUDA graphs, so that what starting them costs does not count.
         progress: told which part of the rounds is done, 0 to 1.
 
     Raises:
-        KeyError: there is no call named `own`.
+        ValueError: `graph` is asked for where the layer is not on a GPU.
     """
-    found = {name: _Contender(name, call) for name, call in calls.items()}
-    base = found[own]
-    with _on(device), user_random_state(), _no_garbage_collection():
-        turn = _Turn(device, before)
-        for one in [base, *(c for c in found.values() if c is not base)]:
-            turn.warm_up(one)
-            if base.error is not None:
-                break
-        _rounds(base, found, turn, seconds, min_rounds, progress)
-    if base.error is not None:
-        why = f"there is nothing to compare it with: {own} fails: {base.error}"
-        return {name: one.error or why for name, one in found.items()}
-    return {name: one.error or _compared(base, one) for name, one in found.items()}
-
-
-def _rounds(
-    base: _Contender,
-    found: Mapping[str, _Contender],
-    turn: _Turn,
-    seconds: float,
-    min_rounds: int,
-    progress: Callable[[float], None] | None,
-) -> None:
-    """Give every contender its turn until all is clear or the time is over. A contender about which all is clear rests."""
-    random, began, number, look = Random(0), perf_counter(), 0, min_rounds
-    order: list[_Contender] = []
-    while True:
-        rivals = [one for one in found.values() if one is not base and one.error is None and not one.done]
-        if number >= max(1, min_rounds) and (not rivals or perf_counter() - began >= seconds):
-            break
-        # Each order is followed by its reverse, so that no call stands behind the same other one all the time.
-        if number % 2 == 0:
-            order = list(found.values())
-            random.shuffle(order)
-        else:
-            order.reverse()
-        for one in order:
-            if one is base and not turn.take(one, number):
-                return
-            if one in rivals:
-                turn.take(one, number)
-        number += 1
-        look_closely = number >= look
-        look = math.ceil(number * 1.25) if look_closely else look
-        for one in rivals:
-            if one.error is None:
-                hopeless = one.spent_s > seconds and max(_ratios(base, one)) < 0.5
-                one.done = hopeless or (look_closely and _is_clear(_ratios(base, one)))
-        if progress is not None:
-            progress(min(1.0, (perf_counter() - began) / seconds) if seconds > 0 else 1.0)
-    if progress is not None:
-        progress(1.0)
-
-
-class _Turn:
-    """Runs contenders and reads the clock of a device. What a contender raises is noted in it."""
-
-    def __init__(self, device: str, before: Callable[[str], object] | None) -> None:
-        kind = device.partition(":")[0]
-        self._cuda = kind in ("cuda", "rocm")
-        self._waits = not self._cuda and kind != "cpu"
-        self._least_s = _TURN_S.get(kind, _TURN_ON_DEVICE_S)
-        self._before = before
-        if self._cuda:
-            event: Callable[..., torch.cuda.Event] = torch.cuda.Event
-            self._begin, self._end = event(enable_timing=True), event(enable_timing=True)
-
-    def take(self, one: _Contender, number: int) -> bool:
-        """Give one its turn; return whether that went well."""
-        began = perf_counter()
+    layer = found.decision.layer
+    module = module_of(model, layer)
+    own = own_code(module, layer)
+    sample = with_defaults(sample, defaults_of(own))
+    training, compiled = mode.startswith("training"), mode.endswith("+compile")
+    device = _device_of(sample, layer)
+    if graph and not device.startswith("cuda"):
+        raise ValueError(f"{layer.path} is on {device}: CUDA graphs are for GPUs")
+    name = str(kernel.ref)
+    with on_device(device), user_random_state(), torch.set_grad_enabled(training):
+        bare = _bare(sample.module, training)
+        own_step = own_call(layer, own)
         try:
-            one.times[number] = self._time(one, one.repeats)
+            turn, num_copies = _rotation(layer, sample, bare, own_step, mode)
         except Exception as error:
-            self._fail(one, error)
-        one.spent_s += perf_counter() - began
-        return one.error is None
-
-    def warm_up(self, one: _Contender) -> None:
-        """Call it until it is warm, note its first call and its memory, and find how many calls make a turn."""
-        try:
-            one.first_s = self._time(one, 1)
-            began, number, once = perf_counter(), 0, math.inf
-            # A compiled call may compile once more, or be recorded, at its second and third call.
-            while number < 1 or (perf_counter() - began < 1.0 and (number < 3 or perf_counter() - began < 0.02)):
-                once = min(once, self._time(one, 1))
-                number += 1
-            if self._before is None:
-                one.repeats = _repeats(self._least_s, once)
-                if one.repeats > 1:
-                    one.repeats = _repeats(self._least_s, self._time(one, one.repeats))
-            if self._cuda:
-                one.peak = self._peak(one)
-        except Exception as error:
-            self._fail(one, error)
-
-    def _time(self, one: _Contender, repeats: int) -> float:
-        """Return the seconds that one call takes, of `repeats` without a pause."""
-        call = one.call
-        if self._before is not None:
-            self._before(one.name)
-        self._wait()
-        began = perf_counter()
-        if self._cuda:
-            self._begin.record()
-        for _ in range(repeats):
-            call()
-        if self._cuda:
-            self._end.record()
-            self._end.synchronize()
-            taken: float = self._begin.elapsed_time(self._end) / 1e3
-            return taken / repeats
-        self._wait()
-        return (perf_counter() - began) / repeats
-
-    def _wait(self) -> None:
-        if self._cuda:
-            torch.cuda.synchronize()
-        elif self._waits:
-            torch.accelerator.synchronize()
-
-    def _peak(self, one: _Contender) -> int:
-        if self._before is not None:
-            self._before(one.name)
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
-        held = torch.cuda.memory_allocated()
-        one.call()
-        torch.cuda.synchronize()
-        return torch.cuda.max_memory_allocated() - held
-
-    def _fail(self, one: _Contender, error: Exception) -> None:
-        said = str(error).strip().split("\n")[0][:300]
-        one.error = f"{type(error).__name__}: {said}" if said else type(error).__name__
-        if self._cuda and isinstance(error, torch.OutOfMemoryError):
-            del error
-            torch.cuda.empty_cache()  # or what it had taken is missing for the others
+            return f"the layer's own code fails on this sample: {said(error)}"
+        steps: dict[str, Callable[[], object]] = {}
+        for who, call in ((OWN_CODE, own_step), (name, kernel_call(layer, kernel, mode))):
+            # Not dynamic: PyTorch remembers shapes by a function's name, and all of these calls have the same one.
+            called = torch.compile(call, fullgraph=True, dynamic=False) if compiled else call
+            steps[who] = _trained(called, bare, turn) if training else _inferred(called, bare, turn)
+        made_s = 0.0
+        if graph:
+            for who, step in steps.items():
+                began = perf_counter()
+                try:
+                    steps[who] = _graphed(step, num_copies)
+                except Exception as error:
+                    return f"{who} cannot run in a CUDA graph: {said(error)}"
+                made_s = perf_counter() - began
+        compared = compare(steps, own=OWN_CODE, device=device, seconds=seconds, progress=progress)[name]
+    if isinstance(compared, str):
+        return compared
+    if graph:
+        compared = _one_of(compared, num_copies, made_s)
+    return Timing(layer.path, found.paths, name, mode, workload, compared, calls, graph)
 
 
-def _repeats(least_s: float, once: float) -> int:
-    return min(10_000, max(1, math.ceil(least_s / max(once, 1e-9))))
+def _bare(module: nn.Module | None, training: bool) -> nn.Module | None:
+    """The module with the model's own weights, without hooks and kernels; what it writes to its buffers is lost."""
+    if module is None:
+        return None
+    bare = bare_copy(module, lambda tensor: tensor)
+    for part in bare.modules():
+        part.training = training
+        for name, buffer in part._buffers.items():
+            part._buffers[name] = None if buffer is None else buffer.clone()
+    return bare
 
 
-def _compared(base: _Contender, one: _Contender) -> Comparison:
-    numbers = [number for number in one.times if number in base.times]
-    ratios = _ratios(base, one)
-    low, high = interval(ratios)
-    return Comparison(
-        own_us=statistics.median(base.times[n] for n in numbers) * 1e6,
-        us=statistics.median(one.times[n] for n in numbers) * 1e6,
-        speedup=statistics.median(ratios),
-        low=low,
-        high=high,
-        rounds=len(numbers),
-        own_peak=base.peak,
-        peak=one.peak,
-        first_s=one.first_s,
+# -------------------------------------------------------------------------------------------------------------- inputs
+
+
+def _rotation(
+    layer: Layer, sample: Sample, bare: nn.Module | None, own: Call, mode: str
+) -> tuple[Iterator[_Given], int]:
+    """Return copies of the inputs in turns without end, and how many there are. Whoever calls next gets the coldest."""
+    training = mode.startswith("training")
+    wanted = _wanting_gradients(layer, sample, bare, mode) if training else frozenset()
+    weights = [p for p in bare.parameters() if p.requires_grad] if training and bare is not None else []
+    first = _given(sample.arguments, wanted, weights, [])
+    if training:
+        roots = _roots(own(bare, **first.arguments))
+        if not roots:
+            raise ValueError("nothing that it gives has a gradient")
+        given = [*sample.upstream, *([None] * len(roots))]
+        first.upstream = [
+            torch.randn_like(root) if upstream is None or upstream.shape != root.shape else upstream.to(root)
+            for root, upstream in zip(roots, given, strict=False)
+        ]
+    tensors = [leaf for leaf in tree_leaves(first.arguments) if isinstance(leaf, torch.Tensor)]
+    size = sum(memory_of(tensor).nbytes for tensor in [*tensors, *first.upstream])
+    number = _number_of_copies(size, _cache_of(tensors))
+    copies = [first]
+    for _ in range(number - 1):
+        arguments = tree_map_only(torch.Tensor, _copy, first.arguments)
+        copies.append(_given(arguments, wanted, weights, [_copy(upstream) for upstream in first.upstream]))
+    return cycle(copies), number
+
+
+def _given(
+    arguments: dict[str, Any], wanted: frozenset[str], weights: Sequence[torch.Tensor], upstream: list[torch.Tensor]
+) -> _Given:
+    """Make leaves of what needs a gradient. What is no tensor is copied, since it may be a cache that a call writes to."""
+    found = {name: copied(value) if _no_tensors(value) else value for name, value in arguments.items()}
+    leaves = list(weights)
+
+    def leaf(tensor: torch.Tensor) -> torch.Tensor:
+        if not tensor.is_floating_point():
+            return tensor
+        leaves.append(tensor.detach().requires_grad_())
+        return leaves[-1]
+
+    for name in wanted:
+        found[name] = tree_map_only(torch.Tensor, leaf, found[name])
+    return _Given(found, leaves, upstream)
+
+
+def _no_tensors(value: Any) -> bool:
+    return not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
+
+
+def _copy(tensor: torch.Tensor) -> torch.Tensor:
+    return memory_of(tensor).clone().as_strided(tensor.shape, tensor.stride())
+
+
+def _number_of_copies(size: int, cache: int) -> int:
+    """So many copies that when the first one's turn comes again, the others have driven it out of the cache."""
+    fitting = max(1, MEMORY // max(size, 1))
+    return min(1 + -(-cache // max(size, 1)), fitting, COPIES)
+
+
+def _cache_of(tensors: Sequence[torch.Tensor]) -> int:
+    on_gpu = next((tensor.device for tensor in tensors if tensor.is_cuda), None)
+    return CACHE if on_gpu is None else int(torch.cuda.get_device_properties(on_gpu).L2_cache_size)
+
+
+def _wanting_gradients(layer: Layer, sample: Sample, bare: nn.Module | None, mode: str) -> frozenset[str]:
+    """The arguments through which a backward goes on: those that were seen, else those that are activations."""
+    weights = bare is not None and any(parameter.requires_grad for parameter in bare.parameters())
+    if sample.with_grad or (sample.with_grad is not None and weights):
+        return frozenset(sample.with_grad)
+    found = layer.computes(mode)
+    if found is None:
+        return frozenset(name for name, value in sample.arguments.items() if not _no_tensors(value))
+    roles = {role.name for role in OPERATIONS[found.op].roles if role.follows == "activations"}
+    bound = {str(b.value) for role, b in found.roles if role in roles and b.kind == "argument"}
+    return frozenset(bound & set(sample.arguments))
+
+
+def _device_of(sample: Sample, layer: Layer) -> str:
+    held = () if sample.module is None else sample.module.parameters()
+    tensors = [leaf for leaf in tree_leaves(sample.arguments) if isinstance(leaf, torch.Tensor)]
+    return next((str(tensor.device) for tensor in [*tensors, *held]), layer.device)
+
+
+# --------------------------------------------------------------------------------------------------------------- steps
+
+
+def _inferred(call: Call, bare: nn.Module | None, turn: Iterator[_Given]) -> Callable[[], object]:
+    def step() -> object:
+        return call(bare, **next(turn).arguments)
+
+    return step
+
+
+def _trained(call: Call, bare: nn.Module | None, turn: Iterator[_Given]) -> Callable[[], object]:
+    """Forward and backward. Gradients are handed out, not added up: in a step of training the first ones are not either."""
+
+    def step() -> object:
+        given = next(turn)
+        roots = _roots(call(bare, **given.arguments))
+        return torch.autograd.grad(roots, given.leaves, given.upstream, allow_unused=True)
+
+    return step
+
+
+def _roots(found: Any) -> list[torch.Tensor]:
+    leaves = [found] if isinstance(found, torch.Tensor) else tree_leaves(found)
+    return [leaf for leaf in leaves if isinstance(leaf, torch.Tensor) and leaf.requires_grad]
+
+
+def _graphed(step: Callable[[], object], times: int) -> Callable[[], object]:
+    """Capture a step `times` in one CUDA graph, once for each copy of the inputs, and return its replay."""
+    stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):  # what is set up on first use must not be captured
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for _ in range(times):
+            step()
+    return graph.replay
+
+
+def _one_of(compared: Comparison, times: int, made_s: float) -> Comparison:
+    """What is true of one call, of a replay of so many. A graph holds its memory, so that replaying takes none."""
+    return replace(
+        compared, own_us=compared.own_us / times, us=compared.us / times, own_peak=None, peak=None, first_s=made_s
     )
-
-
-def _ratios(base: _Contender, one: _Contender) -> list[float]:
-    """How many times as fast it was, round by round."""
-    return [max(base.times[n], 1e-12) / max(taken, 1e-12) for n, taken in one.times.items() if n in base.times]
-
-
-def interval(values: Sequence[float]) -> tuple[float, float]:
-    """Return the bounds of a confidence interval of 95 % for the median; of fewer than six values, the least and the most.
-
-    Nothing is assumed about how the values scatter: how many of them are below the true median is a matter of tossing coins.
-
-    >>> interval([1.3, 1.1, 1.2, 9.9, 1.4, 1.2, 1.3, 1.2])
-    (1.1, 9.9)
-    >>> interval([1.3, 1.1, 1.2, 9.9, 1.4, 1.2, 1.3, 1.2, 1.2])
-    (1.2, 1.4)
-    """
-    ordered = sorted(values)
-    left_out = max(0, _rank(len(ordered), _SURE) - 1)
-    return ordered[left_out], ordered[-1 - left_out]
-
-
-def _rank(count: int, odds: int) -> int:
-    """The rank, from either end, of the values that bound the median with one error in `odds`; 0 where they are too few."""
-    rank, combinations, below = 0, 1, 0
-    while 2 * (below + combinations) * odds <= 2**count:
-        below += combinations
-        combinations = combinations * (count - rank) // (rank + 1)
-        rank += 1
-    return rank
-
-
-def _is_clear(ratios: Sequence[float]) -> bool:
-    """Return whether more rounds would tell nothing: a difference beyond doubt, or none that matters, known closely enough."""
-    ordered, rank = sorted(ratios), _rank(len(ratios), _SURER)
-    if rank == 0:
-        return False
-    low, high = ordered[rank - 1], ordered[-rank]
-    if high < 0.8:
-        return True  # how much slower it is makes no difference
-    near, far = interval(ordered)
-    narrow = far - near <= NARROW * statistics.median(ordered)
-    return narrow and (low > 1.01 or high < 0.99 or (low > 0.99 and high < 1.01))
-
-
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    was_on = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if was_on:
-            gc.enable()
-
-
-def _on(device: str) -> torch.cuda.device | nullcontext[None]:
-    kind, _, index = device.partition(":")
-    return torch.cuda.device(int(index)) if kind in ("cuda", "rocm") and index else nullcontext()
