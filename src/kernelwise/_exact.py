@@ -164,14 +164,12 @@ def deviation(
     wrong: Status = "wrong_values",
     mean: bool = False,
     terms: int = 1,
-    slack: float = 1.0,
 ) -> Deviation:
     """Judge a kernel's tensor `new` by the layer's `own` and by `exact`, the layer's in float64.
 
     Shape and dtype must be those of `own`. `wrong` is the status for numbers that are too far off. `mean` bounds the mean
     error of half-precision results too. `terms` is how many numbers were added up for each element: PyTorch adds pairwise
-    and hardly errs, one after another in float32 errs with the root of their number, which is allowed too. `slack`
-    multiplies what is allowed.
+    and hardly errs, one after another in float32 errs with the root of their number, which is allowed too.
     """
     if new.shape != own.shape:
         return Deviation("wrong_shape", f"shape {tuple(new.shape)}, the layer's own is {tuple(own.shape)}")
@@ -194,7 +192,7 @@ def deviation(
         return Deviation("passed")
     errors = (new.double() - exact).abs().masked_fill_(~judged, -1.0)
     own_errors = (own.double() - exact).abs().masked_fill_(~judged, 0.0)
-    bounds = _bounds(own_errors, exact.abs().masked_fill(~judged, 0.0), own.dtype, terms) * slack
+    bounds = _bounds(own_errors, exact.abs().masked_fill(~judged, 0.0), own.dtype, terms)
     # The worst element is the one that errs most by what is allowed there; where all is right, that which errs most.
     beyond = errors > bounds
     worst = int((torch.where(beyond, errors / bounds, -1.0) if bool(beyond.any()) else errors).argmax())

@@ -22,16 +22,25 @@ NAN = float("nan")
 SCALES = (1e-3, 1e-2, 1e2)
 """Besides 1. At 1e-3 the square of an input is as small as the usual epsilon, so that a wrong epsilon shows."""
 
+_UNEVEN = (1.0, 2.0**-10, 2.0**-5)
+"""By what rows are multiplied so that some are much larger than others, as the first token's are in many models."""
+
 _SIZES: tuple[dict[str, int], ...] = (
-    {"B": 5, "S": 11, "H": 2, "I": 3, "Hq": 1, "Hk": 1, "D": 2, "R": 2},
+    {"B": 5, "S": 67, "H": 3, "I": 2, "Hq": 1, "Hk": 1, "D": 2, "R": 2},
     {"B": 1, "S": 5, "H": 7, "I": 5, "Hq": 3, "Hk": 1, "D": 6, "R": 4},
     {"B": 3, "S": 1, "H": 33, "I": 65, "Hq": 5, "Hk": 5, "D": 34, "R": 18},
     {"B": 2, "S": 7, "H": 100, "I": 12, "Hq": 2, "Hk": 2, "D": 100, "R": 50},
     {"B": 1, "S": 3, "H": 577, "I": 129, "Hq": 7, "Hk": 1, "D": 130, "R": 66},
     {"B": 1, "S": 2, "H": 2305, "I": 257, "Hq": 9, "Hk": 3, "D": 258, "R": 130},
 )
+"""Rows of three elements are the narrowest: of two, a layer norm makes 1 and -1 whatever they are, and its gradient is the
+rounding error alone. There are many of them, so that the largest error of the layer's own code is no matter of luck."""
+
 _MANY_ROWS = {"B": 1, "S": 65_541, "H": 8, "I": 8, "Hq": 1, "Hk": 1, "D": 8, "R": 4}
 """More rows than a grid of blocks has in its second dimension, and no multiple of anything."""
+
+_NARROW = 16
+"""Rows of fewer elements are made with care: see `_spread`."""
 
 _MANY_ELEMENTS = 1 << 24
 """The most elements that rows of the sample are repeated to."""
@@ -120,6 +129,7 @@ def cases(layer: Layer, sample: Sample, mode: str, *, generator: torch.Generator
         yield Case("the model's gradients", given, module, upstream=sample.upstream, fill=NAN)
     for scale in SCALES:
         yield Case(f"scale {scale:g}", _scaled(given, found, scale), module, fill=NAN)
+    yield Case("rows of different sizes", _scaled(given, found, _UNEVEN), module, fill=NAN)
     if module is not None and any(True for _ in module.parameters()):
         other = bare_copy(module, lambda tensor: random_weight(tensor, generator))
         yield Case("random weights", given, other, fill=NAN)
@@ -169,8 +179,10 @@ def _mapped(arguments: Mapping[str, Any], change: Any) -> dict[str, Any]:
     return {n: change(v) if isinstance(v, torch.Tensor) else v for n, v in arguments.items()}
 
 
-def _scaled(arguments: Mapping[str, Any], recognition: Recognition | None, scale: float) -> dict[str, Any]:
-    """Multiply what is activations: angles and factors of other kinds keep their range."""
+def _scaled(
+    arguments: Mapping[str, Any], recognition: Recognition | None, scale: float | tuple[float, ...]
+) -> dict[str, Any]:
+    """Multiply what is activations, or their rows in turn by several: angles and factors of other kinds keep their range."""
     names = set(arguments)
     if recognition is not None:
         names = {name for role, name in _argument_roles(recognition) if role.follows == "activations"}
@@ -224,9 +236,17 @@ def _repeated(arguments: Mapping[str, Any], named: Mapping[str, tuple[str, ...]]
     return found if named else {}
 
 
-def _times(tensor: torch.Tensor, scale: float) -> torch.Tensor:
+def _times(tensor: torch.Tensor, scale: float | tuple[float, ...]) -> torch.Tensor:
     if not tensor.is_floating_point():
         return tensor
+    if isinstance(scale, tuple):
+        rows = torch.arange(tensor.shape[:-1].numel(), device=tensor.device) % len(scale)
+        by_row = torch.tensor(scale, dtype=tensor.dtype, device=tensor.device)[rows].view(*tensor.shape[:-1], 1)
+        return _times_each(tensor, by_row)
+    return _times_each(tensor, scale)
+
+
+def _times_each(tensor: torch.Tensor, scale: float | torch.Tensor) -> torch.Tensor:
     scaled = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device)
     scaled.copy_(tensor * scale)
     return scaled
@@ -340,10 +360,21 @@ def _values(
         return torch.polar(torch.ones(shape), torch.rand(shape, generator=generator) * 6.3).to(device)
     if role.follows == "parameters":  # cosines and sines: general, the second half need not repeat the first
         return (torch.rand(shape, generator=generator) * 2 - 1).to(device, dtype)
-    values = torch.randn(shape, generator=generator).to(device, dtype)
+    values = _spread(shape, generator) if 2 < shape[-1] < _NARROW else torch.randn(shape, generator=generator)
+    values = values.to(device, dtype)
     # Heads that stand before the sequence are in models a transposed view of [B, S, heads, D].
     is_view = role.name in ("q", "k", "x") and len(shape) == 4
     return values.transpose(1, 2).contiguous().transpose(1, 2) if is_view else values
+
+
+def _spread(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Random rows whose numbers lie apart from each other, in any order.
+
+    In a narrow row of any numbers, all may be nearly zero or nearly equal; what a norm divides by is then nearly nothing, and
+    one such row has all of the largest errors.
+    """
+    apart = torch.linspace(-1.5, 1.5, shape[-1]) + 0.1 * torch.randn(shape, generator=generator)
+    return apart.gather(-1, torch.rand(shape, generator=generator).argsort(-1))
 
 
 def make_sample(

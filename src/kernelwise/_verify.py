@@ -39,10 +39,6 @@ _FOR_COMPILED = ("as given", "the model's gradients", "scale ", "random weights"
 _DEADLY = ("crashed", "exited", "timed_out", "out_of_memory", "load_failed", "setting_changed")
 """Statuses after which no further case is tried."""
 
-_SLACK = 4.0
-"""At widths that the model does not have, where a kernel is wrong if it is wrong by a whole tail; in a row of two elements
-the gradient of a norm is the difference of nearly equal numbers, and the layer's own error a matter of luck."""
-
 _NOISE = 64 << 10
 """Bytes by which a process may grow whatever it runs."""
 
@@ -300,12 +296,11 @@ def _judge(base: Check, case: Case, own: Observed, exact: Observed, new: Observe
     if len(new.outputs) != len(own.outputs):
         return replace(base, status="wrong_structure", detail=f"{new.structure}; the layer's own: {own.structure}")
     found: list[tuple[str, Deviation]] = []
-    slack = _SLACK if case.name.startswith("width ") else 1.0
     for index, (mine, theirs, best) in enumerate(zip(new.outputs, own.outputs, exact.outputs, strict=True)):
         if mine.device.type != theirs.device.type:
             detail = f"on {mine.device}, the layer's own is on {theirs.device}"
             return replace(base, status="wrong_device", what=f"output {index}", detail=detail)
-        found.append((f"output {index}", deviation(theirs, mine.to(theirs.device), best, mean=True, slack=slack)))
+        found.append((f"output {index}", deviation(theirs, mine.to(theirs.device), best, mean=True)))
     if bad := next((pair for pair in found if pair[1].status in ("wrong_shape", "wrong_dtype")), None):
         return _filled(base, *bad)
     if new.structure != own.structure:
@@ -315,7 +310,7 @@ def _judge(base: Check, case: Case, own: Observed, exact: Observed, new: Observe
         if has not in (had, "contiguous") and not (has == "strided" and free):
             detail = f"{has}; the layer's own is {had}"
             return replace(base, status="wrong_layout", what=f"output {index}", detail=detail)
-    gradients = _gradients(base, own, exact, new, slack)
+    gradients = _gradients(base, own, exact, new)
     if isinstance(gradients, Check):
         return gradients
     for index, (needs, needed) in enumerate(zip(new.requires_grad, own.requires_grad, strict=True)):
@@ -336,9 +331,7 @@ def _judge(base: Check, case: Case, own: Observed, exact: Observed, new: Observe
     return replace(checked, marks=(*checked.marks, *marks), detail=checked.detail or (new.no_second if marks else ""))
 
 
-def _gradients(
-    base: Check, own: Observed, exact: Observed, new: Observed, slack: float
-) -> list[tuple[str, Deviation]] | Check:
+def _gradients(base: Check, own: Observed, exact: Observed, new: Observed) -> list[tuple[str, Deviation]] | Check:
     """Compare the gradients of every leaf, or return the check that says that one is missing."""
     found: list[tuple[str, Deviation]] = []
     largest = max(own.outputs, key=torch.Tensor.numel, default=None)
@@ -357,7 +350,7 @@ def _gradients(
         else:
             summed = largest is not None and largest.dim() > 0 and theirs.numel() < largest.numel()
             terms = largest.shape[:-1].numel() if largest is not None and summed else 1
-            judged = deviation(theirs, mine, best, wrong="wrong_gradient", terms=terms, slack=slack)
+            judged = deviation(theirs, mine, best, wrong="wrong_gradient", terms=terms)
             found.append((f"gradient of {name}", judged))
     for name, theirs in own.second.items():
         mine, best = new.second.get(name), exact.second.get(name)

@@ -12,7 +12,12 @@ from kernelwise._data import Check, Decision, Kernel, Layer
 from kernelwise._verify import Options, _made, check_kernel, own_code
 from kernelwise._worker import Worker
 
-for cls, name in ((gallery.Norm, "RMSNorm"), (gallery.LateNorm, "RMSNorm"), (gallery.Clone, "Clone")):
+for cls, name in (
+    (gallery.Norm, "RMSNorm"),
+    (gallery.LateNorm, "RMSNorm"),
+    (gallery.Clone, "Clone"),
+    (gallery.PlainLayerNorm, "PlainLayerNorm"),
+):
     register_layer(cls, name)
 
 

@@ -108,6 +108,65 @@ class Good(nn.Module):
         return rms_norm(hidden_states, self.weight, self.variance_epsilon)
 
 
+class GoodInTwoPasses(nn.Module):
+    """Right, with the forward and the backward written out as fused kernels have them."""
+
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, eps):
+            wide = x.float()
+            r = torch.rsqrt(wide.pow(2).sum(-1, keepdim=True) / x.shape[-1] + eps)
+            ctx.save_for_backward(x, weight, r)
+            return (wide * r).to(x.dtype) * weight
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad):
+            x, weight, r = ctx.saved_tensors
+            m, wide = (grad * weight).float(), x.float()
+            dx = r * m + r * (-(1 / x.shape[-1]) * r * r * (m * wide).sum(-1, keepdim=True) * wide)
+            dw = (grad * (wide * r).to(x.dtype)).float().flatten(0, -2).sum(0)
+            return dx.to(x.dtype), dw.to(weight.dtype), None
+
+    def forward(self, hidden_states):
+        return self.Function.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+class PlainLayerNorm(nn.LayerNorm):
+    """With weights that are not all ones."""
+
+    def __init__(self) -> None:
+        super().__init__(48)
+        with torch.no_grad():
+            self.weight.copy_(torch.linspace(0.5, 1.5, 48))
+            self.bias.copy_(torch.linspace(-1, 1, 48))
+
+
+class GoodLayerNormInTwoPasses(nn.Module):
+    class Function(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x, weight, bias, eps):
+            wide = x.float()
+            mean = wide.sum(-1, keepdim=True) / x.shape[-1]
+            r = torch.rsqrt(((wide - mean) ** 2).sum(-1, keepdim=True) / x.shape[-1] + eps)
+            ctx.save_for_backward(x, weight, bias, mean, r)
+            return ((wide - mean) * r * weight.float() + bias.float()).to(x.dtype)
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx, grad):
+            x, weight, bias, mean, r = ctx.saved_tensors
+            hat, g = (x.float() - mean) * r, grad.float()
+            wdy = weight.float() * g
+            c1, c2 = (hat * wdy).sum(-1, keepdim=True) / x.shape[-1], wdy.sum(-1, keepdim=True) / x.shape[-1]
+            dx = (wdy - (hat * c1 + c2)) * r
+            dw, db = (g * hat).flatten(0, -2).sum(0), g.flatten(0, -2).sum(0)
+            return dx.to(x.dtype), dw.to(weight.dtype), db.to(bias.dtype), None
+
+    def forward(self, input):
+        return self.Function.apply(input, self.weight, self.bias, self.eps)
+
+
 class IgnoresWeight(nn.Module):
     def forward(self, hidden_states):
         return rms_norm(hidden_states, self.weight * 0 + 1, self.variance_epsilon)
@@ -535,6 +594,29 @@ class WrongWhenCompiled(nn.Module):
         return y * 2 if torch.compiler.is_compiling() else y
 
 
+class SetsDefaultDtype(nn.Module):
+    def forward(self, hidden_states):
+        torch.set_default_dtype(torch.bfloat16)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class SetsThreads(nn.Module):
+    def forward(self, hidden_states):
+        torch.set_num_threads(3 if torch.get_num_threads() != 3 else 2)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class RoundsToTheLargest(nn.Module):
+    """Keeps as many digits of every number as the largest of all rows needs: one scale for a whole tensor."""
+
+    def forward(self, x):
+        y = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        if not y.numel():
+            return y
+        step = torch.exp2(y.detach().abs().amax().log2().floor()) * torch.finfo(y.dtype).eps
+        return y + ((y / step).round() * step - y).detach()
+
+
 class SwapsGateAndUp(nn.Module):
     def forward(self, x):
         return self.down_proj(nn.functional.silu(self.up_proj(x)) * self.gate_proj(x))
@@ -611,6 +693,8 @@ FAULTS: list[tuple[type[nn.Module], type[nn.Module], str, str]] = [
     *_norm(FailsWithoutRows, FailsAtThreeRows, FailsInBackward, RecursesForever, status="raised"),
     *_norm(Leaks, status="leaks_memory"),
     *_norm(BreaksTheGraph, WrongWhenCompiled, status="does_not_compile"),
+    *_norm(SetsDefaultDtype, SetsThreads, status="setting_changed"),
+    *_norm(RoundsToTheLargest, layer=MLP, status="wrong_values"),
     *_norm(SwapsGateAndUp, OtherActivation, ReadsWeightsOnce, layer=MLP, status="wrong_values"),
     *_norm(DetachesGate, layer=MLP, status="missing_gradient"),
     *_norm(TurnsBackwards, FirstHalfForBoth, ForgetsKeys, layer=Attention, status="wrong_values"),

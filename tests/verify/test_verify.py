@@ -24,7 +24,8 @@ from kernelwise._plan import reasons_against
 from kernelwise._verify import Options, _Here, _made, _one_case, check_kernel, own_code
 from kernelwise.sources import builtin_refs, load
 
-LAYERS = (gallery.Norm, gallery.LateNorm, gallery.MLP, gallery.Attention)
+LAYERS = (gallery.Norm, gallery.LateNorm, gallery.MLP, gallery.Attention, gallery.PlainLayerNorm)
+ALSO_RIGHT = {gallery.Norm: gallery.GoodInTwoPasses, gallery.PlainLayerNorm: gallery.GoodLayerNormInTwoPasses}
 
 
 class OwnRotary(nn.Module):
@@ -44,7 +45,8 @@ def _assert_nothing_rejected(seed: int, as_kernel: Any, dtypes: Sequence[torch.d
             own = as_kernel(OwnRotary if layer is gallery.Attention else layer)
             decided, _ = decision(module, own)
             op = decided.layer.recognition.op
-            kernels = [own, *(load(ref, device="cpu") for ref in builtin_refs(op, device="cpu"))]
+            others = [as_kernel(ALSO_RIGHT[layer])] if layer in ALSO_RIGHT else []
+            kernels = [own, *others, *(load(ref, device="cpu") for ref in builtin_refs(op, device="cpu"))]
             for kernel in kernels:
                 if reasons_against(decided.layer, kernel, current_target("cpu"), "inference"):
                     continue
