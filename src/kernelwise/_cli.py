@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -180,6 +181,127 @@ def verify_command(
     else:
         print(checks)
     raise typer.Exit(0 if checks.ok else 1)
+
+
+cache_app = typer.Typer(no_args_is_help=True, help="Show or clear what Kernelwise remembers between runs.")
+app.add_typer(cache_app, name="cache")
+
+
+@cache_app.command("show")
+def cache_show_command(as_json: JsonOption = False) -> None:
+    """Show what is remembered between runs: how much of it, and where."""
+    from kernelwise import _results
+    from kernelwise._cache import cache_directory
+    from kernelwise._units import size
+
+    remembered = {name: _results.size(name) for name in _results.FOLDERS}
+    if as_json:
+        found = {name: {"number": number, "bytes": nbytes} for name, (number, nbytes) in remembered.items()}
+        _print_json({"directory": str(cache_directory()), "remembered": found})
+        return
+    print(cache_directory())
+    for name, (number, nbytes) in remembered.items():
+        print(f"  {name:8} {number:6} {size(nbytes):>10}  {_results.FOLDERS[name]}")
+
+
+@cache_app.command("clear")
+def cache_clear_command(
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[results|proofs|imports]...", help="What to forget. Default: all.")
+    ] = None,
+) -> None:
+    """Forget what is remembered; it is measured, checked and tried again when it is needed."""
+    from kernelwise import _results
+
+    check = _one_of(tuple(_results.FOLDERS))
+    for name in [check(name) or "" for name in names or _results.FOLDERS]:
+        print(f"{name}: {_results.clear(name)} removed")
+
+
+@app.command("bench")
+def bench_command(
+    model: ModelArgument,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="DEVICE", help="Where to run it. Default: the accelerator, else cpu."),
+    ] = None,
+    dtype: DtypeOption = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Build a model type in the sizes of its defaults, not small.")
+    ] = False,
+    layers: Annotated[
+        int | None, typer.Option("--layers", metavar="N", min=1, help="Build it with N hidden layers.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Length of the prompt.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Rows of the inputs.")] = 1,
+    new_tokens: Annotated[
+        int, typer.Option("--new-tokens", metavar="N", min=1, help="Tokens that a run of decode computes for each row.")
+    ] = 16,
+    inputs: Annotated[
+        str | None,
+        typer.Option("--inputs", metavar="MODULE:FACTORY", help="What gives the inputs. Default: random ones."),
+    ] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option("--workload", metavar="NAME", help="forward, prefill, decode or training. Can be given again."),
+    ] = None,
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--contender",
+            metavar="NAME",
+            help="builtin, torch.compile, transformers, liger, builtin+compile, or the name of --config. Can be given again.",
+        ),
+    ] = None,
+    config: Annotated[
+        Path | None,
+        typer.Option("--config", metavar="FILE", help="A kernel mapping in TOML or JSON: one more contender."),
+    ] = None,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", help="How long the turns on one workload may take.")
+    ] = 20.0,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write what was found as JSON.")
+    ] = None,
+) -> None:
+    """Time MODEL end to end, all contenders side by side. Exit code 1: not even its own code ran."""
+    from kernelwise._bench import bench_command as run
+    from kernelwise._bench import show
+
+    with _progress() as progress:
+        found = run(
+            model,
+            config=config,
+            inputs=inputs,
+            device=device,
+            dtype=dtype,
+            full=full,
+            layers=layers,
+            batch=batch,
+            tokens=tokens,
+            steps=new_tokens,
+            workloads=workload or (),
+            contenders=contender or (),
+            seconds=seconds,
+            progress=progress,
+        )
+    print(show(found))
+    if json_file is not None:
+        json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n")
+    raise typer.Exit(0 if any(run.comparison is not None for run in found.runs) else 1)
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[str, float], None]]:
+    """Show what is done and how much of it, on a terminal alone."""
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
+        task = bar.add_task("starting", total=1.0)
+        yield lambda text, part: bar.update(task, description=text, completed=part)
 
 
 @app.command("demo")
