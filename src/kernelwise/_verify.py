@@ -160,8 +160,10 @@ def _all_cases(
     training = decision.mode.startswith("training")
     given, sample = sample, _in_mode(sample, training)
     for index, case in enumerate(cases(layer, sample, decision.mode, generator=generator)):
-        if kernel.ref.location == "inductor" and not case.name.startswith(_FOR_COMPILED):
-            continue
+        if kernel.ref.location == "inductor":
+            if not case.name.startswith(_FOR_COMPILED):
+                continue
+            case = _changed(case, fill=None)  # what fills memory is a mode, under which compiled code does not run
         if not kernel.has_backward and case.grad != "none":
             case = _without_gradients(case)
             if case.second or case.retain or case.name.startswith("only"):

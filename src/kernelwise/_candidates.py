@@ -1,0 +1,219 @@
+"""Candidates: a model → kinds of layers, and for each kind the kernels that could go in. The first half of tuning.
+
+Layers alike are tuned once: those with the same code, options and shapes of weights. What is offered to a kind is all that
+anybody has for it: the builtin kernels for its operation, those of other backends that are never put in unasked, what
+installed packages have, what the config asks for, and what the caller names.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import nn
+
+from kernelwise import sources
+from kernelwise._alike import function_code, traits_of
+from kernelwise._capture import Group, module_of
+from kernelwise._data import Decision, Kernel, KernelRef, Layer
+from kernelwise._errors import KernelConfigError, Problem
+from kernelwise._mapping import Rule
+from kernelwise._reference import read_reference, show
+from kernelwise._verify import own_code
+
+PACKAGES: dict[str, tuple[str, ...]] = {
+    "rms_norm": ("package:liger_kernel.transformers.rms_norm:LigerRMSNorm",),
+    "layer_norm": ("package:liger_kernel.transformers.layer_norm:LigerLayerNorm",),
+    "gated_mlp": (
+        "package:liger_kernel.transformers.swiglu:LigerSwiGLUMLP",
+        "package:liger_kernel.transformers.geglu:LigerGEGLUMLP",
+    ),
+}
+"""What packages have for an operation, as layer classes. All of these are written in Triton, so they are for GPUs."""
+
+Given = Mapping[str, Any] | Sequence[Any]
+"""Kernels that a caller names: for every layer that they fit, or by the name of the layer that they are for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Kind:
+    """Alike layers in one mode. `layer` is the first of those at `paths`; `traits` say what they have in common."""
+
+    layer: Layer
+    paths: tuple[str, ...]
+    mode: str
+    traits: str
+
+    @property
+    def op(self) -> str:
+        """The operation that the layers compute in this mode, "" where that was not recognised."""
+        found = self.layer.computes(self.mode)
+        return found.op if found else ""
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        """What stands for the kind in tables of this process."""
+        return self.layer.path, self.layer.function or "", self.mode
+
+    def group(self, kernel: Kernel | None = None) -> Group:
+        """The kind as what capturing, checking and measuring take."""
+        return Group(Decision(self.layer, self.mode, kernel, "tune"), self.paths, (self.mode,))
+
+
+def kinds_of(model: nn.Module, layers: Iterable[Layer], modes: Sequence[str]) -> tuple[Kind, ...]:
+    """Group the layers into which a kernel can go, for each mode. Those that are blocked or excluded are left out.
+
+    So are layers that hold others: what they are called with cannot be made or cut, so that nothing proves a kernel there.
+    """
+    found: dict[tuple[Any, ...], list[Layer]] = {}
+    for layer in layers:
+        if layer.blocked or layer.excluded:
+            continue
+        module = module_of(model, layer)
+        traits = (function_code(own_code(module, layer)),) if layer.function else traits_of(module, None, {})
+        for mode in modes:
+            computes = layer.computes(mode)
+            if computes is not None and "passing" in dict(computes.options):
+                continue
+            key = (
+                layer.name,
+                layer.class_name,
+                layer.function,
+                layer.device,
+                layer.dtypes,
+                computes,
+                mode,
+                repr(traits),
+            )
+            found.setdefault(key, []).append(layer)
+    return tuple(
+        Kind(alike[0], tuple(dict.fromkeys(layer.path for layer in alike)), key[-2], key[-1])
+        for key, alike in found.items()
+    )
+
+
+def offered(
+    kind: Kind, rules: Sequence[Rule], given: Mapping[str | None, Sequence[KernelRef]]
+) -> tuple[KernelRef, ...]:
+    """Return every kernel that is offered to a kind of layers, each once: the user's first, then ours, then packages'.
+
+    A builtin kernel for another variant of the operation (the MLP with another activation) is none of these.
+    """
+    layer = kind.layer
+    asked = [
+        rule.ref
+        for rule in rules
+        if rule.ref is not None
+        and not rule.fuses
+        and rule.layer == layer.name
+        and rule.device in (None, layer.device)
+        and rule.mode in (None, kind.mode)
+        and (rule.path is None or any(fnmatchcase(path, rule.path) for path in kind.paths))
+    ]
+    named = [*asked, *given.get(layer.name, ()), *given.get(None, ())]
+    ours = [ref for ref in sources.every_builtin_ref(kind.op, layer.name, device=layer.device) if _is_for(kind, ref)]
+    return tuple(dict.fromkeys([*named, *ours, *_of_packages(kind.op, layer.device)]))
+
+
+def _is_for(kind: Kind, ref: KernelRef) -> bool:
+    """Whether a builtin kernel is for the options of a kind of layers, as far as it says which it supports."""
+    known, found = sources.describe(ref, device=kind.layer.device), kind.layer.computes(kind.mode)
+    if known is None or found is None:
+        return known is None
+    limits = dict(known.limits.options)
+    return all(name not in limits or value in limits[name] for name, value in found.options)
+
+
+def _of_packages(op: str, device: str) -> tuple[KernelRef, ...]:
+    if device not in ("cuda", "rocm"):
+        return ()
+    refs = [read_reference(text)[0] for text in PACKAGES.get(op, ())]
+    return tuple(ref for ref in refs if ref is not None and importlib.util.find_spec(ref.location.split(".")[0]))
+
+
+def read_given(candidates: Given) -> dict[str | None, tuple[KernelRef, ...]]:
+    """Read the kernels that a caller names: references or strings, or a dict from layer name to one or several of them.
+
+    The key None holds those that are for every layer that they fit.
+
+    Raises:
+        KernelConfigError: one of them is no reference. It lists all that are not.
+    """
+    by_name: Mapping[Any, Any] = candidates if isinstance(candidates, Mapping) else {None: candidates}
+    problems: list[Problem] = []
+    found: dict[str | None, tuple[KernelRef, ...]] = {}
+    for name, several in by_name.items():
+        refs: list[KernelRef] = []
+        for item in [several] if isinstance(several, (str, KernelRef)) else several:
+            ref, faults = (item, []) if isinstance(item, KernelRef) else _read(item)
+            problems += [Problem(f"candidates{f' for {name}' if name else ''}", *fault) for fault in faults]
+            refs += [ref] if ref is not None else []
+        found[name] = tuple(refs)
+    if problems:
+        raise KernelConfigError(problems)
+    return found
+
+
+def _read(item: object) -> tuple[KernelRef | None, list[tuple[str, str]]]:
+    if not isinstance(item, str):
+        return None, [
+            (f"is {show(item)}, which names no kernel", 'write "org/repo@v1:Layer", "/path:Layer" or a KernelRef')
+        ]
+    return read_reference(item)
+
+
+# ---------------------------------------------------------------------------------------------------------- as a mapping
+
+
+def mapping_of(chosen: Mapping[Kind, str | None], layers: Sequence[Layer], modes: Sequence[str]) -> dict[str, Any]:
+    """Write choices as the mapping of a config: a reference for each kind of layers, or None for their own code.
+
+    A name stands alone where every layer of that name gets the same, else each kind has its paths behind it. A value is a
+    dict from mode where the modes differ, or where only some of inference and training were chosen for.
+    """
+    places: dict[str, dict[str, dict[str, str]]] = {}  # name → path → mode → kernel
+    for kind, ref in chosen.items():
+        for path in kind.paths:
+            places.setdefault(kind.layer.name, {}).setdefault(path, {})[kind.mode] = ref or "none"
+    mapping: dict[str, Any] = {}
+    for name, by_path in places.items():
+        named = [layer.path for layer in layers if layer.name == name]
+        alike: dict[tuple[tuple[str, str], ...], list[str]] = {}
+        for path, by_mode in by_path.items():
+            alike.setdefault(tuple(sorted(by_mode.items())), []).append(path)
+        for by_mode_items, paths in alike.items():
+            value = _value(dict(by_mode_items), modes)
+            if set(paths) == set(named):
+                mapping[name] = value
+            else:
+                mapping.update({f"{name}@{pattern}": value for pattern in patterns(paths, named)})
+    return mapping
+
+
+def _value(by_mode: Mapping[str, str], modes: Sequence[str]) -> Any:
+    every = {"inference", "training"} <= set(by_mode) and set(by_mode) == set(modes)
+    if every and len(set(by_mode.values())) == 1:
+        return next(iter(by_mode.values()))
+    return dict(by_mode)
+
+
+def patterns(paths: Sequence[str], named: Sequence[str]) -> tuple[str, ...]:
+    """Return globs that match exactly these paths among all that are named; no path is matched by two of them.
+
+    >>> patterns(["layers.0.norm", "layers.1.norm"], ["layers.0.norm", "layers.1.norm", "norm"])
+    ('layers.*.norm',)
+    """
+    wanted, found, left = set(paths), [], list(paths)
+    for pattern in dict.fromkeys(_without_numbers(path) for path in paths):
+        matched = {path for path in named if fnmatchcase(path, pattern)}
+        if "*" in pattern and matched <= wanted and matched <= set(left):
+            found.append(pattern)
+            left = [path for path in left if path not in matched]
+    return (*found, *left)
+
+
+def _without_numbers(path: str) -> str:
+    return ".".join("*" if part.isdigit() else part for part in path.split("."))
