@@ -1,4 +1,4 @@
-"""Command line: reads arguments, calls the stages, prints. `kernelwise layers | plan | verify | demo | doctor`.
+"""Command line: reads arguments, calls the stages, prints. `kernelwise layers | plan | verify | bench | demo | doctor`.
 
 Exit codes: 0, 1 for an error of Kernelwise (its message, no traceback) or something that does not fit, 2 for usage.
 """
@@ -155,6 +155,15 @@ def verify_command(
         bool,
         typer.Option("--trust-remote-code", help="Load --kernel from a publisher that the Hub does not vouch for."),
     ] = False,
+    device: Annotated[
+        str | None,
+        typer.Option(
+            "--device",
+            metavar="DEVICE",
+            callback=_one_of(DEVICE_TYPES, DEVICE_HINTS),
+            help="Check there. Default: cpu, or where the factory put the model.",
+        ),
+    ] = None,
     dtype: DtypeOption = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Check under torch.compile too (slow).")] = False,
     seconds: Annotated[float, typer.Option("--seconds", help="The time limit of each case.")] = 60.0,
@@ -171,6 +180,7 @@ def verify_command(
         config,
         kernel,
         trust_remote_code=trust_remote_code,
+        device=device,
         dtype=dtype,
         compiled=compiled,
         seconds=seconds,

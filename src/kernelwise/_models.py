@@ -2,7 +2,8 @@
 
 MODEL is a local directory, a Hub id, `module:factory` or a bare transformers model type. What the command line shows is
 decided by structure, dtype and device alone, so a directory or a Hub id is built from its config on the meta device:
-an 8B model is looked at in seconds, and nothing but its config is downloaded.
+an 8B model is looked at in seconds, and nothing but its config is downloaded. What is to run needs weights: see
+`_weights`.
 """
 
 from __future__ import annotations
@@ -29,12 +30,12 @@ from kernelwise._reference import nearest
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
 MAX_SMALL_PARAMETERS = 120_000_000
 
-_FORMS = (
+FORMS = (
     "  go on      MODEL is a local directory with a config.json, a Hub id (org/model), module:factory, or a model type of\n"
     "             transformers (llama, qwen3 ...), which is built small with random weights"
 )
 
-_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 
 # How large a small model is, by the name of a config field. The first match counts; a smaller default stays.
 _SMALL: tuple[tuple[re.Pattern[str], int], ...] = tuple(
@@ -84,8 +85,8 @@ def load_model(spec: str, *, dtype: str | None = None) -> NamedModel:
     if spec.startswith(("./", "../", "/", "~", ".\\", "..\\")):
         raise _no_directory(spec, place)
     if ":" in spec:
-        return _from_factory(spec, dtype)
-    if _HUB_ID.fullmatch(spec):
+        return from_factory(spec, dtype)
+    if HUB_ID.fullmatch(spec):
         return _from_config(spec, dtype)
     if "/" in spec or "\\" in spec:
         raise _no_directory(spec, place)
@@ -94,27 +95,33 @@ def load_model(spec: str, *, dtype: str | None = None) -> NamedModel:
 
 def _no_directory(spec: str, place: Path) -> KernelwiseError:
     what = "it is a file, and must be a directory" if place.exists() else "no such directory"
-    return KernelwiseError(f"cannot read {spec!r}: {what}\n{_FORMS}")
+    return KernelwiseError(f"cannot read {spec!r}: {what}\n{FORMS}")
 
 
-def _from_factory(spec: str, dtype: str | None) -> NamedModel:
+def named_object(spec: str) -> Any:
+    """Return what `module:name` stands for."""
     module_name, _, name = spec.partition(":")
     if os.getcwd() not in sys.path:  # a console script starts with its own directory alone
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:
-        raise KernelwiseError(f"cannot import {module_name!r} for {spec!r}: {_line(error)}\n{_FORMS}") from error
+        raise KernelwiseError(f"cannot import {module_name!r} for {spec!r}: {one_line(error)}\n{FORMS}") from error
     for part in name.split("."):
         found = getattr(found, part, None)
     if found is None:
-        raise KernelwiseError(f"the module {module_name!r} has no {name!r}\n{_FORMS}")
+        raise KernelwiseError(f"the module {module_name!r} has no {name!r}\n{FORMS}")
+    return found
+
+
+def from_factory(spec: str, dtype: str | None) -> NamedModel:
+    found = named_object(spec)
     if not isinstance(found, nn.Module):
         try:
             found = found()
         except Exception as error:
             raise KernelwiseError(
-                f"{spec} failed: {_line(error)}\n  go on      name a function that takes no arguments and returns a module"
+                f"{spec} failed: {one_line(error)}\n  go on      name a function that takes no arguments and returns a module"
             ) from error
     if not isinstance(found, nn.Module):
         raise KernelwiseError(
@@ -125,11 +132,8 @@ def _from_factory(spec: str, dtype: str | None) -> NamedModel:
 
 
 def _from_config(spec: str, dtype: str | None) -> NamedModel:
-    transformers = _transformers()
-    try:
-        config = transformers.AutoConfig.from_pretrained(spec, trust_remote_code=False)
-    except Exception as error:  # a missing file, no network, custom code, a type this transformers does not know
-        raise KernelwiseError(f"cannot read the config of {spec!r}: {_line(error)}\n{_FORMS}") from error
+    transformers = transformers_library()
+    config = config_of(transformers, spec)
     notes = ["built from its config on the meta device: its weights were not read"]
     if getattr(config, "quantization_config", None):
         notes.append(
@@ -137,41 +141,51 @@ def _from_config(spec: str, dtype: str | None) -> NamedModel:
         )
     wanted = dtype or str(getattr(config, "dtype", None) or "float32").removeprefix("torch.")
     with torch.device("meta"):
-        model = _instantiate(transformers, config, wanted, spec)
+        model = instantiate(transformers, config, wanted, spec)
     return NamedModel(model, tuple(notes))
 
 
-def _small(model_type: str, dtype: str | None) -> NamedModel:
-    transformers = _transformers()
+def config_of(transformers: Any, spec: str) -> Any:
+    try:
+        return transformers.AutoConfig.from_pretrained(spec, trust_remote_code=False)
+    except Exception as error:  # a missing file, no network, custom code, a type this transformers does not know
+        raise KernelwiseError(f"cannot read the config of {spec!r}: {one_line(error)}\n{FORMS}") from error
+
+
+def config_class(transformers: Any, model_type: str) -> Any:
     if model_type not in transformers.CONFIG_MAPPING:
         known = tuple(transformers.CONFIG_MAPPING.keys())
         close = nearest(model_type, known)
         raise KernelwiseError(
             f"{model_type!r} is no directory here, and no model type of transformers {transformers.__version__}{close}\n"
-            + _FORMS
+            + FORMS
         )
+    return transformers.CONFIG_MAPPING[model_type]
+
+
+def _small(model_type: str, dtype: str | None) -> NamedModel:
+    transformers = transformers_library()
+    cls = config_class(transformers, model_type)
     go_on = "  go on      name a directory or a Hub id of such a model, or a module:factory that builds one"
     try:
-        config = _small_config(transformers.CONFIG_MAPPING[model_type])
+        config = small_config(cls)
         with torch.device("meta"):
-            size = sum(
-                parameter.numel() for parameter in _instantiate(transformers, config, "float32", "").parameters()
-            )
+            size = sum(parameter.numel() for parameter in instantiate(transformers, config, "float32", "").parameters())
     except Exception as error:
         raise KernelwiseError(
-            f"no small {model_type} can be built from a config alone: {_line(error)}\n{go_on}"
+            f"no small {model_type} can be built from a config alone: {one_line(error)}\n{go_on}"
         ) from error
     if size > MAX_SMALL_PARAMETERS:
         raise KernelwiseError(f"{model_type} does not become small: {size / 1e6:.0f} M parameters are left\n{go_on}")
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(0)
-        model = _instantiate(transformers, config, dtype or "float32", model_type)
+        model = instantiate(transformers, config, dtype or "float32", model_type)
     return NamedModel(model, (f"a small {type(model).__name__} with random weights",))
 
 
-def _small_config(cls: Any) -> Any:
+def small_config(cls: Any) -> Any:
     """Return a config with small sizes, and at least one layer of each kind that the default has."""
-    transformers = _transformers()
+    transformers = transformers_library()
     common = {field.name for field in dataclasses.fields(transformers.PreTrainedConfig)}
     parts = {
         name: part
@@ -183,7 +197,7 @@ def _small_config(cls: Any) -> Any:
         for field in dataclasses.fields(cls)
         if field.name not in common and field.name not in parts
     }
-    sizes: dict[str, Any] = {name: _small_config(part) for name, part in parts.items()}
+    sizes: dict[str, Any] = {name: small_config(part) for name, part in parts.items()}
     for name, default in defaults.items():
         if name == "head_dim":
             sizes[name] = 16  # None means hidden_size // heads in most configs, and nothing in some
@@ -205,7 +219,7 @@ def _small_size(name: str) -> int | None:
     return next((size for pattern, size in _SMALL if pattern.fullmatch(name)), None)
 
 
-def _instantiate(transformers: Any, config: Any, dtype: str, spec: str) -> nn.Module:
+def instantiate(transformers: Any, config: Any, dtype: str, spec: str) -> nn.Module:
     """Build the class that the config names, else the causal language model of its type, else its bare model."""
     named = next((getattr(transformers, name, None) for name in getattr(config, "architectures", None) or ()), None)
     before = torch.get_default_dtype()
@@ -221,7 +235,7 @@ def _instantiate(transformers: Any, config: Any, dtype: str, spec: str) -> nn.Mo
         if not spec:
             raise
         raise KernelwiseError(
-            f"transformers cannot build {spec!r} from its config: {_line(error)}\n{_FORMS}"
+            f"transformers cannot build {spec!r} from its config: {one_line(error)}\n{FORMS}"
         ) from error
     finally:
         torch.set_default_dtype(before)
@@ -237,7 +251,7 @@ def load_smollm2() -> tuple[nn.Module, Any]:
     Raises:
         MissingDependencyError: the package, or one that reads its file, is not installed.
     """
-    transformers = _transformers()
+    transformers = transformers_library()
     transformers.utils.logging.disable_progress_bar()
     directory = cache_directory() / "SmolLM2-135M-Instruct"
     if not (directory / "config.json").exists():
@@ -268,16 +282,16 @@ def _convert_smollm2(transformers: Any, directory: Path) -> None:
             whole.rename(directory)
 
 
-def _transformers() -> Any:
+def transformers_library() -> Any:
     try:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise MissingDependencyError(
-            f"this MODEL needs transformers, which cannot be imported: {_line(error)}\n"
+            f"this MODEL needs transformers, which cannot be imported: {one_line(error)}\n"
             '  go on      pip install "kernelwise[transformers]", or name a module:factory'
         ) from error
 
 
-def _line(error: BaseException) -> str:
+def one_line(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
