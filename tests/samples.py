@@ -148,7 +148,7 @@ def sample() -> Tuning:
             own_peak, peak = 611 * MIB, {"tuned": 498, "builtin": 498}.get(contender, 605) * MIB
             compared_run = compared(own_us, speedup, 0.025, own_peak=own_peak, peak=peak, first_s=first)
             runs.append(Run(contender, workload, compared_run, tokens))
-        alone = {"RMSNorm": 1.09, "SwiGLUMLP": 1.24, "Linear": 1.01}
+        alone = {"RMSNorm": 1.09, "SwiGLUMLP": 1.24 if workload == "prefill" else 1.06, "Linear": 1.01}
         runs += [Run(f"only {kernel}", workload, compared(own_us, x, 0.02), tokens) for kernel, x in alone.items()]
         why = "offline: the Hub cannot be reached, and its kernels are not in the cache"
         runs.append(Run("transformers kernels", workload, None, tokens, error=why))

@@ -314,6 +314,26 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
         yield lambda text, part: bar.update(task, description=text, completed=part)
 
 
+@app.command("report")
+def report_command(
+    file: Annotated[Path, typer.Argument(metavar="FILE.json", help="What `tune --json` or `bench --json` wrote.")],
+    html: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write one page with everything, for any browser.")
+    ] = None,
+) -> None:
+    """Show what tuning or benching found: as tables, or as a page that needs no network."""
+    from kernelwise._evidence import load
+
+    tuning = load(file)
+    if html is None:
+        print(tuning)
+    else:
+        from kernelwise._page import save
+
+        save(tuning, html)
+        print(f"wrote {html}")
+
+
 @app.command("demo")
 def demo_command() -> None:
     """Show everything on a small language model with real weights, on the CPU, in under three minutes."""

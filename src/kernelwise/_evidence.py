@@ -7,16 +7,19 @@ a whole model with its eager self. A `Tuning` holds all of it, with what was cho
 
 from __future__ import annotations
 
+import json
+import os
 import types
 import typing
 from collections.abc import Iterator
 from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from kernelwise._data import Target, from_json, to_json
 from kernelwise._errors import KernelwiseError
 from kernelwise._table import render
-from kernelwise._units import digits, duration, size
+from kernelwise._units import duration, ratio, size
 
 OWN_CODE = "own code"
 EAGER = "eager"
@@ -173,6 +176,24 @@ class Tuning:
         return "\n\n".join(parts) + "".join(f"\nnote: {note}" for note in self.notes)
 
 
+def load(file: str | os.PathLike[str]) -> Tuning:
+    """Read the evidence that a file holds as JSON.
+
+    Raises:
+        KernelwiseError: the file cannot be read, or what it holds is no such evidence.
+    """
+    try:
+        data = json.loads(Path(file).read_bytes())
+    except OSError as error:
+        raise KernelwiseError(f"cannot read {file}: {error.strerror or error}\n{_GO_ON}") from None
+    except ValueError as error:
+        raise KernelwiseError(f"{file} is not JSON: {error}\n{_GO_ON}") from None
+    try:
+        return Tuning.from_json(data)
+    except KernelwiseError as error:
+        raise KernelwiseError(f"{file}: {error}") from None
+
+
 _GO_ON = "  go on      give a file that `kernelwise tune --json FILE` or `kernelwise bench --json FILE` wrote"
 
 
@@ -201,7 +222,7 @@ def _run_cells(run: Run | None) -> tuple[str, str]:
         return duration(found.us), ""
     if found.verdict == "no clear difference":
         return duration(found.us), found.verdict
-    return duration(found.us), f"{digits(found.speedup)} ({digits(found.low)}-{digits(found.high)})"
+    return duration(found.us), f"{ratio(found.speedup)} ({ratio(found.low)}-{ratio(found.high)})"
 
 
 def _choices_table(choices: tuple[Choice, ...]) -> str:
@@ -217,8 +238,8 @@ def _choices_table(choices: tuple[Choice, ...]) -> str:
                 choice.mode,
                 str(len(choice.paths)),
                 choice.chosen,
-                ", ".join(f"{_case(timing)} {digits(timing.comparison.speedup)}" for timing in timings),
-                digits(chosen.error) if chosen is not None and chosen.error is not None else "",
+                ", ".join(f"{_case(timing)} {ratio(timing.comparison.speedup)}" for timing in timings),
+                ratio(chosen.error) if chosen is not None and chosen.error is not None else "",
                 f"{len(choice.candidates)}" + (f", {out} out" if out else ""),
                 choice.reason,
             )

@@ -9,17 +9,24 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import os
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
+from pathlib import Path
 
+from markupsafe import Markup
+
+from kernelwise._errors import KernelwiseError
 from kernelwise._evidence import EAGER, OWN_CODE, Candidate, Choice, Comparison, Run, Timing, Tuning
 from kernelwise._table import fold
-from kernelwise._tree import tree
-from kernelwise._units import digits, duration, size
+from kernelwise._tree import Node, tree
+from kernelwise._units import digits, duration, ratio, size
 
 TUNED = "tuned"
 _PATTERNS = 8  # of the places where a kind of layer stands, in its heading; the rest is counted
+_UNFOLDED = 40  # lines of the tree up to which all of it is shown
 
 
 @dataclass(frozen=True, slots=True)
@@ -35,12 +42,12 @@ class Speed:
     @property
     def ratio(self) -> str:
         """The speed-up, `"1.42×"`."""
-        return f"{digits(self.comparison.speedup)}×"
+        return f"{ratio(self.comparison.speedup)}\N{MULTIPLICATION SIGN}"
 
     @property
     def interval(self) -> str:
         """Its 95 % interval, `"1.38 to 1.46"`."""
-        return f"{digits(self.comparison.low)} to {digits(self.comparison.high)}"
+        return f"{ratio(self.comparison.low)} to {ratio(self.comparison.high)}"
 
     @property
     def times(self) -> str:
@@ -53,7 +60,11 @@ class Speed:
         before, after = self.comparison.own_peak, self.comparison.peak
         if before is None or after is None:
             return None
-        change = f" ({(after - before) / before:+.0%})".replace("-", "−") if before else ""
+        change = (
+            f" ({100 * (after - before) / before:+.0f}\N{NARROW NO-BREAK SPACE}%)".replace("-", "\N{MINUS SIGN}")
+            if before
+            else ""
+        )
         return f"{size(before)} → {size(after)}{change}"
 
     @property
@@ -104,7 +115,6 @@ class Kind:
 def page(tuning: Tuning) -> str:
     """Return a page about a tuning, or about a bench (a tuning with runs alone), as the text of one HTML file."""
     from jinja2 import Environment, PackageLoader, StrictUndefined
-    from markupsafe import Markup
 
     environment = Environment(
         loader=PackageLoader("kernelwise", "page"),
@@ -113,9 +123,10 @@ def page(tuning: Tuning) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters.update(duration=duration, size=size, digits=digits)
+    environment.filters.update(duration=duration, size=size, digits=digits, ratio=ratio, breakable=_breakable)
     style, script = (files("kernelwise").joinpath("page", name).read_text("utf-8") for name in ("page.css", "page.js"))
     kinds = tuple(_kind(choice, f"kind-{index}") for index, choice in enumerate(tuning.choices, start=1))
+    branches = tree(tuning.choices)
     return environment.get_template("page.html").render(
         tuning=tuning,
         style=Markup(style),
@@ -126,11 +137,37 @@ def page(tuning: Tuning) -> str:
         kinds=kinds,
         facts=_facts(tuning),
         panels=_panels(tuning),
-        tree=tree(tuning.choices),
+        tree=branches,
+        unfolded=_size(branches) <= _UNFOLDED,
         EAGER=EAGER,
         OWN_CODE=OWN_CODE,
         TUNED=TUNED,
     )
+
+
+def _breakable(text: str) -> Markup:
+    """Let a long reference or path break after its separators, where it is read best."""
+    return Markup("<wbr>").join(re.split(r"(?<=[:/@.])(?=[^:/@.])", text))
+
+
+def _size(nodes: Iterable[Node]) -> int:
+    return sum(1 + _size(node.children) for node in nodes)
+
+
+def save(tuning: Tuning, file: str | os.PathLike[str]) -> None:
+    """Write the page to a file.
+
+    Raises:
+        KernelwiseError: the file cannot be written.
+    """
+    text = page(tuning)
+    try:
+        Path(file).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise KernelwiseError(
+            f"cannot write the report to {file}: {error.strerror or error}\n"
+            "  go on      give a file in a directory that exists and can be written"
+        ) from None
 
 
 def _hash(text: str) -> str:
@@ -170,7 +207,8 @@ def _workloads(tuning: Tuning) -> list[str]:
 
 
 def _headline(tuning: Tuning) -> str:
-    said = []
+    speeds: list[str] = []
+    peaks: dict[str, list[str]] = {}
     for workload in _workloads(tuning):
         run = _winner(tuning, workload)
         if run is None:
@@ -178,15 +216,26 @@ def _headline(tuning: Tuning) -> str:
         found = run.comparison
         who = "" if run.contender == TUNED else f" with {run.contender}"
         if found is None:
-            said.append(f"{workload} did not run{who}")
-        elif found.verdict == "no clear difference":
-            said.append(f"{workload} shows no clear difference{who}")
-        else:
-            said.append(f"{workload} runs {digits(found.speedup)} times as fast{who}")
-    if not said:
+            speeds.append(f"{workload} did not run{who}")
+            continue
+        unclear = found.verdict == "no clear difference"
+        speeds.append(
+            f"{workload} shows no clear difference{who}"
+            if unclear
+            else f"{workload} is {ratio(found.speedup)} times as fast{who}"
+        )
+        if found.own_peak and found.peak is not None and abs(change := found.peak / found.own_peak - 1) >= 0.01:
+            by = f"{100 * abs(change):.0f}\N{NARROW NO-BREAK SPACE}% {'higher' if change > 0 else 'lower'}"
+            peaks.setdefault(by, []).append(workload)
+    if not speeds:
         return "The whole model was not timed."
-    text = "; ".join(said) + " compared with the model's own code."
-    return text[0].upper() + text[1:]
+    text = f"Against the model's own code, {_listed(speeds)}."
+    changes = [f"{by} in {_listed(workloads)}" for by, workloads in peaks.items()]
+    return f"{text} Peak memory is {_listed(changes)}." if changes else text
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
 
 
 def _cards(tuning: Tuning) -> list[Card]:
@@ -225,7 +274,7 @@ def _facts(tuning: Tuning) -> list[str]:
     out = sum(found.out is not None for found in candidates)
     facts = []
     if checks:
-        worst = f"; the largest error is {digits(max(errors))} of what is allowed" if errors else ""
+        worst = f"; the largest error is {ratio(max(errors))} of what is allowed" if errors else ""
         facts.append(f"The kernels that go in passed {checks:,} checks against the layers' own code{worst}.")
     if unchecked:
         facts.append(f"Not checked in this run: {', '.join(unchecked)}.")
@@ -259,7 +308,7 @@ def _kind(choice: Choice, anchor: str) -> Kind:
     rows = [_row(choice, candidate, columns, scale) for candidate in choice.candidates]
     if all(candidate.kernel != OWN_CODE for candidate in choice.candidates):
         own = {_case(timing): duration(timing.comparison.own_us) for timing in timings}
-        status, why = ("chosen", choice.reason) if choice.chosen == OWN_CODE else ("own code", "what the model has")
+        status, why = ("chosen", choice.reason) if choice.chosen == OWN_CODE else ("own code", "")
         own_times = tuple(own[column] for column in columns)
         rows.insert(0, Row(Candidate(OWN_CODE), status, why, (None,) * len(columns), own_times))
     rows.sort(key=lambda row: ("chosen", "own code", "passed", "not timed", "out").index(row.status))

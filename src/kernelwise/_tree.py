@@ -44,7 +44,9 @@ def tree(choices: Sequence[Choice]) -> tuple[Node, ...]:
                 module = module.children.setdefault(part, _Module())
             module.choices.append(index)
     changed = frozenset(index for index, choice in enumerate(choices) if choice.chosen != OWN_CODE)
-    return tuple(_joined(node) for node in _folded(_node(name, module, changed) for name, module in root.children.items()))
+    return tuple(
+        _joined(node) for node in _folded(_node(name, module, changed) for name, module in root.children.items())
+    )
 
 
 def _node(name: str, module: _Module, changed: frozenset[int]) -> Node:
@@ -100,4 +102,4 @@ def _ranges(numbers: list[int]) -> str:
             spans[-1] = (spans[-1][0], number)
         else:
             spans.append((number, number))
-    return ", ".join(str(low) if low == high else f"{low}–{high}" for low, high in spans)
+    return ", ".join(str(low) if low == high else f"{low}\N{EN DASH}{high}" for low, high in spans)

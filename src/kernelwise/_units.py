@@ -44,6 +44,17 @@ def digits(value: float) -> str:
     return f"{value:,.{places}f}"
 
 
+def ratio(value: float) -> str:
+    """Say how many times one thing is another, in two places.
+
+    >>> ratio(1.4159), ratio(0.84), ratio(0.0123), ratio(38.24)
+    ('1.42', '0.84', '0.012', '38.2')
+    """
+    if 0.0995 <= value < 9.995:
+        return f"{value:.2f}"
+    return f"{value:.2g}" if 1e-4 < value < 0.0995 else digits(value)
+
+
 def _scaled(value: float, units: tuple[str, ...], step: int) -> str:
     for unit in units[:-1]:
         if abs(value) < step * 0.9995:  # what rounds up to the next unit is said in it

@@ -6,8 +6,9 @@
   // Sort: a button in each header. What has no value stands last, whichever way; rows that are equal keep their order.
   const key = (row, column) => {
     const cell = row.cells[column];
+    if (!cell) return null; // one wide cell says why there are no figures
     const text = cell.dataset.value ?? cell.textContent.trim();
-    return text === "" || text === "–" ? null : text;
+    return text === "" ? null : text;
   };
   const compare = (a, b) => {
     const [x, y] = [Number(a), Number(b)];
@@ -31,6 +32,9 @@
       });
     });
   }
+
+  // A small screen starts with headings; wide ones and paper show everything.
+  if (matchMedia("(max-width: 46rem)").matches) all("details.kind, details.all-runs").forEach((group) => (group.open = false));
 
   // Filter: words, all of which a row (or the heading of its group) holds, and a choice of states.
   for (const bar of all("[data-filters]")) {
