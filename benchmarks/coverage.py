@@ -34,15 +34,15 @@ HERE = Path(__file__).parent
 LISTS = HERE / "coverage_lists.json"
 RESULTS = HERE / "coverage_results.json"
 PAGE = HERE.parent / "docs" / "coverage.md"
+_LAYERS = ("decoder_layer", "decoder_layer_inline", "decoder_layer_cross", "decoder_layer_cross_inline")
 _NORMS = ("rms_norm", "rms_norm_gated", "rms_norm_gated_grouped", "rms_norm_prescaled", "inverse_rms")
 KINDS = {
     "RMSNorm": _NORMS,
     "RMSNorm by another name": _NORMS,
     "gated MLP": ("gated_mlp", "gated_mlp_packed", "gated_mlp_clamped", "gated_mlp_normed", "gated_mlp_cast"),
     "rotary": ("rotary", "rotary_one", "rotary_vision", "rotary_shared", "rotary_complex", "rotary_complex_shared"),
-    "pre-norm decoder layer": (
-        "decoder_layer", "decoder_layer_inline", "decoder_layer_cross", "decoder_layer_cross_inline",
-    ),
+    "pre-norm decoder layer": _LAYERS,
+    "pre-norm encoder layer": _LAYERS,
     "LayerNorm": ("layer_norm",),
     "plain MLP": ("mlp", "mlp_cast"),
 }  # fmt: skip
@@ -104,8 +104,8 @@ def looks_like(node: ast.ClassDef | ast.FunctionDef) -> str | None:
         return "RMSNorm"
     if node.name.endswith("LayerNorm"):
         return "LayerNorm"
-    if node.name.endswith("DecoderLayer"):
-        return "pre-norm decoder layer"
+    if node.name.endswith(("Layer", "Block")):
+        return f"pre-norm {'decoder' if node.name.endswith('DecoderLayer') else 'encoder'} layer"
     text = ast.unparse(node)
     children = set(re.findall(r"self\.(\w+) = (?:nn\.)?(?:\w*Linear|Conv1D)\(", text))
     forward = next((f for f in node.body if isinstance(f, ast.FunctionDef) and f.name == "forward"), None)
@@ -117,6 +117,13 @@ def looks_like(node: ast.ClassDef | ast.FunctionDef) -> str | None:
     if len(children) == 2 and re.search(r"MLP|Mlp|FeedForward|FFN|DenseActDense", node.name):
         return "plain MLP"
     return None
+
+
+def left_out(kind: str) -> list[str]:
+    """Why definitions that look like one of a kind are not counted, with their number, the commonest reason first."""
+    files = json.loads(LISTS.read_text())["not counted"][kind].values()
+    reasons = Counter(reason for names in files for reason in names.values())
+    return [f"- {number}: {reason}" for reason, number in reasons.most_common()]
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -192,8 +199,11 @@ def page(count: Count, results: list[tuple[str, list[tuple[str, str | None, bool
         "",
         *count.table(),
         "",
-        "A pre-norm decoder layer is one in whose forward the sum of the residual stream and of what a sub-layer gave is",
-        "normed by a child and goes on as the residual stream.",
+        "A pre-norm layer is one in whose forward the sum of the residual stream and of what a sub-layer gave is normed by a",
+        "child and goes on as the residual stream; here of a decoder, and of an encoder of text, images or sound. Every other",
+        "class whose name ends in Layer or Block is left out for one of these reasons:",
+        "",
+        *left_out("pre-norm decoder layer"),
         "",
         *elsewhere(),
         "## Not recognised",

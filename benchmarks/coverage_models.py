@@ -149,6 +149,7 @@ SMALL = {
     "hidden_size": 64, "intermediate_size": 96, "moe_intermediate_size": 32, "shared_intermediate_size": 96,
     "shared_expert_intermediate_size": 96, "hidden_size_per_layer_input": 32, "num_attention_heads": 4, "head_dim": 16,
     "num_key_value_heads": 2, "n_routed_experts": 4, "num_experts": 4, "num_local_experts": 4, "top_k_experts": 2,
+    "n_shared_experts": 1, "num_experts_per_tok": 2, "num_fwd_mem_blocks": 1,
 }  # fmt: skip
 
 
@@ -173,11 +174,11 @@ def build_alone(module: Any, cls: type[nn.Module]) -> nn.Module | None:
 
 
 def filled(config: Any) -> Any:
-    """A copy of a config without open sizes."""
+    """A copy of a config without open sizes, and with those that its model reads and that it does not have."""
     config = copy.deepcopy(config)
     for name, size in SMALL.items():
         with contextlib.suppress(Exception):
-            if getattr(config, name, size) in (None, 0):
+            if getattr(config, name, None) in (None, 0):
                 setattr(config, name, size)
     for name, kind in (("layer_types", "full_attention"), ("mlp_layer_types", "dense")):
         with contextlib.suppress(Exception):

@@ -18,9 +18,10 @@ from torch import nn
 
 from kernelwise._data import Recognition
 from kernelwise._recognize._children import find
+from kernelwise._recognize._code import global_names
 from kernelwise._recognize._compare import forget_references
 from kernelwise._recognize._explain import NearMiss, near_miss
-from kernelwise._recognize._memory import Entry, global_names, is_library, modes, not_only_of_its_inputs, plain_function
+from kernelwise._recognize._memory import Entry, is_library, modes, not_only_of_its_inputs, plain_function
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Untraceable
 from kernelwise._recognize._search import Finding, find_function
@@ -87,16 +88,16 @@ class Recognizer:
                     return entry
         forward = innermost_forward(module)
         # Before a trace too, which would run it.
-        problem = not_only_of_its_inputs(Reads(), (forward,))
+        problem = not_only_of_its_inputs(Reads(), (forward,), type(module))
         finding = find(module, training=training) if problem is None else Finding(None, problem, None, Reads())
-        answer = _answer(finding, forward)
+        answer = _answer(finding, forward, type(module))
         if isinstance(answer, Recognition):
             answer = replace(answer, depends=_depends(module, answer, finding.reads))
         flags = modes(module, finding.reads)
         other = next((path for path, agrees in flags if not agrees), None)
         if other is not None:
             answer = Unknown(f"its child {'.'.join(other)} is in another mode (training) than itself", finding.graph)
-        entry = Entry(answer, finding.reads, (forward,), flags)
+        entry = Entry(answer, finding.reads, (forward,), flags, type(module))
         self._code_holds[entry] = True
         entries.insert(0, entry)
         del entries[_MOST_ENTRIES:]
@@ -183,10 +184,10 @@ def _forget_if_operations_changed() -> None:
         _operations[0] = now
 
 
-def _answer(finding: Finding, function: Callable[..., Any]) -> Recognition | Unknown:
+def _answer(finding: Finding, function: Callable[..., Any], cls: type | None = None) -> Recognition | Unknown:
     if finding.recognition is None:
         return Unknown(finding.reason or "no known operation has this graph", finding.graph)
-    problem = not_only_of_its_inputs(finding.reads, (function,))  # also of methods that the trace has found
+    problem = not_only_of_its_inputs(finding.reads, (function,), cls)  # also of methods that the trace has found
     return finding.recognition if problem is None else Unknown(problem, finding.graph)
 
 

@@ -7,9 +7,9 @@ module, a class or a function alive.
 
 from __future__ import annotations
 
-import builtins
-import dis
 import functools
+import inspect
+import sys
 import types
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -19,6 +19,16 @@ from typing import Any
 from torch import nn
 
 from kernelwise._data import Recognition
+from kernelwise._recognize._code import (
+    ASKED,
+    Chain,
+    chains,
+    global_names,
+    looks_on_its_class,
+    problem_of,
+    sizes_named,
+    writes_to,
+)
 from kernelwise._recognize._reads import (
     MISSING,
     OF_THE_MODULE,
@@ -59,26 +69,28 @@ def is_library(function: types.FunctionType) -> bool:
     return (function.__module__ or "").partition(".")[0] == "torch"
 
 
-@functools.lru_cache(maxsize=4096)
-def global_names(code: types.CodeType) -> frozenset[str]:
-    """Every name that code, or a function defined inside it, may look up in its globals."""
-    names = set(code.co_names)
-    for constant in code.co_consts:
-        if isinstance(constant, types.CodeType):
-            names |= global_names(constant)
-    return frozenset(names)
+def _is_stable(value: Any) -> bool:
+    """Whether what stands on a module or a class is not somebody's to change: PyTorch's, Python's, pytest's in assertions."""
+    name = value.__name__ if isinstance(value, types.ModuleType) else getattr(value, "__module__", None) or ""
+    top = str(name).partition(".")[0]
+    return top in ("torch", "builtins", "_pytest") or top in sys.stdlib_module_names
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What code looks up
+# ---------------------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
 class _Global:
-    """A name in somebody's globals and what stood there."""
+    """A name in somebody's globals, with attributes taken of it, and what stood there."""
 
     space: dict[str, Any]
-    name: str
+    chain: Chain
     value: Any
 
     def holds(self) -> bool:
-        return bool(_pin(self.space.get(self.name, MISSING)) == self.value)
+        return bool(_pin(_found(self.space, self.chain)) == self.value)
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,12 +106,63 @@ class _Cell:
         return function is not None and bool(_contents(function, self.index) == self.value)
 
 
+@dataclass(frozen=True, slots=True)
+class _Code:
+    """The code and the default values of a function."""
+
+    function: weakref.ref[types.FunctionType]
+    code: types.CodeType
+    defaults: Any
+
+    def holds(self) -> bool:
+        function = self.function()
+        return function is not None and function.__code__ is self.code and _defaults(function) == self.defaults
+
+
+@dataclass(frozen=True, slots=True)
+class _OnClass:
+    """A name in the namespace of one class, and what stood there."""
+
+    cls: weakref.ref[type]
+    name: str
+    value: Any
+
+    def holds(self) -> bool:
+        cls = self.cls()
+        return cls is not None and bool(_pin(cls.__dict__.get(self.name, MISSING)) == self.value)
+
+
+def _found(space: Mapping[str, Any], chain: Chain) -> Any:
+    """What a dotted name means, without running a property."""
+    value = space.get(chain[0], MISSING)
+    for name in chain[1:]:
+        if value is MISSING:
+            return MISSING
+        value = value.__dict__.get(name, MISSING) if isinstance(value, types.ModuleType) else _static(value, name)
+    return value
+
+
+def _static(value: Any, name: str) -> Any:
+    return inspect.getattr_static(value, name, MISSING)
+
+
 def _contents(function: types.FunctionType, index: int) -> Any:
+    return _pin(_cell_value(function, index))
+
+
+def _cell_value(function: types.FunctionType, index: int) -> Any:
     cells = function.__closure__ or ()
     try:
-        return _pin(cells[index].cell_contents)
+        return cells[index].cell_contents
     except (ValueError, IndexError):
         return MISSING
+
+
+def _defaults(function: types.FunctionType) -> Any:
+    return tuple(_item(value) for value in (*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()))
+
+
+_MOST_ITEMS = 64
 
 
 def _pin(value: Any) -> Any:
@@ -107,15 +170,43 @@ def _pin(value: Any) -> Any:
     if isinstance(value, types.ModuleType):
         return value
     if isinstance(value, nn.Module):
-        return (weakref.ref(type(value)), id(value))
-    if isinstance(value, (list, tuple, dict)):
-        items = list(value.values()) if isinstance(value, dict) else value
-        if len(items) > 16 or not all(isinstance(item, (int, float, str, type(None))) for item in items):
-            return (type(value), id(value))
-        return token(value)
+        return (weakref.ref(type(value)), id(value), _scalars(value))
+    if isinstance(value, (list, tuple, dict, set, frozenset)):
+        items = [*value, *value.values()] if isinstance(value, dict) else list(value)
+        if all(type(item) in SCALARS for item in items) and len(items) <= _MOST_ITEMS:
+            return (type(value), tuple((type(item), item) for item in items))
+        return (type(value), id(value), tuple(map(_item, items)))
+    if isinstance(value, (staticmethod, classmethod)):
+        return (type(value), _pin(value.__func__))
+    if isinstance(value, property):
+        return (property, *(_pin(function) for function in (value.fget, value.fset)))
+    if isinstance(value, type):
+        own = () if _is_stable(value) else tuple((k, _item(v)) for k, v in vars(value).items() if k[:2] != "__")
+        return (weakref.ref(value), own)
     made = token(value)
-    return (made, id(value)) if isinstance(made, tuple) and made[0] in ("object", "tensor", "partial") else made
+    if isinstance(made, tuple) and made[0] in ("object", "tensor", "partial"):
+        return (made, id(value), _scalars(value))
+    return made
 
+
+def _item(value: Any) -> Any:
+    """A value inside another one: by what it is if that is cheap, else by which it is."""
+    if type(value) in SCALARS:
+        return (type(value), value)
+    return weakref.ref(value) if isinstance(value, types.FunctionType) else id(value)
+
+
+def _scalars(value: Any) -> Any:
+    """The plain values among the attributes of an object."""
+    own = getattr(value, "__dict__", None)
+    if not isinstance(own, dict):
+        return ()
+    return tuple((name, item) for name, item in own.items() if type(item) in SCALARS)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Answers
+# ---------------------------------------------------------------------------------------------------------------------
 
 Mode = tuple[str, ...]  # the path of a child whose `training` flag was read
 
@@ -147,7 +238,12 @@ class Entry:
     """Whether a trace of a module would read the same values from it."""
 
     def __init__(
-        self, answer: Any, reads: Reads, functions: Iterable[Any], modes: Iterable[tuple[Mode, bool]] = ()
+        self,
+        answer: Any,
+        reads: Reads,
+        functions: Iterable[Any],
+        modes: Iterable[tuple[Mode, bool]] = (),
+        cls: type | None = None,
     ) -> None:
         self.answer = answer
         self.recognition = answer if isinstance(answer, Recognition) else None
@@ -155,7 +251,7 @@ class Entry:
         flags = tuple(modes)
         self.holds = functools.partial(_holds_in_mode, hold, flags) if flags else hold
         self.reads_training = any(path[-1] == "training" for path in reads.tokens)
-        self._code = tuple(_dependencies((*functions, *_methods(reads))))
+        self._code = tuple(_dependencies((*functions, *_methods(reads)), cls))
 
     def code_holds(self) -> bool:
         """Whether a trace would run the same functions, with the same values in their globals and closures."""
@@ -242,45 +338,91 @@ def _attribute(value: Any, name: str) -> Any:
     return getattr(value, name, MISSING)
 
 
-def _dependencies(functions: Iterable[Any]) -> Iterator[_Global | _Cell]:
-    """Every global and closure variable that the code of these functions, and of those they can call, looks up."""
-    for function in _reached(functions):
+# ---------------------------------------------------------------------------------------------------------------------
+# What code can reach
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def _dependencies(functions: Iterable[Any], cls: type | None) -> Iterator[_Global | _Cell | _Code | _OnClass]:
+    """Everything that the code of these functions, and of those they can call, looks up outside of itself."""
+    for function in _reached(functions, cls, decorators=True):
+        known = weakref.ref(function)
+        yield _Code(known, function.__code__, _defaults(function))
         for index in range(len(function.__closure__ or ())):
-            yield _Cell(weakref.ref(function), index, _contents(function, index))
+            yield _Cell(known, index, _contents(function, index))
         space = function.__globals__
-        for name in global_names(function.__code__):
-            if name in space and not hasattr(builtins, name):
-                yield _Global(space, name, _pin(space[name]))
+        for chain in _chains(function):
+            yield _Global(space, chain, _pin(_found(space, chain)))
+        if cls is not None and looks_on_its_class(function.__code__):
+            for base in _bases(cls):
+                for name in global_names(function.__code__):
+                    yield _OnClass(weakref.ref(base), name, _pin(base.__dict__.get(name, MISSING)))
 
 
-def _reached(functions: Iterable[Any]) -> Iterator[types.FunctionType]:
-    """These functions and those that they can call by a global name, without PyTorch's own."""
-    stack = [plain_function(function) for function in functions]
+def _chains(function: types.FunctionType) -> Iterator[Chain]:
+    """The dotted names that a function looks up, as far as somebody may change what they mean."""
+    space = function.__globals__
+    for chain in chains(function.__code__):
+        root = space.get(chain[0], MISSING)
+        if len(chain) == 1 or (root is not MISSING and not _is_stable(root)):
+            yield chain
+
+
+def _bases(cls: type) -> list[type]:
+    return [base for base in cls.__mro__ if not _is_stable(base)]
+
+
+def _reached(functions: Iterable[Any], cls: type | None, *, decorators: bool = False) -> Iterator[types.FunctionType]:
+    """These functions and those that they can call, without PyTorch's own; and, if asked, what decorators run around them.
+
+    By a global name, through a closure, on the class of the module by `super()`.
+    """
+    stack: list[Any] = list(functions)
     seen: set[Callable[..., Any]] = set()
     while stack:
-        function = stack.pop()
-        if function is None or function in seen or is_library(function):
+        value = stack.pop()
+        if isinstance(value, (staticmethod, classmethod)):
+            value = value.__func__
+        if isinstance(value, functools.partial):
+            value = value.func
+        if decorators and isinstance(value, types.FunctionType) and "__wrapped__" in value.__dict__:
+            stack.append(value.__dict__["__wrapped__"])
+            function: types.FunctionType | None = value
+        else:
+            function = plain_function(value)
+        if function is None or function in seen or _is_torch(function):
             continue
         seen.add(function)
         yield function
         space = function.__globals__
-        names = global_names(function.__code__)
-        stack.extend(plain_function(space[name]) for name in names if name in space and not hasattr(builtins, name))
+        stack.extend(_callable(_found(space, chain)) for chain in _chains(function))
+        stack.extend(_callable(_cell_value(function, i)) for i in range(len(function.__closure__ or ())))
+        if cls is not None and looks_on_its_class(function.__code__):
+            names = global_names(function.__code__)
+            stack.extend(
+                _callable(base.__dict__[name]) for base in _bases(cls) for name in names & base.__dict__.keys()
+            )
 
 
-# What a trace answers in one way, and a call may answer in another one: where it runs, in which mode, how a tensor lies.
-_ASKED = frozenset(
-    {"is_cuda", "is_cpu", "is_mps", "is_xpu", "environ", "getenv", "random", "is_compiling"}
-    | {"is_grad_enabled", "is_inference", "is_inference_mode_enabled", "requires_grad", "is_leaf", "is_contiguous"}
-)
+def _is_torch(function: types.FunctionType) -> bool:
+    """Whether the code of a function is PyTorch's: a decorator has the name of what it decorates."""
+    return str(function.__globals__.get("__name__")).partition(".")[0] == "torch" or is_library(function)
 
 
-def not_only_of_its_inputs(reads: Reads, functions: Iterable[Any]) -> str | None:
+def _callable(value: Any) -> Any:
+    """What may be run when a value is called, where that is a Python function."""
+    if isinstance(value, nn.Module) and not is_library(type(value).forward):  # type: ignore[arg-type]
+        return plain_function(value) or type(value).forward
+    kinds = (types.FunctionType, functools.partial, staticmethod, classmethod)
+    return value if isinstance(value, kinds) or hasattr(value, "__wrapped__") else None
+
+
+def not_only_of_its_inputs(reads: Reads, functions: Iterable[Any], cls: type | None = None) -> str | None:
     """Return why code that a trace has run, or may run, computes something that its inputs do not decide, or None."""
     asked: set[str] = set()
-    for function in _reached((*functions, *_methods(reads))):
-        asked |= _ASKED & global_names(function.__code__)
-        problem = _about_its_state(function.__code__)
+    for function in _reached((*functions, *_methods(reads)), cls):
+        asked |= ASKED & global_names(function.__code__)
+        problem = problem_of(function.__code__) or writes_to(function)
         if problem is not None:
             return problem
     if asked:
@@ -288,20 +430,20 @@ def not_only_of_its_inputs(reads: Reads, functions: Iterable[Any]) -> str | None
     return None
 
 
-@functools.lru_cache(maxsize=4096)
-def _about_its_state(code: types.CodeType) -> str | None:
-    """Return why a trace cannot stand for code that writes a global variable, or asks which type `self` is, or None."""
-    instructions = [i for i in dis.get_instructions(code) if i.opname not in ("CACHE", "PUSH_NULL", "PRECALL")]
-    for one, two, _, after in zip(instructions, instructions[1:], instructions[2:], instructions[3:], strict=False):
-        # A trace runs on an object of a subclass. What is looked up on the type is the same there.
-        asks = one.opname == "LOAD_GLOBAL" and one.argval == "type" and two.opname.startswith("LOAD_FAST")
-        if asks and two.argval in code.co_varnames[:1] and after.opname not in ("LOAD_ATTR", "LOAD_METHOD"):
-            return "it asks for the type of its first argument"
-    if any(i.opname in ("STORE_GLOBAL", "DELETE_GLOBAL") for i in instructions):
-        return "it writes to a global variable"
-    inner = (constant for constant in code.co_consts if isinstance(constant, types.CodeType))
-    return next(filter(None, map(_about_its_state, inner)), None)
+def sizes_in(reads: Reads, functions: Iterable[Any], cls: type | None = None) -> tuple[int, ...]:
+    """The whole numbers that code names next to sizes: where it may do something else than at other sizes."""
+    found: set[int] = set()
+    for function in _reached((*functions, *_methods(reads)), cls):
+        found |= {*sizes_named(function.__code__)}
+    return tuple(sorted(found))
 
 
 def _methods(reads: Reads) -> list[Any]:
-    return [value() for value in reads.tokens.values() if isinstance(value, weakref.ref)]
+    """The methods and properties of the module that a trace has found."""
+    found = []
+    for value in reads.tokens.values():
+        if isinstance(value, tuple) and len(value) == 2 and value[0] in ("method", "property"):
+            value = value[1]
+        if isinstance(value, weakref.ref):
+            found.append(value())
+    return found

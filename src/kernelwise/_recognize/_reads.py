@@ -51,6 +51,8 @@ def token(value: Any) -> Token:
         return (kind, tuple((key, token(item)) for key, item in value.items()))
     if isinstance(value, types.MethodType):
         return ("method", weakref.ref(value.__func__))
+    if isinstance(value, property):
+        return ("property", value.fget if value.fget is None else weakref.ref(value.fget))
     if isinstance(value, functools.partial):
         return ("partial", token(value.func), token(value.args), token(value.keywords))
     if isinstance(value, (type, types.FunctionType)):

@@ -100,6 +100,8 @@ class View:
         d = self._module.__dict__
         on_class = _on_class(type(self._module), name)
         if on_class is not None and hasattr(type(on_class), "__set__") and hasattr(type(on_class), "__get__"):
+            if isinstance(on_class, property):
+                self._stage.reads.note((*self._path, name), on_class)
             return object.__getattribute__(stand_in, name)  # a property: it runs on the stand-in
         if name in _INTERNAL:
             raise Untraceable(f"it looks into {name}")
@@ -290,7 +292,7 @@ class Child:
             stage.reads.note((*path, "in_features"), wide_in)
             stage.reads.note((*path, "out_features"), wide_out)
             if x.shape[-1] != wide_in:
-                raise Untraceable(f"its child {'.'.join(path)} takes {wide_in} features, not {x.shape[-1]}")
+                raise Failed(f"its child {'.'.join(path)} takes {wide_in} features, not {x.shape[-1]}")
             return stage.fake((*x.shape[:-1], wide_out), stage.widths.leaves or x.dtype)
         inner = Stage(Recorder(), stage.mode, stage.widths, training=False)
         stand_in = make_stand_in(module, inner)

@@ -1,0 +1,189 @@
+"""What Python code says about itself: the names it looks up, what it asks for that a trace cannot answer, sizes it names.
+
+A trace shows what a forward does on one kind of input, on objects that stand for others. What code could do elsewhere is
+read from its bytecode: a global that it looks up may change, a list that it appends to is somebody else's, a number next
+to a size may be the size at which it does something else.
+"""
+
+from __future__ import annotations
+
+import dis
+import functools
+import types
+from collections.abc import Iterator
+
+Chain = tuple[str, ...]  # a global name and the attributes that are looked up on it
+
+_SKIPPED = frozenset({"CACHE", "PUSH_NULL", "PRECALL", "RESUME", "EXTENDED_ARG", "NOP", "COPY_FREE_VARS", "NOT_TAKEN"})
+_ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
+_SHARED = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"})  # what outlives a call
+
+# What a trace answers in one way, and a call may answer in another one: where it runs, in which mode, how a tensor lies.
+ASKED = frozenset(
+    {"is_cuda", "is_cpu", "is_mps", "is_xpu", "is_meta", "get_device", "environ", "getenv", "random", "is_compiling"}
+    | {"is_grad_enabled", "is_inference", "is_inference_mode_enabled", "requires_grad", "is_leaf", "retain_grad"}
+    | {"is_contiguous", "stride", "storage_offset", "data_ptr", "cpu", "cuda"}
+)
+_WRITES = frozenset(
+    {"append", "appendleft", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "popleft", "remove"}
+    | {"discard", "clear", "write", "put", "__setitem__", "__setattr__"}
+)
+_SIZES = frozenset({"shape", "size", "numel", "nelement", "len", "dim", "ndim"})
+_LARGEST = 1 << 17
+_MOST_SIZES = 12
+
+
+@functools.lru_cache(maxsize=4096)
+def instructions(code: types.CodeType) -> tuple[dis.Instruction, ...]:
+    """The instructions of code that do something, in order."""
+    return tuple(i for i in dis.get_instructions(code) if i.opname not in _SKIPPED)
+
+
+def inner(code: types.CodeType) -> Iterator[types.CodeType]:
+    """Code, and that of every function defined inside it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, types.CodeType):
+            yield from inner(constant)
+
+
+@functools.lru_cache(maxsize=4096)
+def global_names(code: types.CodeType) -> frozenset[str]:
+    """Every name that code, or a function defined inside it, may look up in its globals or on an object."""
+    return frozenset(name for part in inner(code) for name in part.co_names)
+
+
+@functools.lru_cache(maxsize=4096)
+def chains(code: types.CodeType) -> frozenset[Chain]:
+    """Every global name that code looks up, with the attributes that it takes of it at once: `("settings", "SCALE")`."""
+    found: set[Chain] = set()
+    for part in inner(code):
+        chain: Chain = ()
+        for instruction in instructions(part):
+            if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
+                chain = (str(instruction.argval),)
+            elif chain and instruction.opname in _ATTRIBUTE:
+                chain = (*chain, str(instruction.argval))
+            else:
+                chain = ()
+            if chain:
+                found.add(chain)
+    return frozenset(found)
+
+
+@functools.lru_cache(maxsize=4096)
+def looks_on_its_class(code: types.CodeType) -> bool:
+    """Whether code looks names up on a class instead of on the object: `super()`, `type(self)`."""
+    return any(name in ("super", "type", "__class__") for name in global_names(code)) or "__class__" in code.co_freevars
+
+
+@functools.lru_cache(maxsize=4096)
+def sizes_named(code: types.CodeType) -> tuple[int, ...]:
+    """Whole numbers in code that looks at sizes and decides something: a branch on one size has to name it."""
+    found: set[int] = set()
+    for part in inner(code):
+        if _SIZES & {*part.co_names} and any(
+            "JUMP_IF" in i.opname or "COMPARE" in i.opname for i in instructions(part)
+        ):
+            for constant in part.co_consts:
+                items = constant if isinstance(constant, (tuple, frozenset)) else (constant,)
+                found |= {item for item in items if type(item) is int and 2 <= item <= _LARGEST}
+    return tuple(sorted(found)[:_MOST_SIZES])
+
+
+@functools.lru_cache(maxsize=4096)
+def problem_of(code: types.CodeType) -> str | None:
+    """Return why a trace cannot stand for code that is about something else than values, or None.
+
+    It writes a global variable, asks which type an argument has, or whether it is this very object, or on what device.
+    """
+    for part in inner(code):
+        known = instructions(part)
+        first = part.co_varnames[:1]
+        for index, instruction in enumerate(known):
+            if instruction.opname in ("STORE_GLOBAL", "DELETE_GLOBAL"):
+                return "it writes to a global variable"
+            if _is_type_of(known, index):
+                # A trace runs on an object of a subclass. What is looked up on the type is the same there.
+                own = known[index + 1].argval in first
+                if not own or known[min(index + 3, len(known) - 1)].opname not in _ATTRIBUTE:
+                    return "it asks for the type of " + ("its first argument" if own else "an argument")
+            if instruction.opname == "IS_OP" and not _is_of_values(known, index, first):
+                return "it asks whether a value is one very object"
+            if _is_device_type(known, index):
+                return "what it computes may depend on more than its inputs (device.type)"
+    return None
+
+
+def _is_type_of(known: tuple[dis.Instruction, ...], index: int) -> bool:
+    if known[index].opname != "LOAD_GLOBAL" or known[index].argval != "type" or index + 2 >= len(known):
+        return False
+    return known[index + 1].opname.startswith("LOAD_FAST") and known[index + 2].opname.startswith("CALL")
+
+
+def _is_device_type(known: tuple[dis.Instruction, ...], index: int) -> bool:
+    """Whether the type of a device is compared or kept. Handed to a function that asks for autocast, it decides nothing."""
+    names = [i.argval for i in known[index : index + 2] if i.opname in _ATTRIBUTE]
+    if names not in (["device", "type"], ["device", "index"]):
+        return False
+    after = (i.opname for i in known[index + 2 : index + 5])
+    return any(name in ("COMPARE_OP", "CONTAINS_OP", "IS_OP") or name.startswith("STORE") for name in after)
+
+
+def _is_of_values(known: tuple[dis.Instruction, ...], index: int, first: tuple[str, ...]) -> bool:
+    """Whether `a is b` compares with None, or what stands on the module or on a global with a constant, or dtypes."""
+    right, before = _operand(known, index - 1)
+    if right is not None and right.opname == "LOAD_CONST" and right.argval is None:
+        return True
+    left, _ = _operand(known, before)
+    if left is None or right is None:
+        return False
+    if left.opname == "LOAD_CONST" and left.argval is None:
+        return True
+    if known[index - 1].argval == "dtype" or known[before].argval == "dtype":
+        return True
+    fixed = [i.opname in ("LOAD_CONST", "LOAD_GLOBAL") for i in (left, right)]
+    own = [i.opname.startswith("LOAD_FAST") and i.argval in first for i in (left, right)]
+    own = [is_own and known[end].opname in _ATTRIBUTE for is_own, end in zip(own, (before, index - 1), strict=True)]
+    return all(a or b for a, b in zip(fixed, own, strict=True))
+
+
+def _operand(known: tuple[dis.Instruction, ...], end: int) -> tuple[dis.Instruction | None, int]:
+    """What an expression that ends at an instruction starts with, and the instruction before it; None for a call."""
+    while end >= 0 and known[end].opname in _ATTRIBUTE:
+        end -= 1
+    if end < 0 or not known[end].opname.startswith("LOAD"):
+        return None, -1
+    return known[end], end - 1
+
+
+@functools.lru_cache(maxsize=4096)
+def _written(code: types.CodeType) -> tuple[tuple[str, str, str], ...]:
+    """Names outside of code that it calls a method on, or sets something on, which may change what they hold.
+
+    (how the name is loaded, the name, what is done to it)
+    """
+    found = []
+    for part in inner(code):
+        known = instructions(part)
+        for index, instruction in enumerate(known):
+            if instruction.opname in _ATTRIBUTE and instruction.argval in _WRITES:
+                root, _ = _operand(known, index)
+            elif instruction.opname in ("STORE_ATTR", "DELETE_ATTR"):
+                root, _ = _operand(known, index - 1)
+            elif instruction.opname in ("STORE_SUBSCR", "DELETE_SUBSCR") and index >= 2:
+                root, _ = _operand(known, index - 2)  # container, key
+            else:
+                continue
+            if root is not None and root.opname in _SHARED and root.argval != "__class__":
+                found.append((root.opname, str(root.argval), str(instruction.argval or "an item")))
+    return tuple(found)
+
+
+def writes_to(function: types.FunctionType) -> str | None:
+    """Return why a trace of a function would change an object that outlives the call, or None."""
+    for how, name, what in _written(function.__code__):
+        value = function.__globals__.get(name) if how in ("LOAD_GLOBAL", "LOAD_NAME") else None
+        if not isinstance(value, types.ModuleType):
+            return f"it may change {name}, which outlives the call ({what})"
+    return None
