@@ -27,12 +27,15 @@ MIN_ROUNDS = 5
 NARROW = 0.02
 """An interval this wide, as a part of its speed-up, needs no further rounds."""
 
+SLOW = 0.8
+"""Nor does a speed-up that is surely below this."""
+
 _TURN_S = {"cpu": 200e-6}
 _TURN_ON_DEVICE_S = 1e-3
 """How long a turn takes at least: so long that reading the clock, or starting a first kernel, is lost in it."""
 
-_SURE, _SURER = 20, 1000
-"""One error in so many: for the interval that is said, and for stopping early, since who looks often finds differences."""
+_SURE = 20
+"""The interval misses the true median once in so many times at most."""
 
 
 @dataclass(slots=True)
@@ -80,7 +83,7 @@ def compare(
         own: the name of the call that the others are compared with.
         device: where the work is done, such as "cpu", "cuda", "cuda:1" or "rocm".
         seconds: how long the rounds may take in all. First calls and warming up come on top, and so does what is missing
-            for `min_rounds`. Rounds end before that when all differences are clear and their intervals narrow.
+            for `min_rounds`. Rounds end before that when all intervals are narrow; a call about which enough is known rests.
         min_rounds: how many rounds there are whatever they take. A call that is at least twice as slow as `own` has fewer
             where its turns alone took longer than `seconds`.
         before: called with a call's name before each of its turns, outside of what is timed. A turn is then one call.
@@ -112,7 +115,7 @@ def _rounds(
     min_rounds: int,
     progress: Callable[[float], None] | None,
 ) -> None:
-    """Give every contender its turn until all is clear or the time is over. A contender about which all is clear rests."""
+    """Give every contender its turn until all is clear or the time is over. One about which all is clear rests."""
     random, began, number, look = Random(0), perf_counter(), 0, min_rounds
     order: list[_Contender] = []
     while True:
@@ -269,14 +272,14 @@ def interval(values: Sequence[float]) -> tuple[float, float]:
     (1.2, 1.4)
     """
     ordered = sorted(values)
-    left_out = max(0, _rank(len(ordered), _SURE) - 1)
+    left_out = max(0, _rank(len(ordered)) - 1)
     return ordered[left_out], ordered[-1 - left_out]
 
 
-def _rank(count: int, odds: int) -> int:
-    """The rank, from either end, of the values that bound the median with one error in `odds`; 0 where they are too few."""
+def _rank(count: int) -> int:
+    """The rank, from either end, of the values that bound the median with 95 % certainty; 0 where they are too few."""
     rank, combinations, below = 0, 1, 0
-    while 2 * (below + combinations) * odds <= 2**count:
+    while 2 * (below + combinations) * _SURE <= 2**count:
         below += combinations
         combinations = combinations * (count - rank) // (rank + 1)
         rank += 1
@@ -284,16 +287,15 @@ def _rank(count: int, odds: int) -> int:
 
 
 def _is_clear(ratios: Sequence[float]) -> bool:
-    """Return whether more rounds would tell nothing: a difference beyond doubt, or none that matters, known closely enough."""
-    ordered, rank = sorted(ratios), _rank(len(ratios), _SURER)
-    if rank == 0:
+    """Return whether more rounds would tell nothing that matters.
+
+    How wide the interval is decides, not which side of 1 it is on: who stops as soon as there is a difference finds some
+    where there are none. How much slower something slow is matters to nobody.
+    """
+    if _rank(len(ratios)) == 0:
         return False
-    low, high = ordered[rank - 1], ordered[-rank]
-    if high < 0.8:
-        return True  # how much slower it is makes no difference
-    near, far = interval(ordered)
-    narrow = far - near <= NARROW * statistics.median(ordered)
-    return narrow and (low > 1.01 or high < 0.99 or (low > 0.99 and high < 1.01))
+    low, high = interval(ratios)
+    return high < SLOW or high - low <= NARROW * statistics.median(ratios)
 
 
 @contextmanager
