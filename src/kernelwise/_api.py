@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 from kernelwise import _apply, _discover, _prove, _verify
+from kernelwise._capture import group
 from kernelwise._data import Checks, Kernel, Plan, Target
 from kernelwise._decide import Config, decide, make_plan
 from kernelwise._errors import ApplyError, PlanError
+from kernelwise._progress import OnCheck, progress_of
 from kernelwise._report import Report, make_row
 from kernelwise.sources.registered import is_registered
 
@@ -128,6 +130,7 @@ def verify(
     seconds: float = 60.0,
     memory: int = 8 << 30,
     seed: int = 0,
+    progress: bool | OnCheck = False,
 ) -> Checks:
     """Check that every kernel of a plan computes what its layer computes. Nothing is put into the model.
 
@@ -141,6 +144,7 @@ def verify(
             None: inputs are made for each layer; weights on the meta device are then made too.
         compile: check under `torch.compile(fullgraph=True)` too, which takes seconds for each kernel.
         seconds, memory: the limits (bytes above the process's own) for each case of a kernel that is not builtin.
+        progress: True draws a bar on standard error, in kinds of layers; a function is called with every check as it is done.
 
     Raises:
         PlanError: a kernel of the plan is only described, or inputs are given for a model on the meta device.
@@ -156,7 +160,8 @@ def verify(
         )
     options = _verify.Options(compile=compile, seconds=seconds, memory=memory, seed=seed)
     decided = plan(model) if decided is None else decided
-    checks = _verify.verify_plan(model, decided, inputs, options=options)
+    with progress_of(progress, total=len(group(model, decided))) as on_check:
+        checks = _verify.verify_plan(model, decided, inputs, options=options, on_check=on_check)
     _prove.remember(model, decided, checks.checks)
     return checks
 

@@ -33,7 +33,7 @@ from kernelwise._capture import Group
 from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Recognition, from_json, to_json
 from kernelwise._errors import KernelLoadError, PlanError
 from kernelwise._verify import Options, check_group, own_code
-from kernelwise._worker import MEMORY, Worker, WorkerError
+from kernelwise._worker import MEMORY, Worker, WorkerError, WorkerStartError
 from kernelwise._worker import SECONDS as LIMIT
 
 SECONDS = 120.0
@@ -96,7 +96,8 @@ class Prover:
         """Import a kernel in its worker, unless that has gone well on this machine before. A `sources.BeforeImport`.
 
         Raises:
-            ImportFailedError: the worker did not survive. A mere exception is left to the import here, which explains it.
+            ImportFailedError: the worker did not survive, or the import changes a setting of the process. A mere exception is
+                left to the import here, which explains it. WorkerStartError: there is no worker.
         """
         file = _file("imports", [str(kernel.ref), kernel.revision, device, content, *_versions(())])
         if content and file.is_file():
@@ -143,7 +144,10 @@ class Prover:
         if kind.key not in _remembered:
             file = _proof_file(kind, plan)
             if file is None or not _is_proof(file):
-                checks, done = self._check(model, kind)
+                try:
+                    checks, done = self._check(model, kind)
+                except WorkerStartError as error:
+                    return f"it is not proven: {error.reason}"
                 reason = _judge(checks, done=done)
                 if reason is not None and not _is_definite(checks):
                     return reason

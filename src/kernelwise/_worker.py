@@ -27,6 +27,7 @@ from torch import nn
 
 from kernelwise import sources
 from kernelwise._data import Kernel, Layer, Status, from_json, to_json
+from kernelwise._errors import KernelLoadError
 from kernelwise._observe import CannotTryError, Case, Observed, growth, kernel_call, observe
 from kernelwise._process import put_back, settings
 
@@ -42,6 +43,18 @@ class WorkerError(Exception):
     def __init__(self, status: Status, detail: str) -> None:
         self.status, self.detail = status, detail
         super().__init__(f"{status}: {detail}")
+
+
+class WorkerStartError(KernelLoadError):
+    """There is no process to check a kernel in: no fault of the kernel, of which nothing is known then."""
+
+    def __init__(self, kernel: str, reason: str) -> None:
+        super().__init__(
+            kernel,
+            f"the process that would try it first cannot be started ({reason}); that is no fault of the kernel",
+            fix=f"see why `{sys.executable} -m kernelwise._worker` does not run here (limits on processes and memory, another "
+            "Python);\n             verify=False puts the kernel in unproven",
+        )
 
 
 class Worker:
@@ -75,18 +88,27 @@ class Worker:
         self._layer = layer, mode
 
     def start(self) -> None:
-        """Start the process and import the kernel there. Raises `WorkerError`."""
+        """Start the process and import the kernel there.
+
+        Raises:
+            WorkerError: the import fails, or does not survive. WorkerStartError: there is no process to import it in.
+        """
         path = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), *filter(None, sys.path)])
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "kernelwise._worker"],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
-            start_new_session=True,
-        )
-        threading.Thread(target=self._drain, args=(self._process.stderr,), daemon=True).start()
-        self._exchange({"memory": self._memory}, starting=True)
+        try:
+            self._process = subprocess.Popen(
+                [sys.executable, "-m", "kernelwise._worker"],
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                env={**os.environ, "PYTHONPATH": path, "PYTHONSAFEPATH": "1"},
+                start_new_session=True,
+            )
+            threading.Thread(target=self._drain, args=(self._process.stderr,), daemon=True).start()
+            self._exchange({"memory": self._memory}, starting=True)
+        except (OSError, RuntimeError, WorkerError) as error:  # no program, no more processes, no more threads
+            self.close()
+            reason = error.detail if isinstance(error, WorkerError) else _text(error)
+            raise WorkerStartError(str(self.kernel.ref), reason) from error
         try:
             self._ask({"kernel": to_json(self.kernel), "device": self._device})
         except WorkerError:

@@ -12,8 +12,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import kernelwise as kw
+from kernelwise import _inputs, _prove, _worker
 from kernelwise._author import layers_for, read_reference, verify_kernel
 from kernelwise._cli import main
+from kernelwise._models import load_model
 from kernelwise.sources import load
 
 LAYERS = """
@@ -103,6 +105,56 @@ def test_the_command_line_checks_a_kernel_and_exits_with_1(repository, capsys):
         main(["verify", "llama", "--kernel", f"{repository}:Alien"])
     assert found.value.code == 1
     assert "no layer of llama fits" in capsys.readouterr().err
+
+
+def test_a_device_that_is_not_here_is_an_error(repository, capsys):
+    missing = "neuron"
+    for arguments in (["llama"], ["--kernel", f"{repository}:MyNorm"]):
+        with pytest.raises(SystemExit) as found:
+            main(["verify", *arguments, "--device", missing])
+        assert found.value.code == 1
+        assert f"this machine has no {missing}" in capsys.readouterr().err
+
+
+@pytest.fixture
+def small_model(tmp_path, monkeypatch) -> str:
+    (tmp_path / "small_author.py").write_text(MODEL)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "small_author", raising=False)
+    return "small_author:Norm"
+
+
+@pytest.mark.parametrize("as_kernel", [False, True])
+def test_what_the_command_line_proves_is_remembered(as_kernel, repository, small_model, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("KERNELWISE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_prove, "_remembered", {})
+    monkeypatch.setattr(_inputs, "_SIZES", ())
+    kernel = f"{repository}:MyNorm"
+    (tmp_path / "kernels.toml").write_text(f'[kernels]\nRMSNorm = "{kernel}"\n')
+    asked = ["--kernel", kernel] if as_kernel else ["--config", str(tmp_path / "kernels.toml")]
+    with pytest.raises(SystemExit) as found:
+        main(["verify", small_model, *asked, "--device", "cpu"])
+    assert found.value.code == 0, capsys.readouterr()
+    monkeypatch.setattr(_prove, "_remembered", {})  # another process
+    monkeypatch.setattr(_worker.Worker, "start", lambda self: pytest.fail("it was checked again"))
+    model = load_model(small_model).model
+    kw.kernelize(model, kw.KernelConfig.load(tmp_path / "kernels.toml"))
+    assert kernel in str(kw.report(model))
+
+
+def test_a_kernel_that_does_not_load_is_a_test_that_fails_and_says_why(repository, tmp_path):
+    (tmp_path / "small.py").write_text(MODEL)
+    (tmp_path / "test_other.py").write_text("def test_other():\n    pass\n")
+    command = [sys.executable, "-m", "pytest", "-p", "kernelwise._pytest_plugin", "-p", "no:cacheprovider", "-q"]
+    kernels = ["--kernelwise", f"{repository}:NoSuchLayer", "--kernelwise", "/no/such/directory:Layer"]
+    options = [*kernels, "--kernelwise-model", "small:Norm", "-rA", str(tmp_path)]
+    ran = subprocess.run([*command, *options], capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    said = ran.stdout + ran.stderr
+    assert ran.returncode == 1, said
+    assert "INTERNALERROR" not in said
+    assert "2 failed, 1 passed" in said
+    assert "NoSuchLayer" in ran.stdout
+    assert "/no/such/directory" in ran.stdout
 
 
 def test_the_plugin_gives_one_test_for_each_check(repository, tmp_path):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import threading
 from collections.abc import Sequence
 from typing import Any
 
@@ -21,6 +22,7 @@ from kernelwise._decide import current_target
 from kernelwise._inputs import Sample, beyond
 from kernelwise._observe import own_call
 from kernelwise._plan import reasons_against
+from kernelwise._process import settings
 from kernelwise._verify import Options, _Here, _made, _one_case, check_kernel, own_code
 from kernelwise.sources import builtin_refs, load
 
@@ -107,6 +109,45 @@ def test_verify_checks_each_kind_of_layer_once_and_changes_nothing():
     assert {check.modes for check in checks.checks} == {("inference", "training")}
     assert {name: dict(module.__dict__) for name, module in model.named_modules()} == before
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_progress_is_told_check_by_check_or_drawn(monkeypatch, capsys):
+    model = nn.Sequential(gallery.Norm(), gallery.MLP())
+    told: list[Check] = []
+    checks = kw.verify(model, progress=told.append)
+    assert tuple(told) == checks.checks
+    assert capsys.readouterr().err == ""
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
+    kw.verify(model, progress=True)
+    drawn = capsys.readouterr()
+    assert "0/2" in drawn.err
+    assert "1/2" in drawn.err
+    assert "builtin:SwiGLUMLP on 1" in drawn.err
+    assert drawn.out == ""
+
+
+def test_while_layers_are_checked_other_threads_see_nothing_of_it():
+    """Default dtype, deterministic algorithms and random numbers belong to the whole process."""
+    seen: set[tuple[Any, ...]] = set()
+    done = threading.Event()
+
+    def watch() -> None:
+        while not done.is_set():
+            state = hash(torch.get_rng_state().numpy().tobytes())
+            seen.add((torch.ones(1).dtype, str(settings()), torch.empty(3).isnan().all().item(), state))
+
+    torch.manual_seed(7)
+    threads = torch.get_num_threads()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        checks = kw.verify(nn.Sequential(gallery.Norm(), gallery.MLP()))
+    finally:
+        done.set()
+        watcher.join()
+    assert checks.ok, str(checks)
+    assert torch.get_num_threads() == threads
+    assert len({(dtype, found, state) for dtype, found, _, state in seen}) == 1, seen
 
 
 def test_checks_print_and_survive_json():

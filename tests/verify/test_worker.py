@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
+import shutil
 import signal
+import sys
 import time
 from pathlib import Path
+from unittest.mock import Mock
 
 import gallery
 import pytest
 from checking import checks_of, decision
+from torch import nn
 
-from kernelwise import KernelRef
+import kernelwise as kw
+from kernelwise import KernelRef, _worker
+from kernelwise._process import settings
 from kernelwise._verify import Options
-from kernelwise._worker import Worker
+from kernelwise._worker import Worker, WorkerStartError
 from kernelwise.sources import load
 
 LAYERS = """
@@ -254,3 +261,47 @@ def test_a_process_that_stands_still_does_not_hold_this_one(repository):
         (first,) = checks_of(decided, module, worker=worker)
         assert (first.case, first.status) == ("as given", "timed_out")
         assert time.monotonic() - start < 30
+
+
+@pytest.mark.parametrize("why", ["no such program", "a program that ends at once", "no more processes"])
+def test_a_process_that_cannot_be_started_is_no_fault_of_the_kernel(why, repository, monkeypatch):
+    model, mapping = nn.Sequential(gallery.Norm()), {"RMSNorm": f"{repository}:Loud"}
+    plan = kw.plan(model, mapping)
+    if why == "no such program":
+        monkeypatch.setattr(sys, "executable", "/no/such/python")
+    elif why == "a program that ends at once":
+        monkeypatch.setattr(sys, "executable", shutil.which("false"))
+    else:
+        full = BlockingIOError(errno.EAGAIN, "Resource temporarily unavailable")
+        monkeypatch.setattr(_worker.subprocess, "Popen", Mock(side_effect=full))
+    with pytest.raises(WorkerStartError, match=r"cannot be started .*no fault of the kernel"):
+        kw.verify(model, plan)
+    with pytest.raises(kw.KernelwiseError, match="no fault of the kernel"):
+        kw.kernelize(model, mapping)
+    kw.kernelize(model, mapping, on_miss="keep")
+    assert "no fault of the kernel" in str(kw.report(model))
+    monkeypatch.undo()
+    with Worker(plan.decisions[0].kernel, "cpu") as worker:
+        worker.start()  # nothing was remembered against it
+
+
+@pytest.mark.parametrize(
+    ("deed", "said"),
+    [
+        ("torch.set_default_dtype(torch.float64)", "the default dtype (to torch.float64)"),
+        ("torch.use_deterministic_algorithms(True)", "deterministic algorithms"),
+        ("torch.set_num_threads(7)", "the number of threads (to 7)"),
+    ],
+)
+def test_an_import_that_changes_the_process_does_not_happen_in_this_one(deed, said, tmp_path):
+    variant = tmp_path / "sets" / "build" / "torch-universal"
+    variant.mkdir(parents=True)
+    metadata = {"name": "sets", "id": "sets", "version": 1, "license": "MIT", "python-depends": []}
+    (variant / "metadata.json").write_text(json.dumps(metadata | {"backend": {"type": "cpu"}}))
+    (variant / "__init__.py").write_text("from . import layers\n")
+    (variant / "layers.py").write_text(LAYERS + f"\n\n{deed}\n")
+    before = settings()
+    with pytest.raises(kw.KernelLoadError, match="setting_changed: its import changes") as found:
+        kw.kernelize(nn.Sequential(gallery.Norm()), {"RMSNorm": f"{tmp_path / 'sets'}:Loud"})
+    assert said in str(found.value)
+    assert settings() == before
