@@ -160,19 +160,21 @@ def sample() -> Tuning:
         choices=choices,
         runs=tuple(runs),
         environment=(
-            ("device", "AMD EPYC 9R14, 2 cores, AVX-512"),
+            ("system", "Linux x86_64"),
+            ("processor", "AMD EPYC 9R14, AVX512, 2 cores"),
             ("threads", "2"),
             ("torch", "2.13.0+cpu"),
             ("transformers", "5.22.2"),
             ("kernels", "0.17.2"),
             ("python", "3.11.9"),
+            ("device", "cpu"),
         ),
         notes=(
             "the embedding and the head have no candidate but their own code",
             "memory was counted in a separate run, which is not timed",
         ),
         config=CONFIG,
-        date="2026-11-23 00:12 UTC",
+        date="2026-11-23T00:12:00+00:00",
         seconds=192.4,
     )
 

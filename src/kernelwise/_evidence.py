@@ -23,6 +23,7 @@ from kernelwise._units import duration, ratio, size
 
 OWN_CODE = "own code"
 EAGER = "eager"
+TUNED = "tuned"
 
 Verdict = Literal["faster", "slower", "no clear difference"]
 Objective = Literal["latency", "throughput", "memory"]

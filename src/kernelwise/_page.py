@@ -1,8 +1,8 @@
 """The report page: what tuning found as one HTML file, which needs no network and no other file.
 
-The last stage of all: it takes a `Tuning` and decides nothing. Here figures become text and percent of a scale; the template
-(`page/page.html`, with its style and script) has no arithmetic. Everything that comes from the model, its layers and its
-kernels is escaped by the template engine, and the page's own policy lets no script run but its own.
+The last stage of all: it takes a `Tuning` and decides nothing. `_page_views` turns figures into text and percent of a scale,
+and the template (`page/page.html`, with its style and script) puts them down. Everything that comes from the model, its
+layers and its kernels is escaped by the template engine, and the page's own policy lets no script run but its own.
 """
 
 from __future__ import annotations
@@ -11,105 +11,20 @@ import base64
 import hashlib
 import os
 import re
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable
+from datetime import datetime
 from importlib.resources import files
 from pathlib import Path
 
 from markupsafe import Markup
 
+from kernelwise import _page_views as views
 from kernelwise._errors import KernelwiseError
-from kernelwise._evidence import EAGER, OWN_CODE, Candidate, Choice, Comparison, Run, Timing, Tuning
-from kernelwise._table import fold
+from kernelwise._evidence import EAGER, OWN_CODE, TUNED, Tuning
 from kernelwise._tree import Node, tree
 from kernelwise._units import digits, duration, ratio, size
 
-TUNED = "tuned"
-_PATTERNS = 8  # of the places where a kind of layer stands, in its heading; the rest is counted
 _UNFOLDED = 40  # lines of the tree up to which all of it is shown
-
-
-@dataclass(frozen=True, slots=True)
-class Speed:
-    """A comparison as text, and as a bar: `value`, `low`, `high` and `one` (own code) are percent of the bar's width."""
-
-    comparison: Comparison
-    value: float
-    low: float
-    high: float
-    one: float
-
-    @property
-    def ratio(self) -> str:
-        """The speed-up, `"1.42×"`."""
-        return f"{ratio(self.comparison.speedup)}\N{MULTIPLICATION SIGN}"
-
-    @property
-    def interval(self) -> str:
-        """Its 95 % interval, `"1.38 to 1.46"`."""
-        return f"{ratio(self.comparison.low)} to {ratio(self.comparison.high)}"
-
-    @property
-    def times(self) -> str:
-        """Before and after."""
-        return f"{duration(self.comparison.own_us)} → {duration(self.comparison.us)}"
-
-    @property
-    def memory(self) -> str | None:
-        """Peak memory before and after; None where it was not counted."""
-        before, after = self.comparison.own_peak, self.comparison.peak
-        if before is None or after is None:
-            return None
-        change = (
-            f" ({100 * (after - before) / before:+.0f}\N{NARROW NO-BREAK SPACE}%)".replace("-", "\N{MINUS SIGN}")
-            if before
-            else ""
-        )
-        return f"{size(before)} → {size(after)}{change}"
-
-    @property
-    def tone(self) -> str:
-        """The verdict as a class of the style."""
-        return {"faster": "faster", "slower": "slower"}.get(self.comparison.verdict, "unclear")
-
-
-@dataclass(frozen=True, slots=True)
-class Card:
-    """One workload in the summary: the tuned model, or the fastest contender where nothing was tuned."""
-
-    workload: str
-    run: Run
-    speed: Speed | None
-    own_rate: float | None
-    rival: Run | None
-
-
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One candidate in the table of its kind of layer, with a cell for each workload."""
-
-    candidate: Candidate
-    status: str
-    why: str
-    speeds: tuple[Speed | None, ...]
-    own_times: tuple[str, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class Kind:
-    """One choice as a section of the page: `columns` are the workloads that were timed for it."""
-
-    choice: Choice
-    anchor: str
-    places: tuple[str, ...]
-    columns: tuple[str, ...]
-    rows: tuple[Row, ...]
-    speeds: tuple[Speed | None, ...]
-
-    @property
-    def changed(self) -> bool:
-        """Whether a kernel goes in."""
-        return self.choice.chosen != OWN_CODE
 
 
 def page(tuning: Tuning) -> str:
@@ -125,33 +40,25 @@ def page(tuning: Tuning) -> str:
     )
     environment.filters.update(duration=duration, size=size, digits=digits, ratio=ratio, breakable=_breakable)
     style, script = (files("kernelwise").joinpath("page", name).read_text("utf-8") for name in ("page.css", "page.js"))
-    kinds = tuple(_kind(choice, f"kind-{index}") for index, choice in enumerate(tuning.choices, start=1))
+    kinds = tuple(views.kind(choice, f"kind-{index}") for index, choice in enumerate(tuning.choices, start=1))
     branches = tree(tuning.choices)
     return environment.get_template("page.html").render(
         tuning=tuning,
         style=Markup(style),
         script=Markup(script),
         policy=f"default-src 'none'; img-src data:; style-src {_hash(style)}; script-src {_hash(script)}",
-        headline=_headline(tuning),
-        cards=_cards(tuning),
+        meta=_meta(tuning),
+        headline=views.headline(tuning),
+        cards=views.cards(tuning),
         kinds=kinds,
-        facts=_facts(tuning),
-        panels=_panels(tuning),
+        facts=views.facts(tuning),
+        panels=views.panels(tuning),
         tree=branches,
         unfolded=_size(branches) <= _UNFOLDED,
         EAGER=EAGER,
         OWN_CODE=OWN_CODE,
         TUNED=TUNED,
     )
-
-
-def _breakable(text: str) -> Markup:
-    """Let a long reference or path break after its separators, where it is read best."""
-    return Markup("<wbr>").join(re.split(r"(?<=[:/@.])(?=[^:/@.])", text))
-
-
-def _size(nodes: Iterable[Node]) -> int:
-    return sum(1 + _size(node.children) for node in nodes)
 
 
 def save(tuning: Tuning, file: str | os.PathLike[str]) -> None:
@@ -170,169 +77,33 @@ def save(tuning: Tuning, file: str | os.PathLike[str]) -> None:
         ) from None
 
 
+def _breakable(text: str) -> Markup:
+    """Let a long reference or path break after its separators, where it is read best."""
+    return Markup("<wbr>").join(re.split(r"(?<=[:/@.])(?=[^:/@.])", text))
+
+
+def _size(nodes: Iterable[Node]) -> int:
+    return sum(1 + _size(node.children) for node in nodes)
+
+
 def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-def _scale(comparisons: Iterable[Comparison]) -> float:
-    """Return the speed-up at the end of a bar, so that every bar fits and one wide interval does not squeeze the others."""
-    found = [*comparisons]
-    longest = max((one.speedup for one in found), default=1.0)
-    widest = max((one.high for one in found), default=1.0)
-    return max(1.0, longest, min(widest, 1.5 * longest)) * 1.04
-
-
-def _speed(comparison: Comparison, scale: float) -> Speed:
-    value, low, high, one = (
-        round(min(100.0, max(0.0, 100.0 * number / scale)), 2)
-        for number in (comparison.speedup, comparison.low, comparison.high, 1.0)
+def _meta(tuning: Tuning) -> list[str]:
+    """Say for what, on what, when, and how long it took."""
+    found = dict(tuning.environment)
+    target = tuning.target
+    on = found.get("device", "") if found.get("device") != target.device else found.get("processor", "")
+    try:
+        date = datetime.fromisoformat(tuning.date).strftime("%d %b %Y, %H:%M %Z").strip()
+    except ValueError:
+        date = tuning.date
+    said = (
+        f"for {tuning.objective}" if tuning.choices else "",
+        " ".join(filter(None, ("on", target.device, target.arch))),
+        on,
+        date,
+        f"took {duration(tuning.seconds * 1e6)}" if tuning.seconds else "",
     )
-    return Speed(comparison, value, low, high, one)
-
-
-def _winner(tuning: Tuning, workload: str) -> Run | None:
-    """Return the run that the summary speaks of: the tuned model's, else the fastest."""
-    runs = [run for run in tuning.runs if run.workload == workload]
-    tuned = next((run for run in runs if run.contender == TUNED), None)
-    return tuned or _fastest(runs)
-
-
-def _fastest(runs: Iterable[Run]) -> Run | None:
-    ran = [run for run in runs if run.comparison is not None and run.contender != EAGER]
-    return max(ran, key=lambda run: run.comparison.speedup if run.comparison else 0.0, default=None)
-
-
-def _workloads(tuning: Tuning) -> list[str]:
-    return list(dict.fromkeys([*tuning.workloads, *(run.workload for run in tuning.runs)]))
-
-
-def _headline(tuning: Tuning) -> str:
-    speeds: list[str] = []
-    peaks: dict[str, list[str]] = {}
-    for workload in _workloads(tuning):
-        run = _winner(tuning, workload)
-        if run is None:
-            continue
-        found = run.comparison
-        who = "" if run.contender == TUNED else f" with {run.contender}"
-        if found is None:
-            speeds.append(f"{workload} did not run{who}")
-            continue
-        unclear = found.verdict == "no clear difference"
-        speeds.append(
-            f"{workload} shows no clear difference{who}"
-            if unclear
-            else f"{workload} is {ratio(found.speedup)} times as fast{who}"
-        )
-        if found.own_peak and found.peak is not None and abs(change := found.peak / found.own_peak - 1) >= 0.01:
-            by = f"{100 * abs(change):.0f}\N{NARROW NO-BREAK SPACE}% {'higher' if change > 0 else 'lower'}"
-            peaks.setdefault(by, []).append(workload)
-    if not speeds:
-        return "The whole model was not timed."
-    text = f"Against the model's own code, {_listed(speeds)}."
-    changes = [f"{by} in {_listed(workloads)}" for by, workloads in peaks.items()]
-    return f"{text} Peak memory is {_listed(changes)}." if changes else text
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return " and ".join(filter(None, (", ".join(parts[:-1]), parts[-1])))
-
-
-def _cards(tuning: Tuning) -> list[Card]:
-    cards = []
-    winners = [(workload, run) for workload in _workloads(tuning) if (run := _winner(tuning, workload)) is not None]
-    scale = _scale(run.comparison for _, run in winners if run.comparison is not None)
-    for workload, run in winners:
-        others = [other for other in tuning.runs if other.workload == workload and other.contender != run.contender]
-        own = run.comparison.own_us if run.comparison is not None else 0.0
-        cards.append(
-            Card(
-                workload,
-                run,
-                _speed(run.comparison, scale) if run.comparison is not None else None,
-                run.tokens / own * 1e6 if own and run.tokens else None,
-                _fastest(others),
-            )
-        )
-    return cards
-
-
-def _facts(tuning: Tuning) -> list[str]:
-    """Say what was proven of the kernels that go in, and how many were turned down."""
-    if not tuning.choices:
-        return []
-    chosen = [
-        found
-        for choice in tuning.choices
-        for found in choice.candidates
-        if found.kernel == choice.chosen and found.kernel != OWN_CODE
-    ]
-    checks = sum(found.checks for found in chosen)
-    errors = [found.error for found in chosen if found.error is not None]
-    unchecked = sorted({found.kernel for found in chosen if not found.checks})
-    candidates = [found for choice in tuning.choices for found in choice.candidates if found.kernel != OWN_CODE]
-    out = sum(found.out is not None for found in candidates)
-    facts = []
-    if checks:
-        worst = f"; the largest error is {ratio(max(errors))} of what is allowed" if errors else ""
-        facts.append(f"The kernels that go in passed {checks:,} checks against the layers' own code{worst}.")
-    if unchecked:
-        facts.append(f"Not checked in this run: {', '.join(unchecked)}.")
-    if not chosen:
-        facts.append("No kernel goes in, so nothing had to be proven.")
-    facts.append(f"{out} of {len(candidates)} candidates {'is' if out == 1 else 'are'} out; each says why.")
-    return facts
-
-
-def _panels(tuning: Tuning) -> list[tuple[str, list[tuple[Run, Speed | None]]]]:
-    """Return each workload with all its runs, on one scale."""
-    scale = _scale(run.comparison for run in tuning.runs if run.comparison is not None)
-    return [
-        (
-            workload,
-            [
-                (run, _speed(run.comparison, scale) if run.comparison is not None else None)
-                for run in tuning.runs
-                if run.workload == workload
-            ],
-        )
-        for workload in _workloads(tuning)
-        if any(run.workload == workload for run in tuning.runs)
-    ]
-
-
-def _kind(choice: Choice, anchor: str) -> Kind:
-    timings = [timing for candidate in choice.candidates for timing in candidate.timings]
-    columns = tuple(dict.fromkeys(_case(timing) for timing in timings))
-    scale = _scale(timing.comparison for timing in timings)
-    rows = [_row(choice, candidate, columns, scale) for candidate in choice.candidates]
-    if all(candidate.kernel != OWN_CODE for candidate in choice.candidates):
-        own = {_case(timing): duration(timing.comparison.own_us) for timing in timings}
-        status, why = ("chosen", choice.reason) if choice.chosen == OWN_CODE else ("own code", "")
-        own_times = tuple(own[column] for column in columns)
-        rows.insert(0, Row(Candidate(OWN_CODE), status, why, (None,) * len(columns), own_times))
-    rows.sort(key=lambda row: ("chosen", "own code", "passed", "not timed", "out").index(row.status))
-    chosen = next((row.speeds for row in rows if row.status == "chosen"), ())
-    patterns = [label for label, *_ in fold([(path, "", "") for path in choice.paths or (choice.layer,)])]
-    more = [f"and {len(patterns) - _PATTERNS} more"] if len(patterns) > _PATTERNS else []
-    return Kind(choice, anchor, (*patterns[:_PATTERNS], *more), columns, tuple(rows), tuple(chosen))
-
-
-def _row(choice: Choice, candidate: Candidate, columns: Sequence[str], scale: float) -> Row:
-    found = {_case(timing): timing for timing in candidate.timings}
-    speeds = tuple(_speed(found[column].comparison, scale) if column in found else None for column in columns)
-    if candidate.kernel == choice.chosen:
-        return Row(candidate, "chosen", choice.reason, speeds)
-    if candidate.out is not None:
-        return Row(candidate, "out", candidate.out, speeds)
-    if not found:
-        return Row(candidate, "own code" if candidate.kernel == OWN_CODE else "not timed", "", speeds)
-    verdicts: dict[str, list[str]] = {}
-    for timing in candidate.timings:
-        verdicts.setdefault(timing.comparison.verdict, []).append(_case(timing))
-    why = "; ".join(f"{verdict} in {', '.join(cases)}" for verdict, cases in verdicts.items())
-    return Row(candidate, "passed", why, speeds)
-
-
-def _case(timing: Timing) -> str:
-    return f"{timing.workload}, CUDA graph" if timing.graph else timing.workload
+    return [part for part in said if part]
