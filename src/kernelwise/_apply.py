@@ -20,10 +20,12 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 from kernelwise._bind import Call, dispatcher, function_call, layer_call, rebuild
 from kernelwise._data import Decision, Layer, Plan
 from kernelwise._discover import (
+    JOINED,
     OURS,
     STATE,
     class_name,
@@ -36,6 +38,8 @@ from kernelwise._discover import (
 )
 from kernelwise._errors import ApplyError
 from kernelwise._fuse import passing_of
+from kernelwise._lazy_logits import around, head_call
+from kernelwise._recognize._losses import LABELS
 
 _SLOTS = ("forward", "_old_forward")
 _lock = threading.RLock()
@@ -74,6 +78,7 @@ class ModuleState:
         self.found: Any = None  # the forward that stood on the instance before ours
         self.installed = False  # whether our dispatcher was put on the instance
         self.entries: list[Entry] = []
+        self.joined: list[Token] = []  # kernelizations of a model whose head this is, with its loss
         self.plans: dict[Token, Plan] = {}
         self.attributes: dict[str, Any] = {}  # what stood in attributes that `set_attribute` changed
         self.fallbacks: dict[str, int] = {}
@@ -81,6 +86,12 @@ class ModuleState:
 
     def refresh(self, module: nn.Module) -> None:
         """Choose what runs in each mode: the newest kernelization that speaks of it, else the module's own code."""
+        self._choose(module)
+        product = _product(self.training) if self.joined else None
+        if product is not None:
+            self.training = head_call(self.training, product)
+
+    def _choose(self, module: nn.Module) -> None:
         if len(self.entries) == 1:  # by far the most frequent case
             entry = self.entries[0]
             inference, training, function = entry.inference, entry.training, entry.layer.function
@@ -123,6 +134,7 @@ class ModuleState:
         copied = ModuleState()
         copied.found, copied.installed = copy.deepcopy(self.found, memo), self.installed
         copied.entries, copied.plans = list(self.entries), dict(self.plans)
+        copied.joined = list(self.joined)
         copied.attributes = copy.deepcopy(self.attributes, memo)
         copied.pins = copy.deepcopy(self.pins, memo)
         copied.inference, copied.training = self.inference, self.training
@@ -137,6 +149,14 @@ def _run_found_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return getattr(self, STATE).found(*args, **kwargs)
 
 
+def _product(call: Call) -> Call | None:
+    """Return the function of hidden states, weight and bias that a linear layer runs; None where that is not known."""
+    if call is _run_class_forward:
+        return F.linear
+    kernel: Any = getattr(call, "kernel_function", None)
+    return kernel if getattr(kernel, "__module__", "").startswith("kernelwise.kernels.") else None
+
+
 # The rebuilt forwards in use, shared by all modules of a class in one kernelization. A rebuilt forward holds its calls, so
 # an id in a key is not reused while its value lives.
 _rebuilt_forwards: weakref.WeakValueDictionary[tuple[int, ...], Any] = weakref.WeakValueDictionary()
@@ -144,6 +164,10 @@ _rebuilt_forwards: weakref.WeakValueDictionary[tuple[int, ...], Any] = weakref.W
 
 def _rebuilt(module: nn.Module, functions: dict[str, Call]) -> Call:
     forward = own_forward(module)
+    if JOINED in functions:
+        called = {name: call for name, call in functions.items() if name != JOINED}
+        joined: Call = functions[JOINED](_rebuilt(module, called) if called else forward)
+        return joined
     key = (id(forward), *(part for name, call in sorted(functions.items()) for part in (hash(name), id(call))))
     rebuilt = _rebuilt_forwards.get(key)
     if rebuilt is None:
@@ -228,7 +252,9 @@ def _bind(
     fallbacks: Counter[str] | None = Counter() if layer.function is not None else None
     for decision in decisions:
         calls[decision.mode] = None
-        if decision.kernel is not None and layer.function is not None and fallbacks is not None:
+        if decision.kernel is not None and layer.function == JOINED and fallbacks is not None:
+            calls[decision.mode] = _joined(layer, decision, fallbacks)
+        elif decision.kernel is not None and layer.function is not None and fallbacks is not None:
             original = globals_called(own_forward(module))[layer.function]
             call = function_call(layer, decision.kernel, decision.mode, original, fallbacks)
             _rebuilt(module, {layer.function: call})  # what cannot be is known before any change
@@ -246,6 +272,33 @@ def _bind(
             )
     asked = _modes(len(decisions) == 1, *(d.mode for d in decisions if d.asked_by != "default"))
     return *_in_both_modes(layer, calls), asked, fallbacks
+
+
+def _joined(layer: Layer, decision: Decision, fallbacks: Counter[str]) -> Call:
+    """Return what makes, of the forward of a model, one in which its head and its loss are joined by a kernel."""
+    kernel, found = decision.kernel, layer.computes(decision.mode)
+    if kernel is None or kernel.function is None or found is None or kernel.op != found.op:
+        raise ApplyError(
+            f"{kernel.ref if kernel else layer.path} is described, or for something else\n"
+            "  go on      plan on the machine that the model is on"
+        )
+    position = next(at for at, parameter in enumerate(layer.signature) if parameter.name == LABELS)
+    return partial(
+        around,
+        head=_head_of(layer),
+        labels=LABELS,
+        position=position,
+        loss=kernel.function,
+        dtypes=kernel.limits.dtypes,
+        fallbacks=fallbacks,
+    )
+
+
+def _head_of(layer: Layer) -> str:
+    """Return the name of the child that is the head of a model with its loss."""
+    found = layer.recognition_in_training
+    assert found is not None
+    return str(dict(found.roles)["weight"].value).rpartition(".")[0]
 
 
 @lru_cache(maxsize=64)
@@ -318,6 +371,17 @@ def _put_in(module: nn.Module, entry: Entry) -> None:
     found = entry.layer.recognition or entry.layer.recognition_in_training
     if found is not None and found.depends and entry.layer.function is None:
         state.pins.update({name: module._modules.get(name, module.__dict__.get(name)) for name in found.depends})
+    _install(module, state)
+    if entry.layer.function == JOINED:
+        head = module._modules[_head_of(entry.layer)]
+        assert head is not None
+        of_head = _state_of(head)
+        of_head.joined.append(entry.token)
+        _install(head, of_head)
+
+
+def _install(module: nn.Module, state: ModuleState) -> None:
+    """Have a module run what its state chooses."""
     if not state.installed:
         slot = innermost_slot(module)
         state.found = module.__dict__.get(slot)
@@ -333,16 +397,32 @@ def _take_out(module: nn.Module, gone: Callable[[Entry], bool]) -> int:
     state: ModuleState | None = module.__dict__.get(STATE)
     if state is None:
         return 0
-    before = len(state.entries)
-    state.entries = [entry for entry in state.entries if not gone(entry)]
+    kept = [entry for entry in state.entries if not gone(entry)]
+    taken = [entry for entry in state.entries if entry not in kept]
+    state.entries = kept
     state.refresh(module)
     if not state.entries:
         _restore(module, state)
-    return before - len(state.entries)
+    for entry in taken:
+        if entry.layer.function == JOINED:
+            _part(module._modules.get(_head_of(entry.layer)), entry.token)
+    return len(taken)
+
+
+def _part(head: nn.Module | None, token: Token | None) -> None:
+    """Take a head apart from the loss of its model, for one kernelization or (None) for all."""
+    state: ModuleState | None = None if head is None else head.__dict__.get(STATE)
+    if head is not None and state is not None and state.joined:
+        state.joined = [other for other in state.joined if token is not None and other is not token]
+        state.refresh(head)
+        if not state.entries:
+            _restore(head, state)
 
 
 def _restore(module: nn.Module, state: ModuleState) -> None:
     """Put back the forward that was found. Where somebody wrapped our dispatcher, it stays inside as a pass-through."""
+    if state.joined:
+        return
     slot = next((name for name in _SLOTS if is_dispatcher(module.__dict__.get(name))), None)
     if slot is not None:
         if state.found is not None:
@@ -386,6 +466,9 @@ def remove(model: nn.Module, *, token: Token | None = None, paths: Sequence[str]
 
         modules = list(model.modules())
         count = sum(_take_out(module, partial(gone, module)) for module in modules)
+        if token is None and paths is None:
+            for module in modules:
+                _part(module, None)  # also the head of a model of which this is a part
         for module in modules:
             state: ModuleState | None = module.__dict__.get(STATE)
             if state is not None and state.plans:

@@ -20,7 +20,7 @@ from torch.utils._pytree import tree_leaves
 from kernelwise import _apply
 from kernelwise._alike import traits_of
 from kernelwise._data import Decision, Kernel, KernelRef, Layer, Plan, Target
-from kernelwise._discover import globals_called, own_forward
+from kernelwise._discover import JOINED, globals_called, own_forward
 from kernelwise._inputs import Sample, axes
 from kernelwise._observe import copied, memory_of
 from kernelwise._process import user_random_state
@@ -41,12 +41,13 @@ class Group:
 def group(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
     """Put together decisions of alike layers that have the same kernel; decisions without a kernel are left out.
 
-    So are layers that hold others: what they are called with (caches, masks) belongs together and cannot be made or cut.
+    So are layers that hold others: what they are called with (caches, masks) belongs together and cannot be made or cut;
+    and heads with their loss, which are no function that is called.
     """
     found: dict[tuple[Any, ...], list[Decision]] = {}
     shapes: dict[str, tuple[Any, ...]] = {}
     for decision in plan.decisions:
-        if decision.kernel is not None and not holds_others(decision):
+        if decision.kernel is not None and not holds_others(decision) and decision.layer.function != JOINED:
             layer = decision.layer
             if layer.path not in shapes:
                 shapes[layer.path] = () if layer.function else traits_of(module_of(model, layer), None, {})

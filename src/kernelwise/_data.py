@@ -115,7 +115,8 @@ class Layer:
     """A place in the model where a kernel can go.
 
     `path` is the first of `paths` (a shared module has several). A function that a module's forward calls has the path of
-    that module followed by the function's layer name, and `function` is the global name through which it is called.
+    that module followed by the function's layer name, and `function` is the global name through which it is called; a head
+    with its loss has `"self.loss_function"` there.
     `attributes` are the names a kernel may read from the module. `blocked` says why no kernel can go here; `excluded` says
     that the author of the layer wants none here (`kernel_condition`), which is no failure of whoever asks for one.
     """

@@ -25,12 +25,16 @@ from kernelwise import ops
 from kernelwise._data import Layer, Parameter, Recognition
 from kernelwise._errors import PlanError
 from kernelwise._recognize import NOTHING, Entry, Recognizer, recognize_functions
+from kernelwise._recognize._losses import LABELS, find_head, joins
 
 STATE = "_kernelwise"
 """The one attribute in which Kernelwise keeps what it knows about a module it changed."""
 
 OURS = (STATE, "__reduce_ex__", "__deepcopy__", "_replicate_for_data_parallel")
 """All that stands in the `__dict__` of a module it changed, besides the forward."""
+
+JOINED = "self.loss_function"
+"""What a head with its loss has as `Layer.function`: no global name, but the method that a model calls on its logits."""
 
 _MOST_KINDS = 64  # kinds of one class that a look compares a module with
 
@@ -205,6 +209,8 @@ class _Look:
             self.layers.append(layer.at(paths))
         if facts.functions or "_kernel_funcs" in d or "_hidden_kernels" in d:
             self._add_functions(module, facts, paths, replaced)
+        if any(parameter.name == LABELS for parameter in facts.signature):
+            self._add_head(module, facts, paths, replaced)
 
     def _alike(self, module: nn.Module, facts: _Class) -> Layer | None:
         """Return what is known of a module of this class that is like this one, or find it out."""
@@ -285,6 +291,33 @@ class _Look:
             self._functions[key] = functions
         for layer in functions:
             self.layers.append(layer.at(tuple(f"{path}.{layer.name}" if path else layer.name for path in paths)))
+
+    def _add_head(self, module: nn.Module, facts: _Class, paths: tuple[str, ...], replaced: str | None) -> None:
+        """Add the head of a model with its loss, where it has one and the loss is known."""
+        found = find_head(module)
+        if found is None:
+            return
+        name, problem = found
+        head = module._modules[name]
+        assert head is not None
+        blocked = replaced or problem or _replaced_forward(head)
+        device, dtypes = self._tensors(head)
+        inference, training = joins(head, name)
+        self.layers.append(
+            Layer(
+                path="",
+                name=ops.layer_name(training),
+                class_name=facts.name,
+                how="recognised",
+                device=device or self._fallback_device,
+                dtypes=_names_of(dtypes),
+                signature=facts.signature,
+                function=JOINED,
+                recognition=inference,
+                recognition_in_training=training,
+                blocked=blocked,
+            ).at(tuple(f"{path}.{ops.layer_name(training)}" if path else ops.layer_name(training) for path in paths))
+        )
 
 
 def _wrappers(module: nn.Module) -> tuple[nn.Module, ...]:

@@ -5,6 +5,7 @@ KernelwiseError
 ├── KernelLoadError                    a kernel could not be found, trusted, downloaded, built for this machine or imported
 ├── PlanError                          a layer that the user asked a kernel for cannot have it
 ├── ApplyError                         the model cannot be changed (it is left as it was)
+├── StaleLogitsError (RuntimeError)    logits are read that can no longer be computed, as their weight has changed
 └── MissingDependencyError (ImportError)   an optional package is needed; the message has the command that installs it
 
 A message has up to four parts: what is wrong, who asked for it, what was tried, how to go on.
@@ -56,6 +57,10 @@ class PlanError(KernelwiseError):
 
 class ApplyError(KernelwiseError):
     """The model cannot be changed; it is as it was before the call."""
+
+
+class StaleLogitsError(KernelwiseError, RuntimeError):
+    """Logits were not computed while they could be: the weight that they come from has changed since."""
 
 
 class MissingDependencyError(KernelwiseError, ImportError):

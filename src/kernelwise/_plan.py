@@ -72,6 +72,8 @@ def reasons_against(layer: Layer, kernel: Kernel, target: Target, mode: str) -> 
         reasons.append("does not work under torch.compile")
     if kernel.op is not None:
         reasons.extend(_role_reasons(layer, kernel, mode))
+    elif layer.function is not None and not layer.function.isidentifier():
+        reasons.append(f"is a layer class; {layer.name} takes a kernel by roles")
     elif kernel.signature or kernel.function is not None:  # without both it is only described, for another machine
         missing = [name for name in kernel.reads if name not in layer.attributes]
         if missing:

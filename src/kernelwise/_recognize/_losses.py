@@ -3,28 +3,36 @@
 A loss takes logits and labels, and often the size of the vocabulary, by what to divide, which label does not count, labels
 that are shifted already. What each argument is for is found by trying: the graphs of the function and of the reference must
 be the same with every mix of the optional ones, for other sizes and dtypes, and for another label that does not count.
+
+A head with its loss is found by its parts: a model that takes labels, has one linear layer that widens, and calls a loss that
+is known. How it joins them is looked at when it runs, by logits that are computed only when they are read.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernelwise._data import Binding, Recognition
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import match
-from kernelwise._recognize._memory import not_only_of_its_inputs
+from kernelwise._recognize._memory import Entry, not_only_of_its_inputs
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Recorder, Source, Untraceable, Widths
 from kernelwise._recognize._stand_in import Stage
 from kernelwise._recognize._trace import trace
 from kernelwise.ops import OPERATIONS, Operation, Variant
+
+LABELS = "labels"
+"""The argument by which a model is asked for its loss. It decides when logits need not be computed, not what they are."""
 
 _VOCABULARY = 58
 _SIZES = ((11, 13), (1, 2), (7, 257))
@@ -175,3 +183,59 @@ def _graph(
         if signature.ignored is not None:
             arguments[signature.ignored] = given.ignored
     return trace(stage, function, (), arguments)
+
+
+_known: weakref.WeakKeyDictionary[Callable[..., Any], tuple[Entry, bool]] = weakref.WeakKeyDictionary()
+
+
+def find_head(model: nn.Module) -> tuple[str, str | None] | None:
+    """Return the child that gives a model its logits, and why it must run its own code; None where none is found.
+
+    It is the only child with more outputs than inputs in a model whose `loss_function` is a cross-entropy.
+    """
+    wide = [name for name, child in model._modules.items() if child is not None and _widens(child)]
+    if not wide or not _has_known_loss(model):
+        return None
+    head: Any = model._modules[wide[0]]
+    if len(wide) > 1:
+        return wide[0], f"it has several linear layers that widen: {', '.join(wide)}"
+    if type(head) is not nn.Linear:
+        return wide[0], f"its head {wide[0]} is a {type(head).__qualname__}, not a plain linear layer"
+    return wide[0], None
+
+
+def joins(head: nn.Module, name: str) -> tuple[Recognition, Recognition]:
+    """Return what a head, the child of that name, computes with its loss: in inference and in training."""
+    bias = (
+        Binding("attribute", f"{name}.bias") if getattr(head, "bias", None) is not None else Binding("constant", None)
+    )
+    roles = (
+        ("weight", Binding("attribute", f"{name}.weight")),
+        ("labels", Binding("argument", LABELS)),
+        ("bias", bias),
+    )
+    inference, training = (
+        Recognition("linear_cross_entropy", roles, (("mode", mode),)) for mode in ("inference", "training")
+    )
+    return inference, training
+
+
+def _widens(child: Any) -> bool:
+    wide, narrow = getattr(child, "out_features", None), getattr(child, "in_features", None)
+    return isinstance(wide, int) and isinstance(narrow, int) and wide > narrow
+
+
+def _has_known_loss(model: Any) -> bool:
+    try:
+        function = model.loss_function
+    except Exception:  # it has none, or its own code cannot say which
+        return False
+    if not inspect.isfunction(function):
+        return False
+    known = _known.get(function)
+    if known is None or not known[0].code_holds():
+        found = find_loss(function)
+        answer = isinstance(found, Recognition) and found.op == "cross_entropy"
+        # An entry stands for the code that was read; its answer is not looked at.
+        known = _known[function] = Entry(Recognition("cross_entropy", ()), Reads(), (function,)), answer
+    return known[1]

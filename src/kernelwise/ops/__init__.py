@@ -19,6 +19,7 @@ from kernelwise.ops._gated_mlp import (
     MLP,
     MLP_CAST,
 )
+from kernelwise.ops._head_loss import LINEAR_CROSS_ENTROPY
 from kernelwise.ops._layer_norm import LAYER_NORM
 from kernelwise.ops._linear import LINEAR
 from kernelwise.ops._operation import Operation, Role, Variant
@@ -36,7 +37,7 @@ OPERATIONS: dict[str, Operation] = {
         GATED_MLP, GATED_MLP_PACKED, GATED_MLP_CLAMPED, GATED_MLP_NORMED, GATED_MLP_CAST,
         MLP, MLP_CAST, LINEAR_ACTIVATION, ACTIVATION, LINEAR,
         ROTARY_VISION, ROTARY, ROTARY_ONE, ROTARY_COMPLEX, ROTARY_SHARED, ROTARY_COMPLEX_SHARED,
-        SOFTMAX_ROUTER, CROSS_ENTROPY, *LAYERS,
+        SOFTMAX_ROUTER, CROSS_ENTROPY, LINEAR_CROSS_ENTROPY, *LAYERS,
     )
 }  # fmt: skip
 

@@ -67,7 +67,7 @@ def _find(layer: str) -> Operation | None:
 
 
 def _compilable(op: Operation) -> bool:
-    return not op.norms and not op.loss and op.name not in _NOTHING_TO_FUSE
+    return bool(op.variants) and not op.norms and not op.loss and op.name not in _NOTHING_TO_FUSE
 
 
 def _missing(device: str) -> tuple[str, str] | None:

@@ -1,0 +1,523 @@
+"""Logits that are computed only when somebody reads them, so that a loss can be had without them.
+
+In training the head of a model gives `LazyLogits`: a tensor with shape, dtype, device and place in the graph of the logits,
+and no memory. Taking all of some rows or float32 keeps them so, and `torch.nn.functional.cross_entropy` of them is
+computed from hidden states and weight by a kernel that never holds all logits. Any other use computes the
+logits as the head would have, once, and goes on with them: what a model computes does not depend on what it does with them.
+
+Logits that are still held when an optimizer steps are computed before it, because the weight they come from is about to
+change. Where something else has changed it, reading them raises `StaleLogitsError`.
+"""
+
+from __future__ import annotations
+
+import sys
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.optim.optimizer import register_optimizer_step_pre_hook
+from torch.utils._pytree import tree_map_only
+
+from kernelwise._errors import StaleLogitsError
+from kernelwise._fuse import REFUSALS
+from kernelwise.kernels._autograd import plain_gradients, wants_graph
+
+Call = Callable[..., Any]
+Step = Callable[[Tensor], Tensor]  # what is done to logits, and likewise to the hidden states that stand for their rows
+
+READ = "the logits were read, so they were computed"
+KEPT = "the logits were still held when an optimizer stepped, so they were computed"
+REFUSED = "the kernel refused the input"
+TRACED = "it was called under autocast, in inference mode, or while being traced or transformed"
+HOOKED = "the head was replaced, hooked, wrapped or sharded since the kernel went in"
+INPUT = "the hidden states have a dtype, device or tensor class that the kernel does not take"
+
+_aten = torch.ops.aten
+_no_subclass = torch._C.DisableTorchFunctionSubclass
+
+
+class Source:
+    """What logits are computed from: hidden states [..., H], weight [V, H], bias [V] or None, and the product of them.
+
+    `loss` is the kernel `linear_cross_entropy`. `fallbacks` counts what had to be computed after all.
+    """
+
+    def __init__(
+        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, product: Call, loss: Call, fallbacks: Counter[str]
+    ) -> None:
+        self.hidden, self.weight, self.bias = hidden, weight, bias
+        self.product, self.loss, self.fallbacks = product, loss, fallbacks
+        self.is_watched = False  # somebody wants the gradient of the logits
+        self.lock = threading.RLock()
+        # The same memory under other names: what is done to `parameter.data` is not done to these.
+        self._held = tuple(None if t is None else t.detach() for t in (hidden, weight, bias))
+        self._versions = self._seen()
+
+    def _seen(self) -> tuple[tuple[int, bool], ...]:
+        """How often each tensor was written to, and whether its memory is there: FSDP and others free it."""
+        return tuple((t._version, t.untyped_storage().nbytes() == 0) for t in self._held if t is not None)
+
+    def is_stale(self) -> bool:
+        """Whether something was written to what the logits are computed from."""
+        return self._seen() != self._versions
+
+    def logits(self) -> Tensor:
+        """Compute the logits as the head does, without a graph. Raises `StaleLogitsError`."""
+        if self.is_stale():
+            raise StaleLogitsError(
+                "the logits are read after the weight of the head, or the hidden states, that they come from have changed\n"
+                "  asked by   the kernel for LinearCrossEntropy, which computes logits only when they are read\n"
+                "  go on      read them before the weight changes, or keep the own code there: "
+                'kernelize(model, {"LinearCrossEntropy": "none"})'
+            )
+        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+            logits: Tensor = self.product(*self._held)
+        return logits
+
+
+class _Pending:
+    """One tensor of lazy logits: what was done to the logits of a source to get it, and its values once they are there.
+
+    `parent` is the tensor that the last step was taken on. A step that copies has memory of its own.
+    """
+
+    __slots__ = ("__weakref__", "copies", "parent", "source", "steps", "values")
+
+    def __init__(self, source: Source, steps: tuple[tuple[Step, Step], ...], parent: LazyLogits | None, copies: bool):
+        self.source, self.steps, self.parent, self.copies = source, steps, parent, copies
+        self.values: Tensor | None = None
+
+    def settle(self, why: str | None = None) -> Tensor:
+        """Compute the values, and count `why`. A view shares the memory of what it is a view of."""
+        with self.source.lock:
+            if self.values is None:
+                if why is not None and not torch.compiler.is_compiling():
+                    self.source.fallbacks[why] += 1
+                if self.parent is None:
+                    self.values = self.source.logits()
+                elif self.copies and self.parent._version:  # written to since it was copied
+                    self.values = self.anew()
+                else:
+                    self.values = self.steps[-1][0](self.parent._pending.settle())
+            return self.values
+
+    def anew(self) -> Tensor:
+        """Compute the values in memory of their own."""
+        values = self.source.logits()
+        for step, _ in self.steps:
+            values = step(values)
+        return values
+
+    def rows(self) -> Tensor:
+        """Return the hidden states [..., H] whose product with the weight these logits are, within the graph."""
+        hidden = self.source.hidden
+        for _, step in self.steps:
+            hidden = step(hidden)
+        return hidden
+
+
+class LazyLogits(Tensor):
+    """Logits [..., V] that are computed when they are read."""
+
+    _pending: _Pending
+
+    @staticmethod
+    def __new__(cls, pending: _Pending, like: Tensor, device: torch.device) -> LazyLogits:
+        """Make logits of the shape, strides and dtype of `like`, a tensor on the meta device."""
+        made: LazyLogits = torch.Tensor._make_wrapper_subclass(
+            cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
+        )
+        made._pending = pending
+        _remember(pending)
+        return made
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Take a call of PyTorch in Python: a loss, a step that keeps them lazy, a question, or a use of their values."""
+        kwargs = kwargs or {}
+        if func is F.cross_entropy:
+            loss = _loss(*args, **kwargs)
+            if loss is not None:
+                return loss
+        lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
+        if func in _WATCHING or func is torch.autograd.grad:
+            tree_map_only(LazyLogits, _watch, (args, kwargs))
+        elif func not in _ABOUT and not (func in _STEPS and lazy is not None and lazy._pending.values is None):
+            args, kwargs = tree_map_only(LazyLogits, _plain, (args, kwargs))
+        with _no_subclass():
+            return func(*args, **kwargs)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, func: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
+        """Run an operator, below the graph: take a step, or run it on the values."""
+        kwargs = kwargs or {}
+        if args and isinstance(args[0], LazyLogits) and args[0]._pending.values is None and not args[0]._version:
+            stepped = _step(func, args[0], args[1:], kwargs)
+            if stepped is not None:
+                return stepped
+        lazy: dict[int, LazyLogits] = {}
+
+        def values(tensor: LazyLogits) -> Tensor:
+            found = tensor._pending.settle(READ)
+            lazy[id(found)] = tensor
+            return found
+
+        args, kwargs = tree_map_only(LazyLogits, values, (args, kwargs))
+        result = func(*args, **kwargs)
+        # An operator in place returns what it was given.
+        return tree_map_only(Tensor, lambda tensor: lazy.get(id(tensor), tensor), result)
+
+
+def _plain(lazy: LazyLogits) -> Tensor:
+    """Return the logits as a plain tensor: a view, so that writing to it, and its gradient, are theirs."""
+    with _no_subclass():
+        plain: Tensor = _aten.alias.default(lazy)
+    return plain
+
+
+def _watch(lazy: LazyLogits) -> LazyLogits:
+    lazy._pending.source.is_watched = True
+    return lazy
+
+
+_T: Any = Tensor  # whose attributes are descriptors
+
+# What is asked of the tensor itself and needs no values.
+_ABOUT = {
+    *(
+        getattr(_T, name).__get__
+        for name in (
+            "shape", "dtype", "device", "layout", "requires_grad", "ndim", "grad_fn", "is_leaf", "_version", "itemsize",
+            "nbytes", "is_cpu", "is_cuda", "is_xpu", "is_mps", "is_meta", "is_sparse", "is_quantized", "is_nested",
+            "output_nr",
+        )
+    ),
+    *(
+        getattr(_T, name)
+        for name in (
+            "size", "dim", "numel", "nelement", "stride", "is_contiguous", "is_floating_point", "is_complex", "element_size",
+            "get_device", "__len__", "ndimension", "is_signed", "is_inference",
+        )
+    ),
+    torch.numel, torch.is_floating_point, torch.is_complex,
+}  # fmt: skip
+
+# What speaks of the gradient of the logits, which has to be computed then.
+_WATCHING = {
+    _T.register_hook, _T.retain_grad, _T.requires_grad_, _T.detach_, _T.backward,
+    _T.register_post_accumulate_grad_hook, _T.grad.__get__, _T.grad.__set__, _T.retains_grad.__get__,
+    _T.requires_grad.__set__, _T._backward_hooks.__get__, _T._backward_hooks.__set__, _T.data.__set__,
+}  # fmt: skip
+
+# What may leave logits lazy; which of it does, `_step` says.
+_STEPS = {
+    Tensor.float, Tensor.to, Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.contiguous, Tensor.__getitem__,
+    Tensor.narrow, torch.reshape, torch.flatten, torch.narrow,
+}  # fmt: skip
+
+
+def _step(func: Any, lazy: LazyLogits, args: Any, kwargs: Any) -> LazyLogits | None:
+    """Take a step that keeps the rows whole; None where it does not. `lazy` has no values, and nobody has written to it."""
+    vocabulary = lazy.shape[-1]
+    copies = func in (_aten._to_copy.default, _aten.clone.default)
+    if func in (_aten.view.default, _aten._unsafe_view.default):
+        if not args[0] or args[0][-1] not in (vocabulary, -1):
+            return None
+    elif func is _aten.slice.Tensor:
+        if (args[0] if args else kwargs.get("dim", 0)) in (-1, lazy.dim() - 1):
+            return None
+    elif func is _aten._to_copy.default:
+        if kwargs != {"dtype": torch.float32}:
+            return None
+    elif func is not _aten.clone.default:
+        return None
+    like = torch.empty_strided(lazy.shape, lazy.stride(), dtype=lazy.dtype, device="meta")
+    result = func(like, *args, **kwargs)
+    if result.dim() == 0 or result.shape[-1] != vocabulary or result.numel() == 0:
+        return None
+    shape, dim = result.shape[:-1], lazy.dim()
+
+    def on_logits(logits: Tensor) -> Tensor:
+        stepped: Tensor = func(logits, *args, **kwargs)
+        return stepped
+
+    def on_rows(hidden: Tensor) -> Tensor:
+        if copies:
+            return hidden
+        if func is not _aten.slice.Tensor:
+            return hidden.reshape(*shape, hidden.shape[-1])
+        at, *rest = args
+        sliced: Tensor = _aten.slice.Tensor(hidden, at % dim, *rest, **kwargs)
+        return sliced
+
+    pending = lazy._pending
+    return LazyLogits(
+        _Pending(pending.source, (*pending.steps, (on_logits, on_rows)), lazy, copies), result, lazy.device
+    )
+
+
+def _loss(
+    logits: Any,
+    target: Any,
+    weight: Any = None,
+    size_average: Any = None,
+    ignore_index: int = -100,
+    reduce: Any = None,
+    reduction: str = "mean",
+    label_smoothing: float = 0.0,
+) -> Tensor | None:
+    """Compute `cross_entropy` of lazy logits by the kernel; None where it is not for it."""
+    if (
+        type(logits) is not LazyLogits
+        or type(target) is not Tensor
+        or not (weight is size_average is reduce is None)
+        or logits.dim() != 2
+        or target.shape != logits.shape[:1]
+        or target.dtype is not torch.int64
+        or target.device != logits.device
+        or torch.is_autocast_enabled(logits.device.type)
+        or _is_watched_from_outside()
+    ):
+        return None
+    above: LazyLogits | None = logits
+    while above is not None:  # somebody may have written to them, or to what they were taken from
+        if above._version:
+            return None
+        above = above._pending.parent
+    pending = logits._pending
+    source = pending.source
+    if pending.values is not None or source.is_stale():
+        return None
+    options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
+    try:
+        loss: Tensor = source.loss(
+            pending.rows(), source.weight, target, **({} if source.bias is None else {"bias": source.bias}), **options
+        )
+    except torch.OutOfMemoryError:
+        raise
+    except REFUSALS:
+        source.fallbacks[REFUSED] += 1
+        return None
+    loss = loss.to(logits.dtype)
+    if not (loss.requires_grad and logits.requires_grad):
+        return loss
+    steps = tuple(step for step, _ in pending.steps)
+    linked: Tensor = _Link.apply(loss, logits, target, source, steps, options)  # type: ignore[no-untyped-call]
+    return linked
+
+
+class _Logits(torch.autograd.Function):
+    """The head as a node of the graph, whose result has no values yet."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, source: Source) -> Tensor:
+        ctx.save_for_backward(hidden, weight, bias)
+        ctx.set_materialize_grads(False)
+        ctx.product = source.product
+        like = torch.empty((*hidden.shape[:-1], weight.shape[0]), dtype=hidden.dtype, device="meta")
+        return LazyLogits(_Pending(source, (), None, False), like, hidden.device)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return None, None, None, None
+        hidden, weight, bias = ctx.saved_tensors
+        if ctx.product is not F.linear or wants_graph():
+            return *plain_gradients(ctx.product, (hidden, weight, bias), (grad,)), None
+        needs = ctx.needs_input_grad
+        rows = grad.reshape(-1, grad.shape[-1])
+        return (
+            grad @ weight if needs[0] else None,
+            rows.t() @ hidden.reshape(-1, hidden.shape[-1]) if needs[1] else None,
+            rows.sum(0) if needs[2] else None,
+            None,
+        )
+
+
+class _Link(torch.autograd.Function):
+    """Ties a loss to the logits that it was computed without, for whoever asks for the gradient of the logits."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        loss: Tensor,
+        logits: Tensor,
+        target: Tensor,
+        source: Source,
+        steps: tuple[Step, ...],
+        options: dict[str, Any],
+    ) -> Tensor:
+        ctx.save_for_backward(target)
+        ctx.source, ctx.steps, ctx.options = source, steps, options
+        return loss.view_as(loss)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        nothing = (None,) * 4
+        if not ctx.source.is_watched:
+            return grad, None, *nothing
+        if wants_graph():
+            raise NotImplementedError(
+                "second derivatives of a loss, of whose logits the gradient is asked for too\n"
+                '  go on      keep the own code there: kernelize(model, {"LinearCrossEntropy": "none"})'
+            )
+        values = ctx.source.logits()
+        for step in ctx.steps:
+            values = step(values)
+        with torch.enable_grad():
+            values = values.detach().requires_grad_()
+            loss = F.cross_entropy(values, ctx.saved_tensors[0], **ctx.options)
+        (found,) = torch.autograd.grad(loss, values, grad)
+        return None, found, *nothing
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Logits that are alive
+# ---------------------------------------------------------------------------------------------------------------------
+
+_alive: dict[int, weakref.ref[_Pending]] = {}
+_hook: list[Any] = []
+
+
+def _remember(pending: _Pending) -> None:
+    """Keep account of logits until they are gone, and see to it that no optimizer steps before they are computed."""
+    if not _hook:  # stays, as taking it out within a step is not safe; it does nothing where no logits are alive
+        _hook.append(register_optimizer_step_pre_hook(_settle_all))
+    key = id(pending)
+    _alive[key] = weakref.ref(pending, lambda gone: _alive.pop(key, None))
+
+
+def _settle_all(optimizer: Any, args: Any, kwargs: Any) -> None:
+    for reference in list(_alive.values()):
+        pending = reference()
+        if pending is None or pending.values is not None:
+            continue
+        if any(t is not None and t.requires_grad for t in (pending.source.weight, pending.source.bias)):
+            pending.settle(KEPT)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What runs in a model
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, slots=True)
+class _Asked:
+    """The head from which lazy logits are wanted now, in this thread."""
+
+    head: nn.Module
+    loss: Call
+    dtypes: frozenset[torch.dtype]
+    fallbacks: Counter[str]
+
+
+_local = threading.local()
+
+
+def around(
+    inner: Call, head: str, labels: str, position: int, loss: Call, dtypes: tuple[str, ...], fallbacks: Counter[str]
+) -> Call:
+    """Return a forward that runs `inner`, and has its child `head` give lazy logits where it is called with labels.
+
+    `labels` is the name of that argument and `position` its place after `self`. `loss` is the kernel
+    `linear_cross_entropy`, for heads of `dtypes`.
+    """
+    taken = frozenset(getattr(torch, name) for name in dtypes)
+
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        given = args[position] if len(args) > position else kwargs.get(labels)
+        if given is None or torch.compiler.is_compiling():
+            return inner(self, *args, **kwargs)
+        module = self._modules.get(head)
+        why = why_not(self, module)
+        if why is not None or module is None:
+            fallbacks[why or HOOKED] += 1
+            return inner(self, *args, **kwargs)
+        before = getattr(_local, "asked", None)
+        _local.asked = _Asked(module, loss, taken, fallbacks)
+        try:
+            return inner(self, *args, **kwargs)
+        finally:
+            _local.asked = before
+
+    return forward
+
+
+def head_call(inner: Call, product: Call) -> Call:
+    """Return a forward of a linear layer that gives lazy logits where they are asked for, and else runs `inner`.
+
+    `product(hidden, weight, bias)` is what `inner` computes.
+    """
+
+    def forward(self: nn.Module, input: Any) -> Any:
+        if torch.compiler.is_compiling():
+            return inner(self, input)
+        asked: _Asked | None = getattr(_local, "asked", None)
+        if asked is None or asked.head is not self:
+            return inner(self, input)
+        weight, bias = self._parameters["weight"], self._parameters["bias"]
+        assert weight is not None
+        if not (
+            type(input) is Tensor
+            and input.dim() > 1
+            and input.numel()
+            and input.dtype in asked.dtypes
+            and all(t is None or (t.dtype == input.dtype and t.device == input.device) for t in (weight, bias))
+        ):
+            asked.fallbacks[INPUT] += 1
+            return inner(self, input)
+        source = Source(input, weight, bias, product, asked.loss, asked.fallbacks)
+        return _Logits.apply(input, weight, bias, source)  # type: ignore[no-untyped-call]
+
+    return forward
+
+
+_any_hook: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
+
+
+def why_not(model: nn.Module, head: nn.Module | None) -> str | None:
+    """Return why logits must not be lazy in this call of a model, or None."""
+    if head is None or type(head) is not nn.Linear:
+        return HOOKED
+    held = head.__dict__
+    weight, bias = head._parameters.get("weight"), head._parameters.get("bias")
+    if (
+        type(weight) is not nn.Parameter
+        or not (bias is None or type(bias) is nn.Parameter)
+        or head._forward_hooks
+        or head._forward_pre_hooks
+        or head._backward_hooks
+        or head._backward_pre_hooks
+        or "_hf_hook" in held
+        or held.get("_compiled_call_impl") is not None
+        or _any_hook()
+        or _is_sharded(model, head)
+    ):
+        return HOOKED
+    if torch.is_autocast_enabled(weight.device.type) or torch.is_inference_mode_enabled() or _is_watched_from_outside():
+        return TRACED
+    return None
+
+
+def _is_sharded(*modules: nn.Module) -> bool:
+    """Whether FSDP, which frees the weights between calls, has taken one of these modules."""
+    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
+    return sharded is not None and any(isinstance(module, sharded) for module in modules)
+
+
+def _is_watched_from_outside() -> bool:
+    """Whether somebody follows every operator that runs: tracing, another dispatch mode, `torch.func`."""
+    return bool(
+        torch._C._len_torch_dispatch_stack()
+        or torch._C._get_tracing_state() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+    )
