@@ -273,6 +273,9 @@ def bench_command(
     json_file: Annotated[
         Path | None, typer.Option("--json", metavar="FILE", help="Write what was found as JSON.")
     ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write what was found as a page.")
+    ] = None,
 ) -> None:
     """Time MODEL end to end, all contenders side by side. Exit code 1: not even its own code ran."""
     from kernelwise._bench import bench_command as run
@@ -298,6 +301,10 @@ def bench_command(
     print(show(found))
     if json_file is not None:
         json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n")
+    if html_file is not None:
+        from kernelwise._page import save
+
+        save(found, html_file)
     raise typer.Exit(0 if any(run.comparison is not None for run in found.runs) else 1)
 
 

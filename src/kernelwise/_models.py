@@ -83,17 +83,18 @@ def load_model(spec: str, *, dtype: str | None = None) -> NamedModel:
     if place.is_dir():
         return _from_config(str(place), dtype)
     if spec.startswith(("./", "../", "/", "~", ".\\", "..\\")):
-        raise _no_directory(spec, place)
+        raise no_directory(spec, place)
     if ":" in spec:
         return from_factory(spec, dtype)
     if HUB_ID.fullmatch(spec):
         return _from_config(spec, dtype)
     if "/" in spec or "\\" in spec:
-        raise _no_directory(spec, place)
+        raise no_directory(spec, place)
     return _small(spec, dtype)
 
 
-def _no_directory(spec: str, place: Path) -> KernelwiseError:
+def no_directory(spec: str, place: Path) -> KernelwiseError:
+    """Return the error for a path that is no directory."""
     what = "it is a file, and must be a directory" if place.exists() else "no such directory"
     return KernelwiseError(f"cannot read {spec!r}: {what}\n{FORMS}")
 

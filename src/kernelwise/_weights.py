@@ -25,6 +25,7 @@ from kernelwise._models import (
     instantiate,
     load_model,
     named_object,
+    no_directory,
     one_line,
     small_config,
     transformers_library,
@@ -48,16 +49,18 @@ def load_with_weights(
         KernelwiseError: there is no such model or device, or it cannot be built; the message says what was tried.
         MissingDependencyError: the model needs transformers, which is not installed.
     """
-    place = _place(device)
-    if ":" in spec and not Path(os.path.expanduser(spec)).is_dir():
+    place, path = _place(device), Path(os.path.expanduser(spec))
+    if ":" in spec and not path.is_dir():
         if full or layers is not None:
             raise KernelwiseError(f"{spec} is built by its factory alone\n  go on      leave out --full and --layers")
         named = from_factory(spec, dtype)
         return NamedModel(named.model.to(place), named.notes)
-    if HUB_ID.fullmatch(spec) or Path(os.path.expanduser(spec)).is_dir():
+    if HUB_ID.fullmatch(spec) or path.is_dir():
         if full:
             raise KernelwiseError(f"{spec} has its own sizes\n  go on      leave out --full")
         return _trained(spec, dtype, place, layers)
+    if "/" in spec or "\\" in spec:
+        raise no_directory(spec, path)
     if not full and layers is None:
         named = load_model(spec, dtype=dtype)
         return NamedModel(named.model.to(place), named.notes)
