@@ -100,9 +100,10 @@ def test_a_call_that_slows_down_the_next_one_does_so_to_all(machine: Callable[..
     def call(name: str) -> Callable[[], None]:
         def run() -> None:
             nonlocal last
-            here.call(1e-3 * (1.2 if last == "dirty" else 1.0))()
             if name == "dirty":
-                here.now += here.random.uniform(0, 1e-3)  # so that nothing is clear about it, and it goes on
+                here.now += here.random.uniform(1e-4, 1e-3)  # so that nothing is clear about it, and it goes on
+            else:
+                here.call(1e-3 * (1.2 if last == "dirty" else 1.0))()
             last = name
 
         return run
