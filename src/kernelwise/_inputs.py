@@ -345,8 +345,9 @@ def resize(
 def _linear(role: Role, n: Mapping[str, Any], found: Any, generator: torch.Generator) -> nn.Linear:
     width_in = n["I"] if role.name == "down" else n["H"]
     weight = found.weight
-    linear = nn.Linear(
-        width_in, role.shape(n)[-1], bias=found.bias is not None, device=weight.device, dtype=weight.dtype
+    # Without the usual first weights, which would draw from the user's random numbers.
+    linear: nn.Linear = nn.utils.skip_init(  # type: ignore[no-untyped-call]
+        nn.Linear, width_in, role.shape(n)[-1], bias=found.bias is not None, device=weight.device, dtype=weight.dtype
     )
     for parameter in linear.parameters():
         parameter.data = random_weight(parameter.detach(), generator)

@@ -139,7 +139,7 @@ def test_what_the_command_line_proves_is_remembered(as_kernel, repository, small
     monkeypatch.setattr(_worker.Worker, "start", lambda self: pytest.fail("it was checked again"))
     model = load_model(small_model).model
     kw.kernelize(model, kw.KernelConfig.load(tmp_path / "kernels.toml"))
-    assert kernel in str(kw.report(model))
+    assert {(row.kernel, row.proof) for row in kw.report(model).rows} == {(kernel, "proven")}
 
 
 def test_a_kernel_that_does_not_load_is_a_test_that_fails_and_says_why(repository, tmp_path):

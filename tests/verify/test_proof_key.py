@@ -63,7 +63,7 @@ CHANGES: dict[str, Callable[[], str]] = {
     ),
     "architecture": lambda: name_of(model := norm(), replace(planned(model, KERNEL), target=Target("cpu", "sm_90"))),
     "signature": lambda: name_of(
-        model := norm(), of_layers(planned(model, KERNEL), signature=(Parameter("hidden_states"), Parameter("more")))
+        model := norm(), of_layers(planned(model, KERNEL), signature=(Parameter("x", "positional_or_keyword"),))
     ),
     "options of the operation": lambda: name_of(model := norm(), of_options(planned(model, KERNEL))),
     "dtypes": lambda: name_of(model := norm(), of_layers(planned(model, KERNEL), dtypes=("bfloat16",))),
