@@ -10,6 +10,7 @@ import copy
 import dataclasses
 import importlib
 import inspect
+import itertools
 import multiprocessing
 import os
 import re
@@ -164,8 +165,11 @@ def build_alone(module: Any, cls: type[nn.Module]) -> nn.Module | None:
             made += [config, *(part for part in vars(config).values() if isinstance(part, bases))]
     parameters = inspect.signature(cls.__init__).parameters.values()
     needed = [p for p in list(parameters)[1:] if p.default in (p.empty, None) and p.kind is p.POSITIONAL_OR_KEYWORD]
-    for config in [*made, *map(filled, made)] or [None]:
-        values = {p.name: argument(p, config) for p in needed}
+    tried = itertools.product((False, True), [*made, *map(filled, made)] or [None])
+    for with_sizes, config in tried:  # a size that need not be given: only where the layer cannot be built without
+        values = {
+            p.name: argument(p, config) for p in needed if with_sizes or p.default is p.empty or "size" not in p.name
+        }
         with contextlib.suppress(Exception), torch.device("meta"):
             layer = cls(**{name: value for name, value in values.items() if value is not None})
             if all(parameter.numel() for parameter in layer.parameters()):

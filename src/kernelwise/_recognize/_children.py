@@ -13,9 +13,10 @@ from dataclasses import replace
 from torch import nn
 
 from kernelwise._data import Binding, Recognition
-from kernelwise._recognize._compare import FIRST, ROUNDS, bindings, compare, may_be, prove
+from kernelwise._recognize._compare import FIRST, ROUNDS, bindings, compare, may_be, prove, rounds_at
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound
+from kernelwise._recognize._memory import sizes_in
 from kernelwise._recognize._passing import LENGTHS, ChildCall, LayerTrace, traces
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Failed, Source, Untraceable
@@ -151,7 +152,9 @@ def _compare(op: Operation, variant: Variant, graph: Graph, trace: LayerTrace) -
             return f"looks like {op.name}, but its {role} ({bound}) is not known to be a norm"
     if trace.refused is not None and not trace.refuses():
         return f"looks like {op.name} without {trace.refused}, and does something else with it"
-    problem = prove(op, variant, {}, trace.candidate, found.roles, ROUNDS)
+    layer = trace.layer
+    named = sizes_in(layer.reads, (layer.forward,), type(layer.module))
+    problem = prove(op, variant, {}, trace.candidate, found.roles, (*ROUNDS, *rounds_at(named)))
     problem = problem or _prove_without(op, variant, trace, found.roles)
     if problem is not None:
         return problem

@@ -11,6 +11,7 @@ import dis
 import functools
 import types
 from collections.abc import Iterator
+from typing import Any
 
 Chain = tuple[str, ...]  # a global name and the attributes that are looked up on it
 
@@ -30,7 +31,6 @@ _WRITES = frozenset(
 )
 _SIZES = frozenset({"shape", "size", "numel", "nelement", "len", "dim", "ndim"})
 _LARGEST = 1 << 17
-_MOST_SIZES = 12
 
 
 @functools.lru_cache(maxsize=4096)
@@ -78,17 +78,26 @@ def looks_on_its_class(code: types.CodeType) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def sizes_named(code: types.CodeType) -> tuple[int, ...]:
+def sizes_named(code: types.CodeType) -> frozenset[int]:
     """Whole numbers in code that looks at sizes and decides something: a branch on one size has to name it."""
-    found: set[int] = set()
-    for part in inner(code):
-        if _SIZES & {*part.co_names} and any(
-            "JUMP_IF" in i.opname or "COMPARE" in i.opname for i in instructions(part)
-        ):
-            for constant in part.co_consts:
-                items = constant if isinstance(constant, (tuple, frozenset)) else (constant,)
-                found |= {item for item in items if type(item) is int and 2 <= item <= _LARGEST}
-    return tuple(sorted(found)[:_MOST_SIZES])
+    return frozenset(n for part in inner(code) if _decides_by_size(part) for n in _numbers(part))
+
+
+def _decides_by_size(code: types.CodeType) -> bool:
+    names = {*code.co_names}
+    return bool(_SIZES & names) and any("JUMP_IF" in i.opname or "COMPARE" in i.opname for i in instructions(code))
+
+
+@functools.lru_cache(maxsize=4096)
+def numbers_in(code: types.CodeType) -> frozenset[int]:
+    """Whole numbers in code that may be a size."""
+    return frozenset(n for part in inner(code) for n in _numbers(part))
+
+
+def _numbers(code: types.CodeType) -> Iterator[int]:
+    for constant in code.co_consts:
+        items = constant if isinstance(constant, (tuple, frozenset)) else (constant,)
+        yield from (item for item in items if type(item) is int and 2 <= item <= _LARGEST)
 
 
 @functools.lru_cache(maxsize=4096)
@@ -187,3 +196,19 @@ def writes_to(function: types.FunctionType) -> str | None:
         if not isinstance(value, types.ModuleType):
             return f"it may change {name}, which outlives the call ({what})"
     return None
+
+
+def class_asked_for(frame: types.FrameType) -> type | None:
+    """The class in `isinstance(<variable>, <class>)`, where that is what a frame runs just now; None for anything else."""
+    known = instructions(frame.f_code)
+    index = next((i for i, one in enumerate(known) if one.offset >= frame.f_lasti), 0)
+    last, before = _operand(known, index - 1)
+    variable, end = _operand(known, before)
+    if last is None or variable is None or end < 0 or not variable.opname.startswith("LOAD_FAST"):
+        return None
+    if known[end].opname != "LOAD_GLOBAL" or known[end].argval != "isinstance" or last.opname != "LOAD_GLOBAL":
+        return None
+    value: Any = frame.f_globals.get(str(last.argval))
+    for one in known[before + 2 : index]:
+        value = getattr(value, str(one.argval), None)
+    return value if isinstance(value, type) else None

@@ -8,7 +8,7 @@ where changing the attribute changes the number.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -29,11 +29,17 @@ BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
 
 @dataclass(frozen=True, slots=True)
 class Round:
-    """One way to trace: the leading dimensions of the inputs, the dtypes, and the arguments that are None."""
+    """One way to trace: the leading dimensions of the inputs, the dtypes, and the arguments that are None.
+
+    `width` is the last dimension of a module's inputs, where that is not the one it was first traced with; `sizes` are
+    sizes of an operation's arguments (D: the width of a head) that are not the usual ones.
+    """
 
     lead: tuple[int, ...]
     widths: Widths
     absent: frozenset[str] = frozenset()
+    width: int | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
 
     @property
     def batch(self) -> int:
@@ -63,6 +69,28 @@ ROUNDS = (
     Round((11, 13), Widths(F16, F16)),
     Round((11, 13), Widths(BF16, BF16, F32)),
 )
+
+
+def rounds_at(sizes: Iterable[int]) -> tuple[Round, ...]:
+    """Rounds in which every leading dimension is one of these sizes, one less, or one more."""
+    return tuple(Round((number, number), FIRST.widths) for number in _near(sizes))
+
+
+def rounds_of_widths(widths: Iterable[int]) -> tuple[Round, ...]:
+    """Rounds in which the inputs of a module have these widths, and near ones; one that takes one width alone fails there."""
+    return tuple(replace(FIRST, width=width) for width in _near(widths))
+
+
+def _near(sizes: Iterable[int]) -> list[int]:
+    return sorted({number for size in sizes for number in (size - 1, size, size + 1)} - {1})
+
+
+def rounds_of_heads(widths: Iterable[int]) -> tuple[Round, ...]:
+    """Rounds in which heads have another width, of which half or all may be turned."""
+    even = dict.fromkeys(width for width in widths if width % 4 == 0)
+    return tuple(replace(FIRST, sizes=(("D", width), ("R", width // 2))) for width in even)
+
+
 _DEFAULT_SIZES = {"B": 11, "S": 13, "H": 34, "I": 58, "D": 46, "R": 28, "Hq": 3, "Hk": 5}
 
 
@@ -125,6 +153,22 @@ def compare(
         if found is not None and found.roles == roles:
             return found
     return None
+
+
+def fits(op: Operation, variant: Variant, fixed: dict[str, int], graph: Graph, roles: dict[str, Bound]) -> bool:
+    """Whether tensors of the first round have the sizes that the operation says: a weight of one element would broadcast."""
+    usual = sizes_of(FIRST, variant, fixed)
+    names = {value: name for name, value in usual.items() if name in _DEFAULT_SIZES}
+    found: dict[str, int] = {}
+    shapes = dict(_shapes_of(graph, roles))
+    for role in op.roles:
+        declared, actual = role.shape(usual), shapes.get(role.name)
+        if role.kind not in ("argument", "attribute") or actual is None or len(declared) != len(actual):
+            continue
+        for size, there in zip(declared, actual, strict=True):
+            if size in names and found.setdefault(names[size], there) != there:
+                return False
+    return True
 
 
 def _forms(op: Operation) -> Iterator[Callable[..., Any]]:
@@ -204,6 +248,7 @@ def forget_references() -> None:
 def sizes_of(at: Round, variant: Variant, fixed: dict[str, int]) -> dict[str, Any]:
     return {
         **_DEFAULT_SIZES,
+        **dict(at.sizes),
         "lead": at.lead,
         "B": at.batch,
         "S": at.length,
@@ -257,7 +302,7 @@ def prove(
         try:
             graph = candidate.graph(at)
         except Untraceable as reason:
-            if op.any_rank:
+            if op.any_rank and at.width is None:
                 return f"is {op.name} in some shapes, but not on {len(at.lead)} leading dimensions: {reason}"
             if not isinstance(reason, Failed):
                 return f"is {op.name} {dict(variant.options)} in bfloat16, but not always: {reason}"
@@ -266,6 +311,8 @@ def prove(
             a, p = (str(d).removeprefix("torch.") for d in (at.widths.activations, at.widths.parameters))
             where = f"on inputs of {len(at.lead) + 1} dimensions {at.lead} in {a}, parameters in {p}"
             where += ", children that give another dtype" if at.widths.leaves else ""
+            where += f", {at.width} elements wide" if at.width else ""
+            where += "".join(f", {name} {size}" for name, size in at.sizes)
             return f"is {op.name} {dict(variant.options)} in bfloat16, but not {where}"
     return None
 

@@ -163,6 +163,7 @@ def _defaults(function: types.FunctionType) -> Any:
 
 
 _MOST_ITEMS = 64
+_MOST_SIZES = 12
 
 
 def _pin(value: Any) -> Any:
@@ -434,8 +435,8 @@ def sizes_in(reads: Reads, functions: Iterable[Any], cls: type | None = None) ->
     """The whole numbers that code names next to sizes: where it may do something else than at other sizes."""
     found: set[int] = set()
     for function in _reached((*functions, *_methods(reads)), cls):
-        found |= {*sizes_named(function.__code__)}
-    return tuple(sorted(found))
+        found |= sizes_named(function.__code__)
+    return tuple(sorted(found)[:_MOST_SIZES])
 
 
 def _methods(reads: Reads) -> list[Any]:

@@ -12,6 +12,7 @@ import functools
 import inspect
 import itertools
 import math
+import sys
 import types
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -19,6 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from kernelwise._recognize._code import class_asked_for
 from kernelwise._recognize._compare import FIRST, Candidate, Round
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._reads import Reads, is_function
@@ -43,27 +45,49 @@ def _can_be_written(item: Any) -> bool:
     return type(item) in _CONSTANTS and (type(item) is not float or math.isfinite(item))
 
 
+class Kinds:
+    """What a trace says when it is asked of which class something given is: no class, but where `taken` says it is.
+
+    `asked` collects the questions, as text. Both answers must lead to the same layer.
+    """
+
+    __slots__ = ("asked", "taken")
+
+    def __init__(self, asked: set[str], taken: frozenset[str]) -> None:
+        self.asked, self.taken = asked, taken
+
+    def answer(self, name: str, asker: types.FrameType) -> type | None:
+        """The class to be taken for, where `isinstance(<variable>, <class>)` asks; None where something else does."""
+        cls = class_asked_for(asker)
+        if cls is None:
+            return None
+        question = f"{name} as a {cls.__name__}"
+        self.asked.add(question)
+        return cls if question in self.taken else Given
+
+
 class Given:
     """An argument, or a further result of a child, that a layer may hand on and must not look into.
 
     An attribute of it may be handed on too. One that is a switch (its default is True or False) may be asked which it
-    is: `value`.
+    is: `value`. Whether it is of some class may be asked where `kinds` has answers.
     """
 
-    __slots__ = ("name", "value")
+    __slots__ = ("kinds", "name", "value")
 
-    def __init__(self, name: str, value: bool | None = None) -> None:
-        self.name, self.value = name, value
+    def __init__(self, name: str, value: bool | None = None, kinds: Kinds | None = None) -> None:
+        self.name, self.value, self.kinds = name, value, kinds
 
     def _refuse(self, what: str) -> Any:
         raise Untraceable(f"it looks into {self.name} ({what})")
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return self._refuse("its class")  # type: ignore[no-any-return]
+        answer = self.kinds.answer(self.name, sys._getframe(1)) if self.kinds is not None else None
+        return self._refuse("its class") if answer is None else answer
 
     def __getattr__(self, name: str) -> Any:
-        return Given(f"{self.name}.{name}") if not name.startswith("_") else self._refuse(name)
+        return Given(f"{self.name}.{name}", kinds=self.kinds) if not name.startswith("_") else self._refuse(name)
 
     def __bool__(self) -> bool:
         return bool(self._refuse("as a condition")) if self.value is None else self.value
@@ -136,6 +160,8 @@ class LayerTrace:
         self.calls: list[ChildCall] = []  # of the last trace
         self.num_unknown = 0
         self._length_of: dict[str, int] = {}
+        self.kinds_asked: set[str] = set()
+        self.returns_more = False  # whether it gives back, in some case, what a child gave besides its own result
         self.looked_into = False  # whether there are children whose own code is a part of the graph
 
     def _run(self, stage: Stage, at: Round) -> Graph:
@@ -144,8 +170,9 @@ class LayerTrace:
         stage.call_child = self._call
         stand_in = make_stand_in(layer.module, stage)
         absent = {*at.absent, self.refused}
-        given: dict[str, Any] = {name: None if name in absent else Given(name) for name in layer.others}
-        given |= {name: Given(name, value != (name in absent)) for name, value in layer.switches}
+        kinds = Kinds(self.kinds_asked, at.absent)
+        given: dict[str, Any] = {name: None if name in absent else Given(name, kinds=kinds) for name in layer.others}
+        given |= {name: Given(name, value != (name in absent), kinds) for name, value in layer.switches}
         width, dtype = layer.width, at.widths.activations
         if self.tensor is not None and self.tensor not in at.absent:
             context = stage.fake((*at.lead[:-1], _CONTEXT, width), dtype)
@@ -155,11 +182,20 @@ class LayerTrace:
         x = stage.recorder.input(stage.fake((*at.lead, width), dtype), Source("argument", layer.x))
         result = run(stage, functools.partial(layer.forward, stand_in), (x,), given)
         is_tuple = type(result) is tuple and len(result) > 0
-        if is_tuple and not all(type(item) in (Given, type(None)) for item in result[1:]):
-            raise Untraceable("it returns more than one tensor of its own")
+        if is_tuple:
+            self._look_at_the_rest(stage, result[1:], with_results=bool(at.absent))
         graph = stage.recorder.finish(result[0] if is_tuple else result)
         graph.structure = "tuple" if is_tuple else "tensor"
         return graph
+
+    def _look_at_the_rest(self, stage: Stage, rest: tuple[Any, ...], *, with_results: bool) -> None:
+        """What a layer gives back besides its result: arguments, what children gave besides theirs; where asked, theirs."""
+        for item in rest:
+            if type(item) in (Given, type(None)):
+                continue
+            if not (with_results and isinstance(item, Tensor) and stage.recorder.is_call(item)):
+                raise Untraceable("it returns more than one tensor of its own")
+            self.returns_more = True
 
     def _call(
         self, child: Child, module: nn.Module, path: tuple[str, ...], args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -230,7 +266,7 @@ class LayerTrace:
                 one.is_like(other, absent) for one, other in zip(calls, self.calls, strict=True)
             ):
                 return False
-        return True
+        return not self.returns_more
 
     def absences(self) -> Iterator[frozenset[str]]:
         """Sets of arguments that may be None, or switches turned over, at once.
@@ -239,6 +275,7 @@ class LayerTrace:
         """
         names = [*self.layer.others, *(name for name, _ in self.layer.switches)]
         names += [self.tensor] if self.tensor else []
+        names += sorted(self.kinds_asked)
         asked = [name for name in names if name in self.layer.asked][:_MOST_ASKED]
         mixes = itertools.chain.from_iterable(itertools.combinations(asked, n) for n in range(2, len(asked) + 1))
         yield from dict.fromkeys(map(frozenset, (*((name,) for name in names), tuple(names), *mixes)))

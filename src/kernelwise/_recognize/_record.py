@@ -116,6 +116,11 @@ class Recorder(TorchDispatchMode):
         self._given.add(_storage(output))
         return output
 
+    def is_call(self, tensor: torch.Tensor) -> bool:
+        """Whether a tensor is what a child gave, as it gave it."""
+        node = self._values.get(id(tensor))
+        return node is not None and node.op == "call"
+
     def finish(self, result: Any) -> Graph:
         """Set the graph's outputs to what the traced function returned."""
         if isinstance(result, torch.Tensor):

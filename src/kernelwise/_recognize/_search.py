@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import types
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,6 +19,7 @@ from typing import Any
 from torch import nn
 
 from kernelwise._data import Binding, Recognition
+from kernelwise._recognize._code import numbers_in
 from kernelwise._recognize._compare import (
     FIRST,
     ROUNDS,
@@ -27,18 +29,27 @@ from kernelwise._recognize._compare import (
     bindings,
     compare,
     dtype_of,
+    fits,
     may_be,
     prove,
     prove_without,
+    rounds_at,
+    rounds_of_heads,
+    rounds_of_widths,
     sizes_of,
 )
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound
+from kernelwise._recognize._memory import sizes_in
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Failed, Source, Untraceable
 from kernelwise._recognize._stand_in import Stage, make_stand_in
 from kernelwise._recognize._trace import innermost_forward, parameters_of, trace
 from kernelwise.ops import OPERATIONS, Operation, Role, Variant
+
+OTHER_WIDTH = 255
+"""A second width for modules that do not care: one without parameters may do something else at the first."""
+OTHER_HEAD = 128
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +92,12 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
                 continue
             problem = prove(op, variant, fixed, candidate, found.roles, ROUNDS)
             problem = problem or prove_without(op, variant, fixed, candidate, found.roles, optional)
+            if problem is None:
+                named = sizes_in(reads, (forward,), type(module))
+                elsewhere = (*rounds_at(named), *rounds_of_widths((OTHER_WIDTH, *named)))
+                problem = prove(op, variant, fixed, candidate, found.roles, elsewhere)
+            if problem is None and not fits(op, variant, fixed, graph, found.roles):
+                problem = f"looks like {op.name}, but the sizes of its tensors only fit by broadcasting"
             if problem is None:
                 roles = bindings(op, variant, fixed, candidate, found.roles)
                 if roles is not None:
@@ -134,7 +151,7 @@ def _first_trace(
 
         def run(stage: Stage, at: Round, width: int = width) -> Graph:
             stand_in = make_stand_in(module, stage)
-            shape, dtype = (*at.lead, width), at.widths.activations
+            shape, dtype = (*at.lead, at.width or width), at.widths.activations
             given = {
                 name: None
                 if name in at.absent
@@ -172,7 +189,7 @@ def widths_of(module: nn.Module) -> list[int]:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def find_function(function: Callable[..., Any]) -> Finding:
+def find_function(function: types.FunctionType) -> Finding:
     """Return what a plain function of tensors computes."""
     reads = Reads()
     parameters = list(parameters_of(function).values())
@@ -216,9 +233,10 @@ def _name(bound: Bound) -> str:
 class _TracedFunction:
     """A function and the graphs it has given so far, by the shapes it was given."""
 
-    def __init__(self, function: Callable[..., Any], needed: list[str], choice: str | None) -> None:
+    def __init__(self, function: types.FunctionType, needed: list[str], choice: str | None) -> None:
         self._function, self._needed, self.choice = function, needed, choice
         self._first: dict[Any, Graph | str] = {}
+        self._numbers = sorted(number for number in numbers_in(function.__code__) if number >= 8)[:8]
 
     @property
     def shown(self) -> str | None:
@@ -256,6 +274,9 @@ class _TracedFunction:
         if found is None:
             return ""
         problem = prove(op, variant, fixed, candidate, found.roles, ROUNDS)
+        named = sizes_in(Reads(), (self._function,))
+        elsewhere = (*rounds_at(named), *rounds_of_heads((OTHER_HEAD, *named)))
+        problem = problem or prove(op, variant, fixed, candidate, found.roles, elsewhere)
         if problem is None and self._takes_more(arguments, variant, fixed):
             problem = f"is {op.name} {dict(variant.options)}, but also takes more elements or tokens than it turns"
         return dict(found.roles) if problem is None else problem
@@ -264,12 +285,19 @@ class _TracedFunction:
         """Whether the function runs where only a part of what it is given can be turned, which the variant has no word for."""
         for option, whole, part in (("part", "all", "first"), ("tokens", "all", "last")):
             if (option, whole) in variant.options:
-                partial = replace(variant, options=(*variant.options, (option, part)))
-                try:
-                    self._candidate(arguments, partial, fixed).graph(FIRST)
-                except Failed:
-                    continue
-                except Untraceable:
+                partial = self._candidate(
+                    arguments, replace(variant, options=(*variant.options, (option, part))), fixed
+                )
+                if not all(self._fails(partial, at) for at in (FIRST, *rounds_of_heads(2 * n for n in self._numbers))):
                     return True
-                return True
+        return False
+
+    @staticmethod
+    def _fails(candidate: Candidate, at: Round) -> bool:
+        try:
+            candidate.graph(at)
+        except Failed:
+            return True
+        except Untraceable:
+            return False
         return False
