@@ -6,7 +6,6 @@ import gc
 import random
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from fractions import Fraction
 from itertools import combinations
 from math import comb
@@ -38,9 +37,6 @@ def machine(monkeypatch: pytest.MonkeyPatch) -> Callable[..., Machine]:
     def made(**how: object) -> Machine:
         found = Machine(**how)  # type: ignore[arg-type]
         monkeypatch.setattr(_compare, "perf_counter", lambda: found.now)
-        monkeypatch.setattr(
-            _compare, "_no_garbage_collection", nullcontext
-        )  # collecting first takes a tenth of a second
         return found
 
     return made
@@ -306,6 +302,29 @@ def test_random_numbers_and_the_collector_are_left_as_they_were() -> None:
     assert not any(collecting)
     assert gc.isenabled()
     assert torch.equal(torch.rand(1), expected)
+
+
+def test_what_calls_leave_in_circles_does_not_pile_up(machine: Callable[..., Machine]) -> None:
+    here = machine()
+    alive = most = 0
+
+    class Circle:
+        def __init__(self) -> None:
+            nonlocal alive, most
+            alive += 1
+            most = max(most, alive)
+            self.itself = self
+
+        def __del__(self) -> None:
+            nonlocal alive
+            alive -= 1
+
+    def leaving() -> None:
+        Circle()
+        here.now += here.random.uniform(0.1, 0.3)
+
+    compare({"own": here.call(0.2), "other": leaving}, own="own", device="cpu", seconds=60.0)
+    assert most < 12
 
 
 def test_progress_goes_up_to_one(machine: Callable[..., Machine]) -> None:

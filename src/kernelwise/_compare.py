@@ -117,6 +117,7 @@ def _rounds(
 ) -> None:
     """Give every contender its turn until all is clear or the time is over. One about which all is clear rests."""
     random, began, number, look = Random(0), perf_counter(), 0, min_rounds
+    collected = began
     order: list[_Contender] = []
     while True:
         rivals = [one for one in found.values() if one is not base and one.error is None and not one.done]
@@ -134,6 +135,9 @@ def _rounds(
             if one in rivals:
                 turn.take(one, number)
         number += 1
+        if perf_counter() - collected > 1.0:
+            gc.collect(0)  # what the calls have left, which may hold much memory; older things would take their time
+            collected = perf_counter()
         look_closely = number >= look
         look = math.ceil(number * 1.25) if look_closely else look
         for one in rivals:
@@ -226,6 +230,7 @@ class _Turn:
         one.error = said(error)
         if self._cuda and isinstance(error, torch.OutOfMemoryError):
             del error
+            gc.collect()
             torch.cuda.empty_cache()  # or what it had taken is missing for the others
 
 
@@ -301,7 +306,6 @@ def _is_clear(ratios: Sequence[float]) -> bool:
 @contextmanager
 def _no_garbage_collection() -> Iterator[None]:
     was_on = gc.isenabled()
-    gc.collect()
     gc.disable()
     try:
         yield

@@ -234,6 +234,8 @@ def _trained(call: Call, bare: nn.Module | None, turn: Iterator[_Given]) -> Call
     def step() -> object:
         given = next(turn)
         roots = _roots(call(bare, **given.arguments))
+        if len(roots) != len(given.upstream):
+            raise ValueError(f"{len(roots)} of its outputs have a gradient, not {len(given.upstream)}")
         return torch.autograd.grad(roots, given.leaves, given.upstream, allow_unused=True)
 
     return step
