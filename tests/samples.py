@@ -149,7 +149,7 @@ def sample() -> Tuning:
             compared_run = compared(own_us, speedup, 0.025, own_peak=own_peak, peak=peak, first_s=first)
             runs.append(Run(contender, workload, compared_run, tokens))
         alone = {"RMSNorm": 1.09, "SwiGLUMLP": 1.24 if workload == "prefill" else 1.06, "Linear": 1.01}
-        runs += [Run(f"only {kernel}", workload, compared(own_us, x, 0.02), tokens) for kernel, x in alone.items()]
+        runs += [Run(kernel, workload, compared(own_us, x, 0.02), tokens) for kernel, x in alone.items()]
         why = "offline: the Hub cannot be reached, and its kernels are not in the cache"
         runs.append(Run("transformers kernels", workload, None, tokens, error=why))
     return Tuning(
@@ -182,7 +182,7 @@ def sample() -> Tuning:
 def bench_sample() -> Tuning:
     """Return what a bench finds: runs, and nothing chosen."""
     whole = sample()
-    runs = tuple(run for run in whole.runs if run.contender != "tuned" and not run.contender.startswith("only "))
+    runs = tuple(run for run in whole.runs if run.contender != "tuned" and not whole.is_part(run))
     return replace(whole, choices=(), runs=runs, config="", notes=())
 
 

@@ -130,7 +130,7 @@ class Choice:
 class Tuning:
     """All that tuning a model found. Prints as tables, serialises.
 
-    `runs` are the whole model's: every contender, the tuned model among them as `"tuned"`, and each choice alone.
+    `runs` are the whole model's: every contender, the tuned model among them as `"tuned"`, and each choice alone by its name.
     `environment` are pairs of a name and what it is here (versions, device, driver, threads). `config` is the tuned config
     as TOML. `seconds` is how long it took.
     """
@@ -152,6 +152,14 @@ class Tuning:
         data: dict[str, Any] = to_json(self)
         return data
 
+    def is_part(self, run: Run) -> bool:
+        """Whether a run is one of a choice alone: a part of the tuned model, and no contender beside it."""
+        return any(run.contender == choice.name for choice in self.choices)
+
+    def label(self, run: Run) -> str:
+        """Say who ran: `"RMSNorm alone"` for one choice, else the contender."""
+        return f"{run.contender} alone" if self.is_part(run) else run.contender
+
     @classmethod
     def from_json(cls, data: Any) -> Tuning:
         """Build the evidence from what `to_json` gave.
@@ -171,7 +179,7 @@ class Tuning:
     def __str__(self) -> str:
         took = f" in {duration(self.seconds * 1e6)}" if self.seconds else ""
         what = f"tuned for {self.objective}" if self.choices else "measured"
-        parts = [f"{self.model} on {self.target.device}, {what}{took}", _runs_table(self.runs).strip("\n")]
+        parts = [f"{self.model} on {self.target.device}, {what}{took}", _runs_table(self).strip("\n")]
         if self.choices:
             parts.append(_choices_table(self.choices).strip("\n"))
         return "\n\n".join(parts) + "".join(f"\nnote: {note}" for note in self.notes)
@@ -198,12 +206,12 @@ def load(file: str | os.PathLike[str]) -> Tuning:
 _GO_ON = "  go on      give a file that `kernelwise tune --json FILE` or `kernelwise bench --json FILE` wrote"
 
 
-def _runs_table(runs: tuple[Run, ...]) -> str:
+def _runs_table(tuning: Tuning) -> str:
     """Return one line for each contender, with two columns for each workload."""
-    workloads = list(dict.fromkeys(run.workload for run in runs))
+    workloads = list(dict.fromkeys(run.workload for run in tuning.runs))
     rows = []
-    for contender in dict.fromkeys(run.contender for run in runs):
-        own = {run.workload: run for run in runs if run.contender == contender}
+    for contender in dict.fromkeys(map(tuning.label, tuning.runs)):
+        own = {run.workload: run for run in tuning.runs if tuning.label(run) == contender}
         found = [run.comparison for run in own.values() if run.comparison is not None]
         cells = [cell for workload in workloads for cell in _run_cells(own.get(workload))]
         peak = max((one.peak for one in found if one.peak is not None), default=None)

@@ -166,7 +166,11 @@ def cards(tuning: Tuning) -> list[Card]:
     winners = [(workload, run) for workload in _workloads(tuning) if (run := _winner(tuning, workload)) is not None]
     scale = _scale(run.comparison for _, run in winners if run.comparison is not None)
     for workload, run in winners:
-        others = [other for other in tuning.runs if other.workload == workload and other.contender != run.contender]
+        others = [
+            other
+            for other in tuning.runs
+            if other.workload == workload and other.contender != run.contender and not tuning.is_part(other)
+        ]
         own = run.comparison.own_us if run.comparison is not None else 0.0
         found.append(
             Card(

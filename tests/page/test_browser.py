@@ -77,14 +77,18 @@ def shown(page: Any, rows: str) -> list[str]:
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
 @pytest.mark.parametrize("tuning", [sample(), bench_sample()], ids=["tune", "bench"])
-def test_it_fits_and_can_be_read_by_everyone(open_page: Open, tuning: Tuning, size: dict[str, int], scheme: str) -> None:
+def test_it_fits_and_can_be_read_by_everyone(
+    open_page: Open, tuning: Tuning, size: dict[str, int], scheme: str
+) -> None:
     from axe_playwright_python.sync_playwright import Axe
 
     page = open_page(tuning, size=size, color_scheme=scheme)
     page.evaluate("document.querySelectorAll('details').forEach((group) => (group.open = true))")
     assert page.evaluate("document.documentElement.scrollWidth") <= size["width"]
     if size == PHONE:  # and no part of it scrolls sideways either
-        wide = "[...document.querySelectorAll('.scroll')].filter((part) => part.scrollWidth > part.clientWidth + 1).length"
+        wide = (
+            "[...document.querySelectorAll('.scroll')].filter((part) => part.scrollWidth > part.clientWidth + 1).length"
+        )
         assert page.evaluate(wide) == 0
     found = Axe().run(page)
     assert found.violations_count == 0, found.generate_report()
