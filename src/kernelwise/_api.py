@@ -129,6 +129,7 @@ def verify(
     compile: bool = False,
     seconds: float = 60.0,
     memory: int = 8 << 30,
+    capture_memory: int = 256 << 20,
     seed: int = 0,
     progress: bool | OnCheck = False,
 ) -> Checks:
@@ -141,13 +142,15 @@ def verify(
     Args:
         decided: what `plan` returned; None: `plan(model)`.
         inputs: what the model is called with (a dict, a tuple, or one argument), to check on what its layers are given.
-            None: inputs are made for each layer; weights on the meta device are then made too.
+            None: inputs are made for each layer. On the meta device the model tells shapes and strides; weights are made.
         compile: check under `torch.compile(fullgraph=True)` too, which takes seconds for each kernel.
         seconds, memory: the limits (bytes above the process's own) for each case of a kernel that is not builtin.
+        capture_memory: the most bytes to keep of what the model's layers are given. Layers beyond it are captured in further
+            passes of the model; where not even one row fits, or a layer is not called, the notes say that inputs were made.
         progress: True draws a bar on standard error, in kinds of layers; a function is called with every check as it is done.
 
     Raises:
-        PlanError: a kernel of the plan is only described, or inputs are given for a model on the meta device.
+        PlanError: a kernel of the plan is only described, or the model is on the meta device and does not run there.
 
     >>> import torch, kernelwise
     >>> print(kernelwise.verify(torch.nn.Sequential(torch.nn.Linear(4, 4))).ok)
@@ -158,7 +161,7 @@ def verify(
             f"verify takes a model and its plan, got the {type(decided).__name__} {decided!r}\n"
             "  go on      verify(model, plan(model), inputs)"
         )
-    options = _verify.Options(compile=compile, seconds=seconds, memory=memory, seed=seed)
+    options = _verify.Options(compile=compile, seconds=seconds, memory=memory, seed=seed, capture_memory=capture_memory)
     decided = plan(model) if decided is None else decided
     with progress_of(progress, total=len(group(model, decided))) as on_check:
         checks = _verify.verify_plan(model, decided, inputs, options=options, on_check=on_check)

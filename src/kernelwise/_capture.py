@@ -1,8 +1,11 @@
 """Capture: one forward of the model → what each distinct layer was given; where it computes a loss, one backward too.
 
 Layers alike (same code, options and shapes of weights) are captured once. What is kept is at most a number of rows of
-each tensor, with its strides; all samples together stay below a bound. The model is as it was afterwards. The gradients
-are those of the outputs of these layers alone: nothing is added to `.grad`.
+each tensor, with its strides; all samples together stay below a bound, and layers beyond it are captured in further passes.
+The model is as it was afterwards. The gradients are those of the outputs of these layers alone: nothing is added to `.grad`.
+
+A model that does not fit is captured layer by layer too. One whose weights accelerate brings in for each layer runs as it
+always does. One on the meta device runs there, which takes neither memory nor time and tells shapes, dtypes and strides.
 """
 
 from __future__ import annotations
@@ -27,15 +30,20 @@ from kernelwise._process import user_random_state
 
 MEMORY = 256 << 20
 ROWS = 32
+NOT_CALLED = "the model does not call it on these inputs"
 
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Decisions that one check can speak for: the first one, with all its paths and modes."""
+    """Decisions that one check can speak for: the first one, with all its paths and modes.
+
+    `inside` are those for the children of a layer of layers that its kernel takes in.
+    """
 
     decision: Decision
     paths: tuple[str, ...]
     modes: tuple[str, ...]
+    inside: tuple[Decision, ...] = ()
 
 
 def group(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
@@ -65,6 +73,35 @@ def group(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
     )
 
 
+def group_wholes(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
+    """Put together builtin decisions for layers that hold others, alike ones with one kernel and the norm that it takes in.
+
+    They can only be checked on what the model gives them.
+    """
+    by_place = {(d.layer.path, d.mode): d for d in plan.decisions if d.layer.function is None}
+    found: dict[tuple[Any, ...], list[Decision]] = {}
+    for decision in plan.decisions:
+        if decision.kernel is not None and holds_others(decision) and decision.kernel.ref.scheme == "builtin":
+            layer, computes = decision.layer, decision.layer.computes(decision.mode)
+            traits = traits_of(module_of(model, layer), None, {})
+            alike = tuple(trait for trait in traits if trait[0] != "layer_idx")  # which only a cache is asked for
+            key = (layer.class_name, computes, decision.kernel, alike)
+            found.setdefault(key, []).append(decision)
+    groups = []
+    for decisions in found.values():
+        first = decisions[0]
+        norms = [f"{first.layer.path}.{b.value}" for role, b in _roles(first) if role.endswith("norm")]
+        inside = tuple(by_place[path, first.mode] for path in norms if (path, first.mode) in by_place)
+        paths, modes = {d.layer.path: None for d in decisions}, {d.mode: None for d in decisions}
+        groups.append(Group(first, tuple(paths), tuple(modes), inside))
+    return tuple(groups)
+
+
+def _roles(decision: Decision) -> Sequence[tuple[str, Any]]:
+    computes = decision.layer.computes(decision.mode)
+    return () if computes is None else [(r, b) for r, b in computes.roles if b.kind == "child"]
+
+
 def holds_others(decision: Decision) -> bool:
     """Return whether a decision is about a layer whose kernel calls the children of that layer with its own arguments."""
     found = decision.layer.computes(decision.mode)
@@ -74,6 +111,18 @@ def holds_others(decision: Decision) -> bool:
 def module_of(model: nn.Module, layer: Layer) -> nn.Module:
     """Return the module that a layer is, or whose forward calls it."""
     return model.get_submodule(layer.path.rpartition(".")[0] if layer.function is not None else layer.path)
+
+
+@contextmanager
+def with_weights(module: nn.Module) -> Iterator[nn.Module]:
+    """Bring in the weights of a module that accelerate offloads, and of its children, for the length of a block."""
+    with ExitStack() as stack:
+        if any("_hf_hook" in part.__dict__ for part in module.modules()):
+            from accelerate.utils import align_module_device
+
+            for part in module.modules():
+                stack.enter_context(align_module_device(part))
+        yield module
 
 
 def capture(
@@ -88,6 +137,42 @@ def capture(
         memory: the most bytes to keep in all; layers beyond it are left out.
         rows: how many rows of each batch dimension to keep; None: whole tensors, as timing needs them.
     """
+    return _capture(model, groups, inputs, memory, rows)[0]
+
+
+def capture_in_passes(
+    model: nn.Module, groups: Sequence[Group], inputs: Any, *, memory: int = MEMORY, notes: list[str]
+) -> Iterator[tuple[Sequence[Group], dict[str, Sample]]]:
+    """Yield groups with samples that together stay below a bound, until every group was given; each pass runs the model.
+
+    A layer whose inputs alone are beyond the bound is cut to fewer rows. Groups that get no sample come last, with the reason
+    in `notes`: not even one row fits, or the model does not call the layer on these inputs.
+    """
+    left = list(groups)
+    missing: list[Group] = []
+    while left:
+        samples, later, never = _capture(model, left, inputs, memory, ROWS)
+        done = [found for found in left if found.decision.layer.path in samples]
+        for found in left:
+            path = found.decision.layer.path
+            if path not in samples and path not in later:
+                missing.append(found)
+                notes.append(f"inputs were made for {path}: {never.get(path, NOT_CALLED)}")
+        left = [found for found in left if found.decision.layer.path in later]
+        if done:
+            yield done, samples
+        samples.clear()  # before the next pass takes as much again
+    if missing:
+        yield missing, {}
+
+
+def _capture(
+    model: nn.Module, groups: Sequence[Group], inputs: Any, memory: int, rows: int | None
+) -> tuple[dict[str, Sample], set[str], dict[str, str]]:
+    """Return the samples that fit, the paths of layers for which there was no room left, and why others never fit."""
+    later: set[str] = set()
+    never: dict[str, str] = {}
+    wholes = {found.decision.layer.path for found in groups if holds_others(found.decision)}
     samples: dict[str, Sample] = {}
     left = memory
 
@@ -103,9 +188,14 @@ def capture(
         if known is not None:
             samples[layer.path] = replace(known, with_grad=tuple(n for n, v in arguments.items() if _needs_grad(v)))
             return
-        cut = arguments if rows is None else _cut_rows(arguments, layer, rows)
-        size = sum(memory_of(value).nbytes for value in cut.values() if isinstance(value, torch.Tensor))
-        if size <= left:
+        if layer.path in later or layer.path in never:
+            return
+        cut, size = _cut_to(arguments, layer, None if layer.path in wholes else rows, memory)
+        if size > memory:
+            never[layer.path] = f"its inputs take {size} bytes, more than the {memory} that may be kept"
+        elif size > left:
+            later.add(layer.path)
+        else:
             left -= size
             samples[layer.path] = Sample({n: _kept(value) for n, value in cut.items()}, module, captured=True)
 
@@ -143,7 +233,17 @@ def capture(
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)  # running means and the like
-    return samples
+    return samples, later, never
+
+
+def _cut_to(arguments: dict[str, Any], layer: Layer, rows: int | None, memory: int) -> tuple[dict[str, Any], int]:
+    """Cut arguments to a number of rows, or to as few more as it takes to stay below a bound; return them and their bytes."""
+    while True:
+        cut = arguments if rows is None else _cut_rows(arguments, layer, rows)
+        size = sum(memory_of(leaf).nbytes for leaf in tree_leaves(cut) if isinstance(leaf, torch.Tensor))
+        if size <= memory or rows is None or rows <= 1:
+            return cut, size
+        rows //= 2
 
 
 def _run(model: nn.Module, inputs: Any) -> Any:
@@ -241,7 +341,7 @@ def _cut_rows(arguments: dict[str, Any], layer: Layer, rows: int) -> dict[str, A
     named = axes(layer.recognition or layer.recognition_in_training, arguments)
     cut = dict(arguments)
     for name, names in named.items():
-        for symbol, most in (("B", 2), ("S", rows)):
+        for symbol, most in (("B", min(2, rows)), ("S", rows)):
             if symbol in names:
                 at = names.index(symbol)
                 cut[name] = cut[name].narrow(at, 0, min(most, cut[name].shape[at]))

@@ -398,6 +398,33 @@ def make_sample(
     return Sample(arguments, module)
 
 
+def made_real(sample: Sample, layer: Layer, mode: str, *, device: torch.device, generator: torch.Generator) -> Sample:
+    """Give values to a sample that was captured on the meta device: shapes, dtypes and strides stay the model's."""
+    found = layer.computes(mode)
+    roles = {} if found is None else {name: role for role, name in _argument_roles(found)}
+
+    def real(value: Any, role: Role | None) -> Any:
+        if isinstance(value, (tuple, list)):
+            return type(value)(real(item, role) for item in value)
+        if isinstance(value, dict):
+            return {name: real(item, None) for name, item in value.items()}
+        if not isinstance(value, torch.Tensor) or not value.is_meta:
+            return value
+        span = 1 + sum((n - 1) * s for n, s in zip(value.shape, value.stride(), strict=True)) if value.numel() else 0
+        if value.is_complex():
+            memory = torch.polar(torch.ones(span), torch.rand(span, generator=generator) * 6.3)
+        elif role is not None and role.follows == "parameters":
+            memory = torch.rand(span, generator=generator) * 2 - 1
+        elif value.is_floating_point():
+            memory = torch.randn(span, generator=generator)
+        else:
+            memory = torch.ones(span)  # a mask that hides nothing; an index that is there
+        return memory.to(device, value.dtype).as_strided(value.shape, value.stride())
+
+    arguments = {name: real(value, roles.get(name)) for name, value in sample.arguments.items()}
+    return replace(sample, arguments=arguments, upstream=())
+
+
 def _sizes_of(recognition: Recognition, module: nn.Module | None) -> dict[str, int]:
     """Read the sizes of an operation off the weights of a module."""
     sizes: dict[str, int] = {}

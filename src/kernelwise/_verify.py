@@ -6,6 +6,7 @@ it is not. What both gave and did is compared, and the first thing that is wrong
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
@@ -14,14 +15,37 @@ from typing import Any, Protocol
 
 import torch
 from torch import nn
+from torch.utils._pytree import tree_map
 
-from kernelwise._capture import Group, capture, group, holds_others, module_of
-from kernelwise._data import Check, Checks, Decision, Kernel, Layer, Plan, Status
+from kernelwise import _apply, _discover
+from kernelwise._capture import (
+    MEMORY,
+    NOT_CALLED,
+    Group,
+    capture,
+    capture_in_passes,
+    group,
+    group_wholes,
+    holds_others,
+    module_of,
+    with_weights,
+)
+from kernelwise._data import Check, Checks, Decision, Kernel, Layer, Plan, Status, Target
 from kernelwise._discover import globals_called, own_forward
 from kernelwise._errors import PlanError
 from kernelwise._exact import Deviation, deviation
-from kernelwise._inputs import Sample, batch_slice, beyond, cases, make_sample, random_weight, with_defaults
-from kernelwise._observe import Case, Observed, bare_copy, growth, kernel_call, observe, own_call
+from kernelwise._inputs import Sample, batch_slice, beyond, cases, made_real, make_sample, random_weight, with_defaults
+from kernelwise._observe import (
+    Call,
+    CannotTryError,
+    Case,
+    Observed,
+    bare_copy,
+    growth,
+    kernel_call,
+    observe,
+    own_call,
+)
 from kernelwise._worker import SECONDS, Worker, WorkerError, failure_of
 
 _FREE_TO_REFUSE = ("inputs with gaps", "transposed inputs", "rows 2^31", "width ")
@@ -33,8 +57,12 @@ _OTHER_STRIDES = ("contiguous inputs", "inputs with gaps", "transposed inputs", 
 _AS_GIVEN = {True: "as given, in training", False: "as given, in evaluation"}
 """The case of the other mode, where one check speaks for both: a kernel may ask for `self.training`."""
 
-_FOR_COMPILED = ("as given", "the model's gradients", "scale ", "random weights", "no gradients", "one row", "NaN ")
+_FOR_ANY = ("as given", "the model's gradients", "scale ", "random weights", "no gradients", "NaN ")
+_FOR_COMPILED = (*_FOR_ANY, "one row")
 """Cases for a kernel that is compiled anew for every kind of input: those of other kinds would check other kernels."""
+
+_FOR_WHOLE = (*_FOR_ANY, "rows of different sizes", "only ", "inputs with gaps", "backward twice", "second ")
+"""Cases for a layer of layers: what it is called with belongs together (masks, angles) and cannot be cut or resized."""
 
 _DEADLY = ("crashed", "exited", "timed_out", "out_of_memory", "load_failed", "setting_changed")
 """Statuses after which no further case is tried."""
@@ -61,8 +89,8 @@ class _Runner(Protocol):
 class _Here:
     """Runs a kernel in this process: for those that come with Kernelwise."""
 
-    def __init__(self, layer: Layer, kernel: Kernel, mode: str) -> None:
-        self._call = kernel_call(layer, kernel, mode)
+    def __init__(self, layer: Layer, kernel: Kernel, mode: str, *, call: Call | None = None) -> None:
+        self._call = kernel_call(layer, kernel, mode) if call is None else call
 
     def observe(self, case: Case) -> Observed:
         try:
@@ -79,13 +107,15 @@ class _Here:
 
 @dataclass(frozen=True, slots=True)
 class Options:
-    """How thorough a verification is. `seconds` and `memory` (bytes) limit each case in the worker."""
+    """How thorough a verification is. `seconds` and `memory` (bytes) limit each case in the worker, `capture_memory` what is
+    kept of the model's tensors."""
 
     compile: bool = False
     isolate: bool | None = None  # None: all but builtin kernels
     seconds: float = SECONDS
     memory: int = 8 << 30
     seed: int = 0
+    capture_memory: int = MEMORY  # bytes of the model's tensors that are kept at a time
 
 
 def own_code(module: nn.Module, layer: Layer) -> Callable[..., Any]:
@@ -157,13 +187,15 @@ def _all_cases(
     assert kernel is not None
     call = own_call(layer, own)
     generator = torch.Generator().manual_seed(options.seed)
-    training = decision.mode.startswith("training")
+    training, whole = decision.mode.startswith("training"), holds_others(decision)
     given, sample = sample, _in_mode(sample, training)
     for index, case in enumerate(cases(layer, sample, decision.mode, generator=generator)):
         if kernel.ref.location == "inductor":
             if not case.name.startswith(_FOR_COMPILED):
                 continue
             case = _changed(case, fill=None)  # what fills memory is a mode, under which compiled code does not run
+        if whole and not case.name.startswith(_FOR_WHOLE):
+            continue
         if not kernel.has_backward and case.grad != "none":
             case = _without_gradients(case)
             if case.second or case.retain or case.name.startswith("only"):
@@ -182,6 +214,8 @@ def _all_cases(
             yield check
             if check.status in _DEADLY:
                 return
+    if whole:
+        return
     yield from _properties(runner, layer, sample, decision.mode, base)
     if _on_gpu(sample) and (many := beyond(layer, sample, decision.mode)):
         check = _one_case(runner, call, many, base)
@@ -430,9 +464,10 @@ def verify_plan(
     """Check every kernel of a plan, once for all layers alike. `inputs` are the model's; None: made for each layer.
 
     Raises:
-        PlanError: a kernel of the plan is only described, or inputs are given for a model on the meta device.
+        PlanError: a kernel of the plan is only described, or the model is on the meta device and does not run there.
+        WorkerStartError: a kernel is not builtin, and there is no process to run it in.
     """
-    groups = group(model, plan)
+    groups, wholes = group(model, plan), group_wholes(model, plan)
     if described := next(
         (g.decision.kernel for g in groups if g.decision.kernel and not g.decision.kernel.function), None
     ):
@@ -440,37 +475,75 @@ def verify_plan(
             f"{described.ref} is described, not loaded, so it cannot be checked\n"
             "  go on      plan on the machine that the model is on"
         )
-    if inputs is not None and any(parameter.is_meta for parameter in model.parameters()):
-        raise PlanError(
-            "the model is on the meta device, so it cannot run on these inputs\n"
-            "  go on      load the weights first, or give no inputs: both are then made for each layer"
-        )
-    samples = {} if inputs is None else capture(model, groups, inputs)
+    notes: list[str] = []
     checks: list[Check] = []
-    by_kernel: dict[tuple[Kernel | None, str], list[Group]] = {}
-    for found in groups:
-        by_kernel.setdefault((found.decision.kernel, found.decision.layer.device), []).append(found)
-    for (kernel, device), alike in by_kernel.items():
-        assert kernel is not None
-        with Worker(kernel, device, seconds=options.seconds, memory=options.memory) as worker:
-            for found in alike:
-                for check in check_group(model, found, samples.get(found.decision.layer.path), options, worker):
-                    checks.append(check)
-                    on_check(check)
+    workers: dict[tuple[Kernel | None, str], Worker] = {}
+    with ExitStack() as stack:
+        for found, sample in _with_samples(model, (*groups, *wholes), inputs, options, notes):
+            key = found.decision.kernel, found.decision.layer.device
+            if key not in workers:
+                assert key[0] is not None
+                worker = Worker(key[0], key[1], seconds=options.seconds, memory=options.memory)
+                workers[key] = stack.enter_context(worker)
+            if found in wholes and sample is None:
+                notes.append(f"{found.decision.layer.path} is not checked as a whole: that takes inputs of the model")
+                continue
+            for check in check_group(model, found, sample, options, workers[key]):
+                checks.append(check)
+                on_check(check)
     for decision in plan.decisions:
         if decision.kernel is not None and holds_others(decision) and decision.kernel.ref.scheme != "builtin":
             why = "it calls the layer's children with arguments of its own, which cannot be made or cut"
             ref, at = str(decision.kernel.ref), decision.layer
             checks.append(Check(at.path, (at.path,), ref, (decision.mode,), "", "skipped", why))
             on_check(checks[-1])
-    notes: tuple[str, ...] = () if checks else ("no kernels in the plan: there is nothing to check",)
-    whole = dict.fromkeys(
-        str(d.kernel.ref)
-        for d in plan.decisions
-        if d.kernel is not None and d.kernel.ref.scheme == "builtin" and holds_others(d)
-    )
-    notes += tuple(f"{ref} is not checked here: it calls the layer's children, which are" for ref in whole)
-    return Checks(plan.target, tuple(checks), notes)
+    if not checks and not notes:
+        notes.append("no kernels in the plan: there is nothing to check")
+    return Checks(plan.target, tuple(checks), tuple(dict.fromkeys(notes)))
+
+
+def _with_samples(
+    model: nn.Module, groups: Sequence[Group], inputs: Any, options: Options, notes: list[str]
+) -> Iterator[tuple[Group, Sample | None]]:
+    """Yield each group with what its layer was given, those of one kernel together; None where inputs must be made."""
+    if inputs is None:
+        passes: Iterator[tuple[Sequence[Group], dict[str, Sample]]] = iter([(groups, {})])
+    elif _discover.model_device(model) == "meta":
+        passes = iter([_captured_on_meta(model, groups, inputs, options, notes)])
+    else:
+        passes = capture_in_passes(model, groups, inputs, memory=options.capture_memory, notes=notes)
+    for found, samples in passes:
+        by_kernel: dict[tuple[Kernel | None, str], list[Group]] = {}
+        for one in found:
+            by_kernel.setdefault((one.decision.kernel, one.decision.layer.device), []).append(one)
+        for alike in by_kernel.values():
+            for one in alike:
+                yield one, samples.pop(one.decision.layer.path, None)
+
+
+def _captured_on_meta(
+    model: nn.Module, groups: Sequence[Group], inputs: Any, options: Options, notes: list[str]
+) -> tuple[Sequence[Group], dict[str, Sample]]:
+    """Run a model on the meta device and give values to what its layers were given there."""
+    layers = [found for found in groups if found.decision.layer.function is None and not holds_others(found.decision)]
+    on_meta = tree_map(lambda value: value.to("meta") if isinstance(value, torch.Tensor) else value, inputs)
+    try:
+        samples = capture(model, layers, on_meta, memory=1 << 62)
+    except Exception as error:
+        raise PlanError(
+            f"the model is on the meta device and does not run there: {type(error).__name__}: {_line(error)}\n"
+            "  go on      load the weights first, or give no inputs: both are then made for each layer"
+        ) from error
+    notes.append("the model is on meta: shapes and strides are what it gives its layers, values and weights were made")
+    generator = torch.Generator().manual_seed(options.seed)
+    for found in layers:
+        layer, path = found.decision.layer, found.decision.layer.path
+        if path in samples:
+            device = torch.device("cuda" if layer.device == "rocm" else layer.device)
+            samples[path] = made_real(samples[path], layer, found.decision.mode, device=device, generator=generator)
+        else:
+            notes.append(f"inputs were made for {path}: {NOT_CALLED}")
+    return groups, samples
 
 
 def check_group(
@@ -479,14 +552,87 @@ def check_group(
     """Yield the checks of a group of alike layers. Without a sample, inputs are made. `worker` is for its kernel."""
     decision = found.decision
     module = module_of(model, decision.layer)
-    sample = sample or _made(decision.layer, module, decision.mode, options.seed)
+    own = own_code(module, decision.layer)
+    with with_weights(module):
+        sample = sample or _made(decision.layer, module, decision.mode, options.seed)
+        if sample is not None and sample.module is not None:
+            sample = replace(sample, module=_real_module(sample.module, decision.layer, options.seed))
     if sample is None:
         kernel = str(decision.kernel.ref) if decision.kernel else ""
         why = "no inputs could be made for it; pass inputs of the model"
         yield Check(decision.layer.path, found.paths, kernel, found.modes, "", "skipped", why)
         return
-    own = own_code(module, decision.layer)
+    if holds_others(decision):
+        yield from _check_whole(found, own, sample, options)
+        return
     yield from check_kernel(decision, own, sample, paths=found.paths, modes=found.modes, options=options, worker=worker)
+
+
+def _check_whole(found: Group, own: Callable[..., Any], sample: Sample, options: Options) -> Iterator[Check]:
+    """Check a builtin kernel of a layer of layers: that layer's own code against itself with the kernel put in.
+
+    Its children run as they are, but for the norm that the kernel takes in. There is no cache, which every call would change.
+    """
+    decision, kernel = found.decision, found.decision.kernel
+    assert kernel is not None
+    sample = replace(sample, arguments={n: _without_objects(value) for n, value in sample.arguments.items()})
+    sample = with_defaults(sample, {n: v for n, v in defaults_of(own).items() if n not in sample.arguments})
+    base = Check(
+        decision.layer.path, found.paths, str(kernel.ref), found.modes, "", "passed", content_hash=kernel.content_hash
+    )
+    runner = _Here(decision.layer, kernel, decision.mode, call=_put_in(found))
+    yield from _all_cases(runner, decision, own, sample, base, options)
+
+
+def _without_objects(value: Any) -> Any:
+    """Leave out what is no tensor, number, name or collection of those: a cache."""
+    if isinstance(value, (tuple, list)):
+        return type(value)(_without_objects(item) for item in value)
+    if isinstance(value, dict):
+        return {name: _without_objects(item) for name, item in value.items()}
+    return value if value is None or isinstance(value, (torch.Tensor, bool, int, float, str)) else None
+
+
+def _put_in(found: Group) -> Callable[..., Any]:
+    """Return the call of a copy of a layer with its kernel put in; it counts as refused where the layer's own code ran."""
+    layer, kernel = found.decision.layer, found.decision.kernel
+    assert kernel is not None
+    assert kernel.function is not None
+    ran: list[bool] = []
+
+    @functools.wraps(kernel.function)
+    def noted(*args: Any, **kwargs: Any) -> Any:
+        ran.append(True)
+        return kernel.function(*args, **kwargs)  # type: ignore[misc]
+
+    here = replace(found.decision, layer=replace(layer, path="", paths=("",)), kernel=replace(kernel, function=noted))
+    below = [replace(d, layer=replace(d.layer, path=d.layer.path.removeprefix(f"{layer.path}."))) for d in found.inside]
+    plan = Plan(Target(layer.device), (here, *below))
+
+    def run(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        ran.clear()
+        token = _apply.apply(module, plan)
+        try:
+            result = module(*args, **kwargs)
+        finally:
+            _apply.remove(module, token=token)
+        if not ran:
+            raise CannotTryError("the layer's own code ran, as the kernel does not take this")
+        return result
+
+    return own_call(layer, run)
+
+
+def _real_module(module: nn.Module, layer: Layer, seed: int) -> nn.Module:
+    """Copy a module whose weights are not here: those that are brought in just now, and random ones for those on meta."""
+    first = next(iter(module.parameters()), None)
+    if first is not None and first.is_meta:
+        device = torch.device("cuda" if layer.device == "rocm" else layer.device)
+        generator = torch.Generator().manual_seed(seed)
+        return bare_copy(module, lambda t: random_weight(torch.empty_like(t, device=device), generator))
+    if any("_hf_hook" in part.__dict__ for part in module.modules()):
+        return bare_copy(module, torch.Tensor.clone)
+    return module
 
 
 def _made(layer: Layer, module: nn.Module, mode: str, seed: int) -> Sample | None:
@@ -499,6 +645,4 @@ def _made(layer: Layer, module: nn.Module, mode: str, seed: int) -> Sample | Non
         device = torch.device("cuda" if layer.device == "rocm" else layer.device)
     if layer.function is not None:
         return make_sample(layer, None, mode, device=device, generator=generator)
-    if first is not None and first.is_meta:
-        module = bare_copy(module, lambda t: random_weight(torch.empty_like(t, device=device), generator))
-    return make_sample(layer, module, mode, device=device, generator=generator)
+    return make_sample(layer, _real_module(module, layer, seed), mode, device=device, generator=generator)
