@@ -66,11 +66,12 @@ class Kind:
 def kinds_of(model: nn.Module, layers: Iterable[Layer], modes: Sequence[str]) -> tuple[Kind, ...]:
     """Group the layers into which a kernel can go, for each mode. Those that are blocked or excluded are left out.
 
-    So are layers that hold others: what they are called with cannot be made or cut, so that nothing proves a kernel there.
+    So are layers that hold others, and a head with its loss: what they are called with cannot be made or cut, so that nothing
+    proves a kernel there. They get what they get by default.
     """
     found: dict[tuple[Any, ...], list[Layer]] = {}
     for layer in layers:
-        if layer.blocked or layer.excluded:
+        if layer.blocked or layer.excluded or not (layer.function or "forward").isidentifier():
             continue
         module = module_of(model, layer)
         traits = (function_code(own_code(module, layer)),) if layer.function else traits_of(module, None, {})

@@ -20,6 +20,7 @@ from kernelwise._config_file import canonical, check_suffix, from_plain, read_fi
 from kernelwise._data import DEVICE_TYPES, KernelRef, Layer
 from kernelwise._discover import device_type, discover, model_device
 from kernelwise._errors import KernelConfigError, Problem
+from kernelwise._evidence import Tuning
 from kernelwise._kernels_mapping import kernels_mapping
 from kernelwise._mapping import DEVICE_HINTS, MISS_HINTS, Key, Rule, parse_mapping, read_keys
 from kernelwise._reference import did_you_mean, nearest, show
@@ -62,6 +63,8 @@ class KernelConfig:
         self.verify = verify
         self.file: Path | None = None
         """The file that the config was loaded from."""
+        self.evidence: Tuning | None = None
+        """What `tune` found that led to this config. It is no part of the config: neither of a file nor of equality."""
 
     def __eq__(self, other: object) -> bool:
         """Two configs are equal where they ask for the same in the same form, whatever file they come from."""

@@ -30,7 +30,7 @@ def current_target(device: str) -> Target:
         arch = "sm_{}{}".format(*torch.cuda.get_device_capability())
     elif device == "rocm" and torch.cuda.is_available():
         arch = str(torch.cuda.get_device_properties(0).gcnArchName)
-    return Target(device, arch, (("torch", torch.__version__),))
+    return Target(device, arch, (("torch", str(torch.__version__)),))
 
 
 def make_plan(

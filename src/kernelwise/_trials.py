@@ -1,0 +1,350 @@
+"""Trials: candidates for kinds of layers → what is known of each: proven or not, and how fast. The second part of tuning.
+
+A candidate is loaded, compared with what the layer needs, checked on what the model gives the layer, and only then timed on
+it. What fails is out, with its reason. Every check and every timing is remembered as soon as it is done, under all that it
+depends on, so that a tuning that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils._pytree import tree_leaves
+
+from kernelwise import _prove, _results, sources
+from kernelwise._candidates import Kind
+from kernelwise._capture import Group, capture, module_of
+from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Target, from_json, to_json
+from kernelwise._errors import KernelLoadError
+from kernelwise._evidence import Candidate, Timing
+from kernelwise._inputs import Sample
+from kernelwise._measure import measure_group
+from kernelwise._plan import reasons_against
+from kernelwise._verify import Options, check_group
+from kernelwise._workload import Workload, undisturbed
+
+CHECK_S = 120.0
+"""How long the checks of one candidate on one kind of layer may take in all."""
+
+BUILTIN_CHECK_S = 15.0
+"""The same for a kernel that ships with its proof: what is seen here is that it holds for this model too."""
+
+TIMING_S = 1.0
+"""How long the rounds of one timing may take; clear differences end them before."""
+
+MEMORY = 4 << 30
+"""Bytes of whole inputs that are held at a time."""
+
+
+class OutOfTimeError(Exception):
+    """The time that tuning may take is over: what is not done by now is not known."""
+
+
+@dataclass(slots=True)
+class Share:
+    """What one kind of layers takes of one run of a workload: how often it is called, and which part of the time."""
+
+    calls: int = 0
+    part: float | None = None  # None for a function, which no hook can time
+
+
+@dataclass(slots=True)
+class Trials:
+    """Tries candidates, with all that they share: loaded kernels, captured inputs, one worker for each foreign kernel.
+
+    `until` is a reading of `time.monotonic`: nothing is begun after it. `about` is what every result depends on besides
+    the candidate and the layer (the machine, versions). `limit_s` is the time limit of one case in a worker.
+    """
+
+    model: nn.Module
+    target: Target
+    workloads: Sequence[Workload]
+    kinds: Sequence[Kind]
+    prover: _prove.Prover
+    about: Any
+    until: float
+    shares: Mapping[tuple[str, tuple[str, str, str]], Share] = field(default_factory=dict)
+    _kernels: dict[tuple[KernelRef, str], Kernel | str] = field(default_factory=dict)
+    _inputs: dict[tuple[str, bool], dict[str, Sample]] = field(default_factory=dict)
+    _checked: dict[tuple[Any, ...], tuple[list[Check], bool]] = field(default_factory=dict)
+
+    def candidate(self, kind: Kind, ref: KernelRef) -> Candidate:
+        """Try one candidate for one kind of layers.
+
+        Raises:
+            OutOfTimeError: the time is over before all is known.
+        """
+        self._in_time()
+        kernel = self.load(ref, kind.layer.device)
+        if isinstance(kernel, str):
+            return Candidate(str(ref), out=kernel)
+        reasons = reasons_against(kind.layer, kernel, self.target, kind.mode)
+        if reasons:
+            return Candidate(str(ref), out="; ".join(reasons))
+        checks, done = self._check(kind, kernel)
+        errors = [check.ratio for check in checks if check.ratio is not None]
+        found = Candidate(
+            str(ref),
+            out=None
+            if done or not _prove.needs_proof(ref)
+            else f"not everything could be checked within {CHECK_S:.0f} s",
+            error=max(errors, default=None),
+            checks=sum(check.status == "passed" for check in checks),
+        )
+        failed = next((check for check in checks if check.failed), None)
+        if failed is not None:
+            found = replace(found, out=str(failed))
+        elif found.out is None and not found.checks:
+            found = replace(found, out=f"it could not be checked: {checks[0] if checks else 'there is no case for it'}")
+        if found.out is not None:
+            return found
+        timings: list[Timing] = []
+        for workload in self.workloads:
+            if self._of(kind, workload).calls:
+                timing = self._time(kind, kernel, workload)
+                if isinstance(timing, str):
+                    return replace(found, out=f"it cannot be timed in {workload.name}: {timing}")
+                timings.append(timing)
+        return replace(found, timings=tuple(timings))
+
+    def load(self, ref: KernelRef, device: str) -> Kernel | str:
+        """Return the loaded kernel, or why it cannot be loaded. Others' are imported in a process of their own first."""
+        if (ref, device) not in self._kernels:
+            try:
+                loaded: Kernel | str = sources.load(
+                    ref, device=device, before_import=partial(self.prover.before_import, device)
+                )
+            except KernelLoadError as error:
+                loaded = error.reason
+            self._kernels[ref, device] = loaded
+        return self._kernels[ref, device]
+
+    def _in_time(self) -> None:
+        if time.monotonic() >= self.until:
+            raise OutOfTimeError
+
+    def _of(self, kind: Kind, workload: Workload) -> Share:
+        return self.shares.get((workload.name, kind.key), Share())
+
+    # ------------------------------------------------------------------------------------------------------- checking
+
+    def _check(self, kind: Kind, kernel: Kernel) -> tuple[list[Check], bool]:
+        """Check a kernel for all modes in which the layers compute the same, once; say whether all cases were tried."""
+        alike = [
+            other
+            for other in self.kinds
+            if (other.layer, other.traits) == (kind.layer, kind.traits)
+            and other.mode.endswith("+compile") == kind.mode.endswith("+compile")
+            and other.layer.computes(other.mode) == kind.layer.computes(kind.mode)
+        ]
+        modes = tuple(dict.fromkeys(other.mode for other in alike)) or (kind.mode,)
+        samples = self._samples(self.workloads[0], whole=False)
+        sample = samples.get(kind.layer.path)
+        key = ["check", *self._key(kind, kernel), modes, looks_of(sample.arguments if sample else {})]
+        known = (kernel, kind.layer.path, modes)
+        if known not in self._checked:
+            stored = _results.get(key) if kernel.content_hash else None
+            if stored is not None:
+                self._checked[known] = [from_json(Check, check) for check in stored["checks"]], stored["done"]
+            else:
+                self._checked[known] = checks, done = self._run_checks(kind, kernel, modes, sample)
+                final = done or any(check.failed for check in checks)
+                if kernel.content_hash and final and not any(check.status in _PASSING for check in checks):
+                    _results.put(key, {"checks": to_json(checks), "done": done})
+            self._remember(kind, kernel, modes, *self._checked[known])
+        return self._checked[known]
+
+    def _run_checks(
+        self, kind: Kind, kernel: Kernel, modes: tuple[str, ...], sample: Sample | None
+    ) -> tuple[list[Check], bool]:
+        foreign = _prove.needs_proof(kernel.ref)
+        began = time.monotonic()
+        end = began + (CHECK_S if foreign else BUILTIN_CHECK_S)
+        worker = self.prover.worker(kernel, kind.layer.device)
+        worker.until = min(end, self.until)
+        found = Group(Decision(kind.layer, kind.mode, kernel, "tune"), kind.paths, modes)
+        options = Options(compile=kind.mode.endswith("+compile"))
+        checks: list[Check] = []
+        running = check_group(self.model, found, sample, options, worker)
+        try:
+            for check in running:
+                if check.status == "timed_out" and time.monotonic() >= worker.until:
+                    self._in_time()
+                    return checks, False
+                checks.append(check)
+                if check.failed:
+                    return checks, True
+                self._in_time()
+                if time.monotonic() > end:
+                    return checks, False
+        finally:
+            running.close()
+            worker.until = None
+        return checks, True
+
+    def _remember(self, kind: Kind, kernel: Kernel, modes: Sequence[str], checks: Sequence[Check], done: bool) -> None:
+        """Let what was shown here count as proof when the kernel is put in, for each of the modes and for all of them."""
+        if not done or not _prove.needs_proof(kernel.ref):
+            return
+        places = [replace(kind.layer, path=path, paths=(path,)) for path in kind.paths]
+        for some in dict.fromkeys([tuple(modes), *((mode,) for mode in modes)]):
+            decisions = tuple(Decision(layer, mode, kernel, "tune") for layer in places for mode in some)
+            _prove.remember(self.model, Plan(self.target, decisions), checks)
+
+    # --------------------------------------------------------------------------------------------------------- timing
+
+    def _time(self, kind: Kind, kernel: Kernel, workload: Workload) -> Timing | str:
+        sample = self._samples(workload, whole=True).get(kind.layer.path) or self._one_sample(kind, workload)
+        if sample is None:
+            return "what the layer is given there is too large to be held"
+        share = self._of(kind, workload)
+        key = ["timing", *self._key(kind, kernel), kind.mode, workload.name, looks_of(sample.arguments)]
+        stored = _results.get(key) if kernel.content_hash else None
+        if stored is not None:
+            return replace(from_json(Timing, stored), layer=kind.layer.path, paths=kind.paths, calls=share.calls)
+        self._in_time()
+        found = measure_group(
+            self.model,
+            kind.group(kernel),
+            sample,
+            kernel,
+            mode=kind.mode,
+            workload=workload.name,
+            seconds=min(TIMING_S, max(0.05, self.until - time.monotonic())),
+            calls=share.calls,
+        )
+        if kernel.content_hash and isinstance(found, Timing):
+            _results.put(key, to_json(found))
+        return found
+
+    def _key(self, kind: Kind, kernel: Kernel) -> list[Any]:
+        layer = kind.layer
+        return [
+            str(kernel.ref),
+            kernel.content_hash,
+            self.about,
+            [layer.class_name, layer.function, layer.device, list(layer.dtypes), to_json(layer.signature)],
+            to_json(layer.computes(kind.mode)),
+            kind.traits,
+        ]
+
+    def _samples(self, workload: Workload, *, whole: bool) -> dict[str, Sample]:
+        """Capture what all kinds are given in a workload: whole tensors for timing, some rows of each for checking."""
+        known = self._inputs.get((workload.name, whole))
+        if known is None:
+            if whole:  # those of one workload at a time
+                self._inputs = {key: value for key, value in self._inputs.items() if not key[1]}
+            known = self._capture(workload, list(self.kinds), whole)
+            self._inputs[workload.name, whole] = known
+        return known
+
+    def _one_sample(self, kind: Kind, workload: Workload) -> Sample | None:
+        """Capture one kind alone, where all together are too large."""
+        return self._capture(workload, [kind], True).get(kind.layer.path)
+
+    def _capture(self, workload: Workload, kinds: Sequence[Kind], whole: bool) -> dict[str, Sample]:
+        groups = [kind.group() for kind in kinds]
+        with undisturbed(self.model, training=workload.training):
+            given = step_inputs(self.model, workload) if workload.name == "decode" and whole else workload.inputs
+            if whole:
+                return capture(self.model, groups, given, memory=MEMORY, rows=None)
+            return capture(self.model, groups, given)
+
+
+_PASSING = ("timed_out", "out_of_memory")
+"""What a busy or full machine does to any kernel: it says nothing about the next time."""
+
+
+def looks_of(arguments: Mapping[str, Any]) -> list[Any]:
+    """Say what the time of a call depends on, of what it is given: shapes, strides and dtypes, as plain data."""
+    return [
+        [
+            name,
+            [
+                [list(t.shape), list(t.stride()), str(t.dtype)]
+                for t in tree_leaves(value)
+                if isinstance(t, torch.Tensor)
+            ],
+        ]
+        for name, value in sorted(arguments.items())
+    ]
+
+
+@torch.no_grad()
+def step_inputs(model: nn.Module, workload: Workload) -> dict[str, Any]:
+    """Return what the model is called with for the first token after the prompt of a "decode" workload."""
+    assert isinstance(workload.inputs, Mapping)
+    given = dict(workload.inputs)
+    found = model(**given)
+    name = next(name for name in ("past_key_values", "cache_params") if getattr(found, name, None) is not None)
+    step = {"input_ids": given["input_ids"][:, :1].contiguous(), "use_cache": True, name: getattr(found, name)}
+    mask = given.get("attention_mask")
+    if isinstance(mask, torch.Tensor) and mask.dim() == 2:
+        step["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
+    return step
+
+
+# ----------------------------------------------------------------------------------------------------------------- shares
+
+
+def shares_of(
+    model: nn.Module, kinds: Sequence[Kind], workload: Workload, run: Callable[[], object], device: str
+) -> dict[tuple[str, tuple[str, str, str]], Share]:
+    """Run a workload and see how often each kind is called, and which part of the time its layers take.
+
+    The model must be in the mode of the workload. Of training only forward passes are seen.
+    """
+    run()  # what is set up on first use belongs to no layer
+    wait: Callable[[], object] = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    total = max(time.perf_counter() - began, 1e-9)
+    mode = "training" if workload.training else "inference"
+    there = [kind for kind in kinds if kind.mode.partition("+")[0] == mode]
+    with _watched(model, there, wait) as seen:
+        run()
+    return {
+        (workload.name, kind.key): Share(seen[kind.key][0], None if kind.layer.function else seen[kind.key][1] / total)
+        for kind in there
+    }
+
+
+@contextmanager
+def _watched(
+    model: nn.Module, kinds: Sequence[Kind], wait: Callable[[], object]
+) -> Iterator[dict[tuple[str, str, str], tuple[int, float]]]:
+    """Count the calls of kinds of layers and the seconds in them, while the block runs."""
+    seen: dict[tuple[str, str, str], tuple[int, float]] = {kind.key: (0, 0.0) for kind in kinds}
+    handles = []
+    began: list[float] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        wait()
+        began.append(time.perf_counter())
+
+    def after(key: tuple[str, str, str]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            wait()
+            calls, seconds = seen[key]
+            seen[key] = calls + 1, seconds + time.perf_counter() - began.pop()
+
+        return hook
+
+    for kind in kinds:
+        for path in kind.paths:
+            module = module_of(model, replace(kind.layer, path=path))
+            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after(kind.key))]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()

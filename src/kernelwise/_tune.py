@@ -1,0 +1,369 @@
+"""Tune: a model, inputs and kernels → the config that is right and fastest, with its evidence.
+
+Every candidate is proven and timed on what the model gives its layers; for each kind of layers the best is chosen; and the
+choices are confirmed on the whole model. The user's model is never changed: all of it happens on a copy that shares its
+weights. What was found is remembered as it is found, so a tuning that was interrupted goes on where it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime, timezone
+from typing import Any, get_args
+
+import tomli_w
+import torch
+from torch import nn
+
+from kernelwise import _apply, _prove
+from kernelwise._alike import traits_of
+from kernelwise._candidates import Given, Kind, kinds_of, offered, read_given
+from kernelwise._config import KernelConfig
+from kernelwise._confirm import Confirmation, Course, confirm
+from kernelwise._data import KernelRef, Layer, Target
+from kernelwise._decide import Config, current_target
+from kernelwise._discover import discover, model_device
+from kernelwise._environment import environment
+from kernelwise._errors import PlanError
+from kernelwise._evidence import OWN_CODE, Candidate, Choice, Comparison, Objective, Tuning
+from kernelwise._race import sharing_copy
+from kernelwise._reference import did_you_mean
+from kernelwise._trials import OutOfTimeError, Share, Trials, looks_of, shares_of
+from kernelwise._worker import SECONDS as CASE_S
+from kernelwise._workload import Workload, run_of, undisturbed, workloads_of
+
+Progress = Callable[[float, str], object]
+"""Told which part of the work is done, 0 to 1, and what is done next."""
+
+FOR_TRIALS = 0.6
+"""Which part of the time goes to candidates in their layers; the rest is for the whole model."""
+
+NEGLIGIBLE = 0.002
+"""Layers that take a smaller part of every workload are not tuned: no kernel for them could be seen in the whole."""
+
+MARGIN = 0.02
+"""By which part of the layer's own time a candidate must be better than one that was offered before it."""
+
+
+@dataclass(slots=True)
+class _Session:
+    """What one tuning knows while it goes on."""
+
+    model: nn.Module
+    device: str
+    target: Target
+    layers: tuple[Layer, ...]
+    kinds: tuple[Kind, ...]
+    modes: tuple[str, ...]
+    workloads: tuple[Workload, ...]
+    objective: Objective
+    environment: tuple[tuple[str, str], ...]
+    about: list[Any]  # the machine, the model, its inputs: what a result depends on
+    began: float
+    seconds: float
+    progress: Progress
+    shares: dict[tuple[str, tuple[str, str, str]], Share] = field(default_factory=dict)
+    run_s: dict[str, float] = field(default_factory=dict)
+    tried: dict[Kind, list[Candidate]] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+
+def tune(
+    model: nn.Module,
+    inputs: Any,
+    *,
+    objective: str = "latency",
+    workload: str | Sequence[str] | None = None,
+    config: Config = None,
+    candidates: Given = (),
+    seconds: float = 300.0,
+    compile: bool = False,
+    limit_s: float = CASE_S,
+    progress: Progress | None = None,
+    name: str | None = None,
+) -> KernelConfig:
+    """Tune in this process alone; `kernelwise.tune` says what the arguments are."""
+    session = _begin(model, inputs, objective, workload, compile, seconds, progress, name)
+    asked = config if isinstance(config, KernelConfig) else KernelConfig(config)  # type: ignore[arg-type]
+    asked.sanitize_kernel_mapping(model, layers=session.layers)
+    refs = {kind: offered(kind, asked.rules(), read_given(candidates)) for kind in session.kinds}
+    _look(session)
+    with _prove.Prover(seconds=limit_s) as prover:
+        _try_all(session, refs, prover)
+        chosen, reasons = _choose_all(session)
+        course = Course(
+            session.model,
+            session.layers,
+            session.modes,
+            session.workloads,
+            session.device,
+            session.about,
+            session.run_s,
+            session.began + seconds,
+            lambda what: session.progress(0.7, what),
+        )
+        found = confirm(course, chosen)
+    session.progress(1.0, "done")
+    tuned = course.config(found.chosen)
+    tuned.evidence = _evidence(session, found, reasons, tuned, name or type(model).__name__)
+    return tuned
+
+
+def _begin(
+    model: nn.Module,
+    inputs: Any,
+    objective: str,
+    workload: str | Sequence[str] | None,
+    compile: bool,
+    seconds: float,
+    progress: Progress | None,
+    name: str | None,
+) -> _Session:
+    """Check what was given, all before the first layer is looked at."""
+    if not isinstance(model, nn.Module):
+        raise PlanError(f"tune takes a torch.nn.Module, got {model!r}\n  go on      tune(model, inputs)")
+    if objective not in get_args(Objective):
+        known = get_args(Objective)
+        guess = did_you_mean(str(objective), known)
+        raise PlanError(
+            f"the objective is one of {', '.join(known)}, got {objective!r}{guess}\n  go on      name one of them"
+        )
+    if not seconds > 0:
+        raise PlanError(f"seconds is how long tuning may take, got {seconds!r}\n  go on      leave it out for 300")
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise PlanError(
+            "the model is on the meta device, where nothing can be timed\n  go on      load its weights first"
+        )
+    if _apply.kernelized_paths(model):
+        raise PlanError(
+            "the model has kernels already, and candidates are compared with its own code\n"
+            "  go on      kernelwise.unkernelize(model), then tune it"
+        )
+    began = time.monotonic()
+    workloads = workloads_of(model, inputs, [workload] if isinstance(workload, str) else workload)
+    device = model_device(model) or "cpu"
+    eager = dict.fromkeys("training" if one.training else "inference" for one in workloads)
+    modes = (*eager, *(f"{mode}+compile" for mode in eager if compile))
+    layers = discover(model)
+    copied = sharing_copy(model)
+    surroundings = environment(device)
+    return _Session(
+        model=copied,
+        device=device,
+        target=current_target(device),
+        layers=layers,
+        kinds=kinds_of(copied, layers, modes),
+        modes=modes,
+        workloads=workloads,
+        objective=objective,  # type: ignore[arg-type]
+        environment=surroundings,
+        about=[
+            list(map(list, surroundings)),
+            _hash_of(model),
+            [[one.name, one.tokens, looks_of(_named(one.inputs))] for one in workloads],
+        ],
+        began=began,
+        seconds=seconds,
+        progress=progress or (lambda part, what: None),
+    )
+
+
+def _hash_of(model: nn.Module) -> str:
+    """What the time of a whole model depends on: its code, its shapes and the numbers it holds."""
+    traits = [
+        trait for trait in traits_of(model, None, {}) if trait[0] != "generation_config"
+    ]  # it holds the hash of an object
+    return hashlib.sha256(repr(traits).encode()).hexdigest()
+
+
+def _named(inputs: Any) -> Mapping[str, Any]:
+    return inputs if isinstance(inputs, Mapping) else {str(index): value for index, value in enumerate(inputs)}
+
+
+def _look(session: _Session) -> None:
+    """Run every workload, and see how long it takes and what its layers take of it."""
+    for workload in session.workloads:
+        session.progress(0.0, f"where the time goes: {workload.name}")
+        with undisturbed(session.model, training=workload.training):
+            run = run_of(session.model, workload)
+            session.shares |= shares_of(session.model, session.kinds, workload, run, session.device)
+            began = time.perf_counter()
+            run()
+            if session.device != "cpu":
+                torch.accelerator.synchronize()
+            session.run_s[workload.name] = max(time.perf_counter() - began, 1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------------- trials
+
+
+def _try_all(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]], prover: _prove.Prover) -> None:
+    """Try every candidate, what matters most first: what is compiled for seconds comes after all others."""
+    kinds = _worth_tuning(session)
+    tasks = [(kind, ref) for kind in kinds for ref in refs[kind]]
+    tasks.sort(key=lambda task: task[1].location == "inductor")
+    trials = Trials(
+        session.model,
+        session.target,
+        session.workloads,
+        session.kinds,
+        prover,
+        session.about[0],
+        session.began + FOR_TRIALS * session.seconds,
+        session.shares,
+    )
+    session.tried = {kind: [] for kind in kinds if refs[kind]}
+    left: list[str] = []
+    for number, (kind, ref) in enumerate(tasks):
+        session.progress(0.7 * number / len(tasks), f"{ref} in {kind.layer.path} ({kind.mode})")
+        try:
+            session.tried[kind].append(trials.candidate(kind, ref))
+        except OutOfTimeError:
+            left.append(f"{ref} in {kind.layer.path} ({kind.mode})")
+    for kind, found in session.tried.items():
+        found.sort(key=lambda candidate: [str(ref) for ref in refs[kind]].index(candidate.kernel))
+    if left:
+        shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
+        session.notes.append(f"not tried within {session.seconds:.0f} s: {shown}; tune again to go on from here")
+
+
+def _worth_tuning(session: _Session) -> list[Kind]:
+    """The kinds of layers whose time could be seen in the whole, the most time first; the others are noted."""
+    weights: dict[Kind, float] = {}
+    idle, small = [], []
+    for kind in session.kinds:
+        shares = [session.shares[key] for w in session.workloads if (key := (w.name, kind.key)) in session.shares]
+        parts = [share.part for share in shares if share.calls and share.part is not None]
+        if not any(share.calls for share in shares):
+            idle.append(kind)
+        elif parts and max(parts) < NEGLIGIBLE:
+            small.append(kind)
+        else:
+            weights[kind] = max(parts, default=1.0)  # of a function nobody knows
+    for kinds, why in ((idle, "no workload calls them"), (small, f"they take less than {NEGLIGIBLE:.1%} of the time")):
+        if kinds:
+            paths = ", ".join(dict.fromkeys(kind.layer.path for kind in kinds))
+            session.notes.append(f"not tuned, for {why}: {paths}")
+    return sorted(weights, key=weights.__getitem__, reverse=True)
+
+
+# ---------------------------------------------------------------------------------------------------------------- choices
+
+
+def _choose_all(session: _Session) -> tuple[dict[Kind, str | None], dict[Kind, str]]:
+    chosen: dict[Kind, str | None] = {}
+    reasons: dict[Kind, str] = {}
+    counted = _memory_is_counted(session)
+    if session.objective == "memory" and not counted:
+        session.notes.append(f"memory is not counted on {session.device}, so this is tuned for latency")
+    for kind, tried in session.tried.items():
+        kernel, reason = _choose(session, tried, by_memory=session.objective == "memory" and counted)
+        reasons[kind] = reason
+        if any(candidate.timings for candidate in tried):
+            chosen[kind] = kernel
+    for kind, kernel in chosen.items():  # a kernel that computes what its child is for does not call that child
+        above = next((other for other in chosen if chosen[other] is not None and _is_part_of(kind, other)), None)
+        if kernel is not None and above is not None:
+            chosen[kind], reasons[kind] = None, f"{chosen[above]} computes it for {above.layer.path}"
+    return chosen, reasons
+
+
+def _memory_is_counted(session: _Session) -> bool:
+    timings = [t for tried in session.tried.values() for candidate in tried for t in candidate.timings]
+    return any(timing.comparison.peak is not None for timing in timings)
+
+
+def _is_part_of(kind: Kind, other: Kind) -> bool:
+    found = other.layer.computes(other.mode)
+    parts = {f"{path}.{name}" for path in other.paths for name in (found.depends if found else ())}
+    return kind.mode == other.mode and set(kind.paths) <= parts
+
+
+def _choose(session: _Session, tried: Sequence[Candidate], *, by_memory: bool) -> tuple[str | None, str]:
+    """Return the best of what was tried, or None for the own code, and why."""
+    best: tuple[float, Candidate] | None = None
+    for candidate in tried:
+        if not candidate.timings:
+            continue
+        gain = _memory_gain(candidate) if by_memory else _time_gain(session, candidate)
+        if gain > (best[0] + MARGIN if best else 0.0):
+            best = gain, candidate
+    if best is None:
+        if not tried:
+            return None, "nothing was tried"
+        if not any(candidate.timings for candidate in tried):
+            return None, "every candidate is out" if all(c.out for c in tried) else "no candidate could be timed"
+        return None, "no candidate needs less memory" if by_memory else "no candidate is clearly faster"
+    return best[1].kernel, ", ".join(f"{_words(t.comparison)} in {t.workload}" for t in best[1].timings)
+
+
+def _time_gain(session: _Session, candidate: Candidate) -> float:
+    """Which part of the layers' time a candidate saves over all workloads; differences that are not clear count nothing.
+
+    For latency each workload counts as much as another, for throughput as much as it takes.
+    """
+    saved, own = 0.0, 0.0
+    for timing in candidate.timings:
+        found = timing.comparison
+        weight = timing.calls * found.own_us
+        if session.objective != "throughput":
+            weight /= session.run_s[timing.workload] * 1e6
+        own += weight
+        if found.verdict != "no clear difference":
+            saved += weight * (1 - 1 / found.speedup)
+    return saved / own if own else 0.0
+
+
+def _memory_gain(candidate: Candidate) -> float:
+    """Which part of the layers' memory a candidate saves, at the worst of all workloads; less than a hundredth is none."""
+    gains = [
+        1 - t.comparison.peak / t.comparison.own_peak
+        for t in candidate.timings
+        if t.comparison.peak is not None and t.comparison.own_peak
+    ]
+    return min(gains) if gains and min(gains) > 0.01 else 0.0
+
+
+def _words(found: Comparison) -> str:
+    if found.verdict == "no clear difference":
+        return found.verdict
+    return f"{found.speedup:.3g} ({found.low:.3g}-{found.high:.3g}) times as fast"
+
+
+def _evidence(
+    session: _Session, found: Confirmation, reasons: Mapping[Kind, str], tuned: KernelConfig, name: str
+) -> Tuning:
+    choices = []
+    for kind, tried in session.tried.items():
+        gone = kind not in found.chosen and kind in reasons and any(candidate.timings for candidate in tried)
+        kernel = found.chosen.get(kind)
+        reason = found.taken_back.get(kind, reasons.get(kind, ""))
+        choices.append(
+            Choice(
+                kind.layer.path,
+                kind.paths,
+                kind.layer.name,
+                kind.layer.class_name,
+                kind.op,
+                kind.mode,
+                kernel or OWN_CODE,
+                "the builtin defaults decide" if gone else reason,
+                tuple(tried),
+            )
+        )
+    return Tuning(
+        model=name,
+        target=session.target,
+        objective=session.objective,
+        workloads=tuple(workload.name for workload in session.workloads),
+        choices=tuple(choices),
+        runs=tuple(found.runs),
+        environment=session.environment,
+        notes=(*session.notes, *found.notes),
+        config=tomli_w.dumps(tuned.to_dict()),
+        date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        seconds=time.monotonic() - session.began,
+    )
