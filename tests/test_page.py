@@ -283,6 +283,8 @@ def test_as_text_it_has_a_line_for_each_contender_and_each_choice() -> None:
     line = next(line for line in text.splitlines() if line.startswith(" tuned"))
     for figure in ("593 ms", "1.42 (1.38-1.46)", "1.18 (1.15-1.21)", "498 MiB"):
         assert figure in line
+    assert "1.01 (0.99-1.03) ?" in text
+    assert "note: ? says that there is no clear difference" in text
     for choice in tuning.choices:
         assert choice.reason in text
     for note in tuning.notes:

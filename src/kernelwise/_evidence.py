@@ -77,6 +77,11 @@ class Timing:
     calls: int = 1
     graph: bool = False
 
+    @property
+    def case(self) -> str:
+        """The workload, and whether it ran inside a CUDA graph."""
+        return f"{self.workload} (CUDA graph)" if self.graph else self.workload
+
 
 @dataclass(frozen=True, slots=True)
 class Run:
@@ -179,7 +184,7 @@ class Tuning:
     def __str__(self) -> str:
         took = f" in {duration(self.seconds * 1e6)}" if self.seconds else ""
         what = f"tuned for {self.objective}" if self.choices else "measured"
-        parts = [f"{self.model} on {self.target.device}, {what}{took}", _runs_table(self).strip("\n")]
+        parts = [f"{self.model} on {self.target.device}, {what}{took}", *_runs_tables(self)]
         if self.choices:
             parts.append(_choices_table(self.choices).strip("\n"))
         return "\n\n".join(parts) + "".join(f"\nnote: {note}" for note in self.notes)
@@ -206,12 +211,18 @@ def load(file: str | os.PathLike[str]) -> Tuning:
 _GO_ON = "  go on      give a file that `kernelwise tune --json FILE` or `kernelwise bench --json FILE` wrote"
 
 
-def _runs_table(tuning: Tuning) -> str:
-    """Return one line for each contender, with two columns for each workload."""
+def _runs_tables(tuning: Tuning) -> Iterator[str]:
+    """Return tables with a line for each contender and two columns for each workload, two workloads at a time."""
     workloads = list(dict.fromkeys(run.workload for run in tuning.runs))
+    for first in range(0, len(workloads), 2):
+        yield _runs_table(tuning, workloads[first : first + 2]).strip("\n")
+
+
+def _runs_table(tuning: Tuning, workloads: list[str]) -> str:
+    runs = [run for run in tuning.runs if run.workload in workloads]
     rows = []
-    for contender in dict.fromkeys(map(tuning.label, tuning.runs)):
-        own = {run.workload: run for run in tuning.runs if tuning.label(run) == contender}
+    for contender in dict.fromkeys(map(tuning.label, runs)):
+        own = {run.workload: run for run in runs if tuning.label(run) == contender}
         found = [run.comparison for run in own.values() if run.comparison is not None]
         cells = [cell for workload in workloads for cell in _run_cells(own.get(workload))]
         peak = max((one.peak for one in found if one.peak is not None), default=None)
@@ -220,7 +231,10 @@ def _runs_table(tuning: Tuning) -> str:
         ends = (size(peak) if peak is not None else "", duration(first * 1e6) if first is not None else "", why)
         rows.append((contender, "", "", *cells, *ends))
     columns = [header for workload in workloads for header in (workload, "x eager")]
-    return render(("contender", "", "", *columns, "peak memory", "first call", "why not"), rows)
+    notes = (
+        ["? says that there is no clear difference"] if any("?" in cell for row in rows for cell in row[3:-1]) else []
+    )
+    return render(("contender", "", "", *columns, "peak memory", "first call", "why not"), rows, notes=notes)
 
 
 def _run_cells(run: Run | None) -> tuple[str, str]:
@@ -229,9 +243,8 @@ def _run_cells(run: Run | None) -> tuple[str, str]:
     found = run.comparison
     if run.contender == EAGER:
         return duration(found.us), ""
-    if found.verdict == "no clear difference":
-        return duration(found.us), found.verdict
-    return duration(found.us), f"{ratio(found.speedup)} ({ratio(found.low)}-{ratio(found.high)})"
+    unclear = " ?" if found.verdict == "no clear difference" else ""
+    return duration(found.us), f"{ratio(found.speedup)} ({ratio(found.low)}-{ratio(found.high)}){unclear}"
 
 
 def _choices_table(choices: tuple[Choice, ...]) -> str:
@@ -247,7 +260,7 @@ def _choices_table(choices: tuple[Choice, ...]) -> str:
                 choice.mode,
                 str(len(choice.paths)),
                 choice.chosen,
-                ", ".join(f"{_case(timing)} {ratio(timing.comparison.speedup)}" for timing in timings),
+                ", ".join(f"{timing.case} {ratio(timing.comparison.speedup)}" for timing in timings),
                 ratio(chosen.error) if chosen is not None and chosen.error is not None else "",
                 f"{len(choice.candidates)}" + (f", {out} out" if out else ""),
                 choice.reason,
@@ -255,10 +268,6 @@ def _choices_table(choices: tuple[Choice, ...]) -> str:
         )
     headers = ("layer", "name", "mode", "alike", "chosen", "x own code", "error / allowed", "candidates", "reason")
     return render(headers, rows)
-
-
-def _case(timing: Timing) -> str:
-    return f"{timing.workload} (CUDA graph)" if timing.graph else timing.workload
 
 
 def _misfits(value: Any, hint: Any, where: str) -> Iterator[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from kernelwise._evidence import EAGER, OWN_CODE, TUNED, Candidate, Choice, Comparison, Run, Timing, Tuning
+from kernelwise._evidence import EAGER, OWN_CODE, TUNED, Candidate, Choice, Comparison, Run, Tuning
 from kernelwise._table import fold
 from kernelwise._units import duration, ratio, size
 
@@ -231,11 +231,11 @@ def panels(tuning: Tuning) -> list[tuple[str, list[tuple[Run, Speed | None]]]]:
 def kind(choice: Choice, anchor: str) -> Kind:
     """Return a choice with its candidates: the chosen one first, then own code, then what else passed, then what is out."""
     timings = [timing for candidate in choice.candidates for timing in candidate.timings]
-    columns = tuple(dict.fromkeys(_case(timing) for timing in timings))
+    columns = tuple(dict.fromkeys(timing.case for timing in timings))
     scale = _scale(timing.comparison for timing in timings)
     rows = [_row(choice, candidate, columns, scale) for candidate in choice.candidates]
     if all(candidate.kernel != OWN_CODE for candidate in choice.candidates):
-        own = {_case(timing): duration(timing.comparison.own_us) for timing in timings}
+        own = {timing.case: duration(timing.comparison.own_us) for timing in timings}
         status, why = ("chosen", choice.reason) if choice.chosen == OWN_CODE else ("own code", "")
         own_times = tuple(own[column] for column in columns)
         rows.insert(0, Row(Candidate(OWN_CODE), status, why, (None,) * len(columns), own_times))
@@ -247,7 +247,7 @@ def kind(choice: Choice, anchor: str) -> Kind:
 
 
 def _row(choice: Choice, candidate: Candidate, columns: Sequence[str], scale: float) -> Row:
-    found = {_case(timing): timing for timing in candidate.timings}
+    found = {timing.case: timing for timing in candidate.timings}
     speeds = tuple(_speed(found[column].comparison, scale) if column in found else None for column in columns)
     if candidate.kernel == choice.chosen:
         return Row(candidate, "chosen", choice.reason, speeds)
@@ -257,10 +257,6 @@ def _row(choice: Choice, candidate: Candidate, columns: Sequence[str], scale: fl
         return Row(candidate, "own code" if candidate.kernel == OWN_CODE else "not timed", "", speeds)
     verdicts: dict[str, list[str]] = {}
     for timing in candidate.timings:
-        verdicts.setdefault(timing.comparison.verdict, []).append(_case(timing))
+        verdicts.setdefault(timing.comparison.verdict, []).append(timing.case)
     why = "; ".join(f"{verdict} in {', '.join(cases)}" for verdict, cases in verdicts.items())
     return Row(candidate, "passed", why, speeds)
-
-
-def _case(timing: Timing) -> str:
-    return f"{timing.workload}, CUDA graph" if timing.graph else timing.workload
