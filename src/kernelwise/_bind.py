@@ -10,6 +10,7 @@ from __future__ import annotations
 import inspect
 from collections import Counter
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from functools import lru_cache
 from types import CellType, FunctionType
 from typing import Any
@@ -363,6 +364,9 @@ def dispatcher(own: Call) -> Call:
     forward.__qualname__ = getattr(own, "__qualname__", "forward")
     forward.__module__ = getattr(own, "__module__", __name__)
     forward.__annotations__ = dict(getattr(own, "__annotations__", {}))
+    # Trainers ask which arguments a model takes, and are told what its decorators let them see.
+    with suppress(TypeError, ValueError):
+        forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
     return forward
 
 
