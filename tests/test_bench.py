@@ -461,6 +461,15 @@ def test_command_with_a_factory_and_its_inputs(
     assert "--inputs module:factory" in err
 
 
+def test_files_that_cannot_be_written_are_said_before_anything_runs(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    code, out, err = run_cli(capsys, "bench", "llama", "--json", str(tmp_path / "nowhere" / "found.json"))
+    assert code == 1
+    assert not out
+    assert "its directory does not exist" in err
+
+
 def test_exit_code_where_not_even_the_own_code_runs(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -281,6 +281,11 @@ def bench_command(
     from kernelwise._bench import bench_command as run
     from kernelwise._bench import show
 
+    for file in (json_file, html_file):
+        if file is not None and not file.absolute().parent.is_dir():
+            raise KernelwiseError(
+                f"cannot write {file}: its directory does not exist\n  go on      make it, or name another"
+            )
     with _progress() as progress:
         found = run(
             model,
