@@ -38,7 +38,7 @@ from kernelwise._discover import (
 )
 from kernelwise._errors import ApplyError
 from kernelwise._fuse import passing_of
-from kernelwise._lazy_logits import around, head_call
+from kernelwise._join import around, head_call
 from kernelwise._recognize._losses import LABELS
 
 _SLOTS = ("forward", "_old_forward")

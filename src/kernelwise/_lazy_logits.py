@@ -11,16 +11,14 @@ change. Where something else has changed it, reading them raises `StaleLogitsErr
 
 from __future__ import annotations
 
-import sys
 import threading
 import weakref
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map_only
@@ -35,9 +33,6 @@ Step = Callable[[Tensor], Tensor]  # what is done to logits, and likewise to the
 READ = "the logits were read, so they were computed"
 KEPT = "the logits were still held when an optimizer stepped, so they were computed"
 REFUSED = "the kernel refused the input"
-TRACED = "it was called under autocast, in inference mode, or while being traced or transformed"
-HOOKED = "the head was replaced, hooked, wrapped or sharded since the kernel went in"
-INPUT = "the hidden states have a dtype, device or tensor class that the kernel does not take"
 
 _aten = torch.ops.aten
 _no_subclass = torch._C.DisableTorchFunctionSubclass
@@ -77,7 +72,7 @@ class Source:
                 "  go on      read them before the weight changes, or keep the own code there: "
                 'kernelize(model, {"LinearCrossEntropy": "none"})'
             )
-        with torch.no_grad(), torch.autocast(self.weight.device.type, enabled=False):
+        with torch.no_grad(), torch.inference_mode(False), torch.autocast(self.weight.device.type, enabled=False):
             logits: Tensor = self.product(*self._held)
         return logits
 
@@ -96,7 +91,7 @@ class _Pending:
 
     def settle(self, why: str | None = None) -> Tensor:
         """Compute the values, and count `why`. A view shares the memory of what it is a view of."""
-        with self.source.lock:
+        with self.source.lock, torch.inference_mode(False):
             if self.values is None:
                 if why is not None and not torch.compiler.is_compiling():
                     self.source.fallbacks[why] += 1
@@ -123,6 +118,12 @@ class _Pending:
         return hidden
 
 
+def lazy_logits(source: Source) -> LazyLogits:
+    """Return the logits [..., V] of a source, within the graph and without values."""
+    logits: LazyLogits = _Logits.apply(source.hidden, source.weight, source.bias, source)  # type: ignore[no-untyped-call]
+    return logits
+
+
 class LazyLogits(Tensor):
     """Logits [..., V] that are computed when they are read."""
 
@@ -139,6 +140,7 @@ class LazyLogits(Tensor):
         return made
 
     @classmethod
+    @torch._disable_dynamo  # what is compiled gets plain logits from here
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Take a call of PyTorch in Python: a loss, a step that keeps them lazy, a question, or a use of their values."""
         kwargs = kwargs or {}
@@ -221,7 +223,7 @@ _WATCHING = {
 # What may leave logits lazy; which of it does, `_step` says.
 _STEPS = {
     Tensor.float, Tensor.to, Tensor.view, Tensor.reshape, Tensor.flatten, Tensor.contiguous, Tensor.__getitem__,
-    Tensor.narrow, torch.reshape, torch.flatten, torch.narrow,
+    Tensor.narrow, Tensor.clone, torch.reshape, torch.flatten, torch.narrow, torch.clone,
 }  # fmt: skip
 
 
@@ -285,16 +287,19 @@ def _loss(
         or target.dtype is not torch.int64
         or target.device != logits.device
         or torch.is_autocast_enabled(logits.device.type)
-        or _is_watched_from_outside()
+        or followed()
     ):
         return None
+    source = logits._pending.source
+    inputs = (source.hidden, source.weight, source.bias)
+    if torch.is_grad_enabled() and not logits.requires_grad and any(t is not None and t.requires_grad for t in inputs):
+        return None  # taken out of the graph, or not in it
     above: LazyLogits | None = logits
     while above is not None:  # somebody may have written to them, or to what they were taken from
         if above._version:
             return None
         above = above._pending.parent
     pending = logits._pending
-    source = pending.source
     if pending.values is not None or source.is_stale():
         return None
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
@@ -308,7 +313,7 @@ def _loss(
         source.fallbacks[REFUSED] += 1
         return None
     loss = loss.to(logits.dtype)
-    if not (loss.requires_grad and logits.requires_grad):
+    if not loss.requires_grad:
         return loss
     steps = tuple(step for step, _ in pending.steps)
     linked: Tensor = _Link.apply(loss, logits, target, source, steps, options)  # type: ignore[no-untyped-call]
@@ -399,122 +404,13 @@ def _remember(pending: _Pending) -> None:
 def _settle_all(optimizer: Any, args: Any, kwargs: Any) -> None:
     for reference in list(_alive.values()):
         pending = reference()
-        if pending is None or pending.values is not None:
+        if pending is None or pending.values is not None or pending.source.is_stale():
             continue
         if any(t is not None and t.requires_grad for t in (pending.source.weight, pending.source.bias)):
             pending.settle(KEPT)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What runs in a model
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True, slots=True)
-class _Asked:
-    """The head from which lazy logits are wanted now, in this thread."""
-
-    head: nn.Module
-    loss: Call
-    dtypes: frozenset[torch.dtype]
-    fallbacks: Counter[str]
-
-
-_local = threading.local()
-
-
-def around(
-    inner: Call, head: str, labels: str, position: int, loss: Call, dtypes: tuple[str, ...], fallbacks: Counter[str]
-) -> Call:
-    """Return a forward that runs `inner`, and has its child `head` give lazy logits where it is called with labels.
-
-    `labels` is the name of that argument and `position` its place after `self`. `loss` is the kernel
-    `linear_cross_entropy`, for heads of `dtypes`.
-    """
-    taken = frozenset(getattr(torch, name) for name in dtypes)
-
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        given = args[position] if len(args) > position else kwargs.get(labels)
-        if given is None or torch.compiler.is_compiling():
-            return inner(self, *args, **kwargs)
-        module = self._modules.get(head)
-        why = why_not(self, module)
-        if why is not None or module is None:
-            fallbacks[why or HOOKED] += 1
-            return inner(self, *args, **kwargs)
-        before = getattr(_local, "asked", None)
-        _local.asked = _Asked(module, loss, taken, fallbacks)
-        try:
-            return inner(self, *args, **kwargs)
-        finally:
-            _local.asked = before
-
-    return forward
-
-
-def head_call(inner: Call, product: Call) -> Call:
-    """Return a forward of a linear layer that gives lazy logits where they are asked for, and else runs `inner`.
-
-    `product(hidden, weight, bias)` is what `inner` computes.
-    """
-
-    def forward(self: nn.Module, input: Any) -> Any:
-        if torch.compiler.is_compiling():
-            return inner(self, input)
-        asked: _Asked | None = getattr(_local, "asked", None)
-        if asked is None or asked.head is not self:
-            return inner(self, input)
-        weight, bias = self._parameters["weight"], self._parameters["bias"]
-        assert weight is not None
-        if not (
-            type(input) is Tensor
-            and input.dim() > 1
-            and input.numel()
-            and input.dtype in asked.dtypes
-            and all(t is None or (t.dtype == input.dtype and t.device == input.device) for t in (weight, bias))
-        ):
-            asked.fallbacks[INPUT] += 1
-            return inner(self, input)
-        source = Source(input, weight, bias, product, asked.loss, asked.fallbacks)
-        return _Logits.apply(input, weight, bias, source)  # type: ignore[no-untyped-call]
-
-    return forward
-
-
-_any_hook: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
-
-
-def why_not(model: nn.Module, head: nn.Module | None) -> str | None:
-    """Return why logits must not be lazy in this call of a model, or None."""
-    if head is None or type(head) is not nn.Linear:
-        return HOOKED
-    held = head.__dict__
-    weight, bias = head._parameters.get("weight"), head._parameters.get("bias")
-    if (
-        type(weight) is not nn.Parameter
-        or not (bias is None or type(bias) is nn.Parameter)
-        or head._forward_hooks
-        or head._forward_pre_hooks
-        or head._backward_hooks
-        or head._backward_pre_hooks
-        or "_hf_hook" in held
-        or held.get("_compiled_call_impl") is not None
-        or _any_hook()
-        or _is_sharded(model, head)
-    ):
-        return HOOKED
-    if torch.is_autocast_enabled(weight.device.type) or torch.is_inference_mode_enabled() or _is_watched_from_outside():
-        return TRACED
-    return None
-
-
-def _is_sharded(*modules: nn.Module) -> bool:
-    """Whether FSDP, which frees the weights between calls, has taken one of these modules."""
-    sharded = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", None)
-    return sharded is not None and any(isinstance(module, sharded) for module in modules)
-
-
-def _is_watched_from_outside() -> bool:
+def followed() -> bool:
     """Whether somebody follows every operator that runs: tracing, another dispatch mode, `torch.func`."""
     return bool(
         torch._C._len_torch_dispatch_stack()
