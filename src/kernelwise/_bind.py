@@ -22,6 +22,7 @@ from kernelwise._data import Binding, Kernel, Layer, Limits, Parameter, Recognit
 from kernelwise._discover import STATE, mark_dispatcher, wrapping
 from kernelwise._errors import ApplyError
 from kernelwise._fuse import REFUSALS, Passing, first
+from kernelwise._recognize import kinds_of
 from kernelwise._signature import bind, source
 
 Call = Callable[..., Any]
@@ -80,6 +81,43 @@ def unchanged(self: torch.nn.Module) -> bool:
         ):
             return False
     return True
+
+
+def holding(recognition: Recognition) -> Callable[[torch.nn.Module], bool] | None:
+    """Return what says whether a layer still has the values inside of its attributes, and the modes, it was recognised by."""
+    held = tuple((tuple(path.split(".")), value) for path, value in recognition.held)
+    modes = tuple(tuple(path.split(".")) for path in recognition.modes)
+    if not held and not modes:
+        return None
+
+    def holds(self: torch.nn.Module) -> bool:
+        for path in modes:
+            if getattr(_follow(self, path), "training", None) is not self.training:
+                return False
+        for path, value in held:
+            now = _follow(self, path)
+            if path[-1] == "_modules":
+                if kinds_of(now) != value:
+                    return False
+            elif type(value) is tuple:
+                if type(now) not in (tuple, list) or tuple(now) != value:
+                    return False
+            elif type(now) is not type(value) or now != value:
+                return False
+        return True
+
+    return holds
+
+
+def _follow(value: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        if isinstance(value, torch.nn.Module):
+            value = value._modules[name] if name in value._modules else getattr(value, name, None)
+        elif isinstance(value, dict):
+            value = value.get(name)
+        else:
+            value = getattr(value, name, None)
+    return value
 
 
 def run_own(self: torch.nn.Module, why: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -184,6 +222,7 @@ def _compile(
     def run_own(why: str, more: str = "") -> str:
         return f"        return _kw_own({', '.join(filter(None, (self_, why, passed, more)))})"
 
+    holds = holding(recognition) if recognition is not None and has_self else None
     more = "**_kw_more" if takes_more else ""
     lines = [f"def _kw_call({', '.join(filter(None, (self_, declared, more)))}):"]
     if takes_more:
@@ -220,6 +259,8 @@ def _compile(
                 ]
         if set(recognition.depends) - set(children):
             lines += ["    if not _kw_unchanged(self):", run_own("_kw_CHANGED")]
+        if holds is not None:
+            lines += ["    if not _kw_holds(self):", run_own("_kw_CHANGED")]
     if passing is not None:
         if passing.least:
             hidden = dict(recognition.roles)["x"].value if recognition is not None else ""
@@ -262,6 +303,7 @@ def _compile(
         "_kw_needs_grad": needs_grad,
         "_kw_carries_grad": carries_grad,
         "_kw_unchanged": unchanged,
+        "_kw_holds": holds,
         "_kw_OutOfMemory": torch.OutOfMemoryError,
         "_kw_refusals": REFUSALS,
         "_kw_CHANGED": CHANGED,

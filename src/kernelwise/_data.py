@@ -92,13 +92,16 @@ class Recognition:
     """What a layer computes: an operation of `kernelwise.ops`, its roles bound to this layer's names, its options.
 
     `depends` names the layer's attributes and children that fill no role but decide the answer (`act_fn`): what is put in
-    holds only as long as they are the same objects.
+    holds only as long as they are the same objects. `held` has the values that were read inside of them, by dotted path
+    (`("config.eps", 1e-6)`; of a list, all of its items), and `modes` the children that must be in the layer's own mode.
     """
 
     op: str
     roles: tuple[tuple[str, Binding], ...]
     options: tuple[tuple[str, Scalar], ...] = ()
     depends: tuple[str, ...] = ()
+    held: tuple[tuple[str, Scalar | tuple[Scalar, ...]], ...] = ()
+    modes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from collections.abc import Callable
+from typing import Any
+
 import models
+import pytest
 import torch
 from models import Norm, tiny
 from torch import nn
@@ -50,3 +55,83 @@ def test_a_forward_that_the_kernels_library_left_in_place() -> None:
         assert seen(model) == before
     finally:
         shared.__dict__.pop("forward", None)
+
+
+class Holder:
+    def __init__(self, eps: float) -> None:
+        self.eps = eps
+
+
+class Configured(nn.Module):
+    """A norm whose epsilon stands in an object, or in a list, of its own."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(64))
+        self.config, self.numbers = Holder(1e-6), [1e-6]
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = x.float()
+        y = y * torch.rsqrt(y.pow(2).mean(-1, keepdim=True) + max(self.config.eps, self.numbers[0]))
+        return self.weight * y.to(x.dtype)
+
+
+class Dropped(GatedMLP):
+    def __init__(self) -> None:
+        super().__init__()
+        self.drop, self.more = nn.Dropout(0.9), nn.Sequential(nn.SiLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.down_proj(self.drop(self.more(self.gate_proj(x)) * self.up_proj(x)))
+
+
+def change_config(layer: Any) -> None:
+    layer.config.eps = 1.0
+
+
+def change_list(layer: Any) -> None:
+    layer.numbers[0] = 1.0
+
+
+def train_child(layer: Any) -> None:
+    layer.drop.train()
+
+
+def append_to_child(layer: Any) -> None:
+    layer.more.append(nn.Tanh())
+
+
+def replace_in_child(layer: Any) -> None:
+    layer.more[0] = nn.Tanh()
+
+
+@pytest.mark.parametrize(
+    ("cls", "change"),
+    [
+        (Configured, change_config),
+        (Configured, change_list),
+        (Dropped, train_child),
+        (Dropped, append_to_child),
+        (Dropped, replace_in_child),
+    ],
+)
+def test_what_a_layer_was_recognised_by_may_change_while_a_kernel_is_in(
+    cls: type[nn.Module], change: Callable[[Any], None]
+) -> None:
+    torch.manual_seed(0)
+    model, x = nn.Sequential(cls()).eval(), torch.randn(2, 6, 64 if cls is Configured else 8)
+    own = copy.deepcopy(model)
+    kw.kernelize(model)
+    assert "builtin:" in {row.kernel[:8] for row in kw.report(model).rows if row.kernel}
+    for layer in (model, own):
+        with torch.no_grad():
+            layer(x)
+        change(layer[0])
+    with torch.no_grad():
+        torch.manual_seed(1)
+        found = model(x)
+        torch.manual_seed(1)
+        expected = own(x)
+    torch.testing.assert_close(found, expected)
+    state = model[0]._kernelwise
+    assert any("since the kernel went in" in reason for reason in state.fallbacks)

@@ -22,7 +22,7 @@ from kernelwise._recognize._code import global_names
 from kernelwise._recognize._compare import forget_references
 from kernelwise._recognize._explain import NearMiss, near_miss
 from kernelwise._recognize._memory import Entry, is_library, modes, not_only_of_its_inputs, plain_function
-from kernelwise._recognize._reads import Reads
+from kernelwise._recognize._reads import OF_THE_MODULE, SCALARS, Reads, is_child_token
 from kernelwise._recognize._record import Untraceable
 from kernelwise._recognize._search import Finding, find_function
 from kernelwise._recognize._trace import innermost_forward
@@ -92,7 +92,7 @@ class Recognizer:
         finding = find(module, training=training) if problem is None else Finding(None, problem, None, Reads())
         answer = _answer(finding, forward, type(module))
         if isinstance(answer, Recognition):
-            answer = replace(answer, depends=_depends(module, answer, finding.reads))
+            answer = _with_what_it_depends_on(answer, module, finding.reads)
         flags = modes(module, finding.reads)
         other = next((path for path, agrees in flags if not agrees), None)
         if other is not None:
@@ -114,12 +114,45 @@ def _entries_for(forward: Callable[..., Any], cls: type[nn.Module], training: bo
     return known.setdefault(training, [])
 
 
-def _depends(module: nn.Module, answer: Recognition, reads: Reads) -> tuple[str, ...]:
-    """Return what the trace has read of the module itself, besides what fills a role."""
+def _with_what_it_depends_on(answer: Recognition, module: nn.Module, reads: Reads) -> Recognition:
+    """Add what the trace has read of the module itself, besides what fills a role: a call must find the same."""
     bound = {binding.value for _, binding in answer.roles if binding.kind in ("attribute", "child")}
     own = {name for name in module.__dict__ if not name.startswith("_")} | module._modules.keys()
-    ignored = {"training", "forward"}
-    return tuple(sorted({str(path[0]) for path in reads.tokens if path and path[0] in own} - bound - ignored))
+    own -= {"training", "forward", *map(str, bound)}
+    tokens = {path: value for path, value in reads.tokens.items() if path and path[0] in own}
+    held, modes = [], []
+    for path, value in tokens.items():
+        if not all(type(name) is str and name and "." not in name for name in path):
+            continue
+        if value is OF_THE_MODULE:
+            modes.append(".".join(path[:-1]))
+        elif is_child_token(value) and value[2]:  # a container that was looked into: by names and classes
+            held.append((".".join((*path, "_modules")), kinds_of(_child(module, path)._modules)))
+        elif isinstance(value, tuple) and value[0] in SCALARS and len(path) > 1:
+            held.append((".".join(path), value[1]))
+        elif isinstance(value, tuple) and value[0] in (list, tuple) and all(_is_scalar(item) for item in value[1]):
+            held.append((".".join(path), tuple(item[1] for item in value[1])))
+    return replace(
+        answer,
+        depends=tuple(sorted({str(path[0]) for path in tokens})),
+        held=tuple(sorted(held)),
+        modes=tuple(sorted(modes)),
+    )
+
+
+def _child(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
+    for name in path:
+        module = module._modules[name]  # type: ignore[assignment]
+    return module
+
+
+def kinds_of(children: dict[str, nn.Module | None]) -> tuple[str, ...]:
+    """Names and classes of the children of a container."""
+    return tuple(f"{name}: {type(child).__qualname__}" for name, child in children.items())
+
+
+def _is_scalar(value: object) -> bool:
+    return isinstance(value, tuple) and len(value) == 2 and value[0] in SCALARS
 
 
 def recognize_functions(module: nn.Module) -> tuple[tuple[str, Recognition], ...]:
@@ -197,6 +230,7 @@ __all__ = [
     "NearMiss",
     "Recognizer",
     "Unknown",
+    "kinds_of",
     "near_miss",
     "plain_function",
     "recognize",

@@ -58,7 +58,8 @@ def find_layer(module: nn.Module, *, training: bool | None) -> Finding | None:
                 found = _compare(op, variant, graph, trace)
                 if isinstance(found, Recognition):
                     return Finding(found, None, None, _merged(reads, known))
-                reason = found or reason
+                if found is not None and not (reason or "").startswith("is "):  # what comes closest
+                    reason = found
     except Untraceable as error:
         reason = str(error)
     return Finding(None, reason or "no known layer has this graph", shown, _merged(reads, known))

@@ -85,7 +85,9 @@ def sizes_named(code: types.CodeType) -> frozenset[int]:
 
 def _decides_by_size(code: types.CodeType) -> bool:
     names = {*code.co_names}
-    return bool(_SIZES & names) and any("JUMP_IF" in i.opname or "COMPARE" in i.opname for i in instructions(code))
+    return bool(_SIZES & names) and any(
+        ("JUMP" in i.opname and "IF" in i.opname) or "COMPARE" in i.opname for i in instructions(code)
+    )
 
 
 @functools.lru_cache(maxsize=4096)
