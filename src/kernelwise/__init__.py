@@ -18,6 +18,7 @@ from kernelwise._api import (
     kernelized,
     plan,
     report,
+    tune,
     unkernelize,
     verify,
 )
@@ -52,6 +53,7 @@ __all__ = [
     "register_layer",
     "register_op",
     "report",
+    "tune",
     "unkernelize",
     "verify",
 ]

@@ -8,6 +8,7 @@ weights. What was found is remembered as it is found, so a tuning that was inter
 from __future__ import annotations
 
 import hashlib
+import json
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import tomli_w
 import torch
 from torch import nn
 
-from kernelwise import _apply, _prove
+from kernelwise import _apply, _prove, _ranks
 from kernelwise._alike import traits_of
 from kernelwise._candidates import Given, Kind, kinds_of, offered, read_given
 from kernelwise._config import KernelConfig
@@ -110,6 +111,66 @@ def tune(
     tuned = course.config(found.chosen)
     tuned.evidence = _evidence(session, found, reasons, tuned, name or type(model).__name__)
     return tuned
+
+
+def tune_together(model: nn.Module, inputs: Any, *, seconds: float = 300.0, **options: Any) -> KernelConfig:
+    """Tune on one rank for each kind of device, and give every rank of torch.distributed the same config.
+
+    Where kinds of devices come to different choices, the layers that these are about keep their own code.
+    """
+
+    def prepare() -> tuple[str, str]:
+        wrapped = next((path for path, module in model.named_modules() if _is_split(module)), None)
+        if wrapped is not None:
+            raise PlanError(
+                f"{wrapped or 'the model'} is wrapped for several processes already, and one alone cannot run it\n"
+                "  go on      tune the model before it is wrapped; the config serves the wrapped one too"
+            )
+        surroundings = environment(str(next((p.device for p in model.parameters()), "cpu")))
+        looks = looks_of(_named(inputs if isinstance(inputs, (Mapping, tuple)) else (inputs,)))
+        same = [
+            _hash_of(model),
+            looks,
+            seconds,
+            sorted((key, repr(options[key])) for key in options if key != "progress"),
+        ]
+        return json.dumps(surroundings), json.dumps(same)
+
+    def decide() -> dict[str, Any]:
+        config = tune(model, inputs, seconds=seconds, **options)
+        assert config.evidence is not None
+        return {"config": config.to_dict(), "evidence": config.evidence.to_json()}
+
+    found = _ranks.decide_together(prepare, decide, seconds=seconds, join=join)
+    config = KernelConfig.from_dict(found["config"])
+    config.evidence = Tuning.from_json(found["evidence"])
+    return config
+
+
+def _is_split(module: nn.Module) -> bool:
+    """Whether a module holds only a part of itself, or talks to other processes when it runs."""
+    names = {cls.__name__ for cls in type(module).__mro__}
+    names |= {type(parameter).__name__ for parameter in module._parameters.values()}
+    names |= {type(parameter.data).__name__ for parameter in module._parameters.values() if parameter is not None}
+    return bool(names & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DTensor"})
+
+
+def join(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
+    """Make one result of those of several kinds of devices: where they differ, layers keep their own code."""
+    first, *others = found.values()
+    if not others:
+        return first
+    kernels = [one["config"]["kernels"] for one in found.values()]
+    agreed: dict[str, Any] = {}
+    differ: list[str] = []
+    for key in dict.fromkeys(key for one in kernels for key in one):
+        same = all(one.get(key) == kernels[0].get(key) for one in kernels)
+        agreed[key] = kernels[0][key] if same else "none"
+        differ += [] if same else [key]
+    note = f"{len(found)} kinds of devices; own code where their choices differ: {', '.join(differ) or 'nowhere'}"
+    config = {**first["config"], "kernels": agreed}
+    evidence = {**first["evidence"], "notes": [*first["evidence"]["notes"], note], "config": tomli_w.dumps(config)}
+    return {"config": config, "evidence": evidence}
 
 
 def _begin(
