@@ -160,6 +160,20 @@ def test_what_is_far_too_slow_does_not_take_its_time_in_every_round(machine: Cal
     assert (fast.rounds, fast.verdict) == (5, "faster")
 
 
+def test_one_long_turn_does_not_make_a_call_hopeless(machine: Callable[..., Machine]) -> None:
+    here = machine()
+    times = iter([0.01] * 2 + [60.0] + [0.01] * 50)  # after the first call and one to warm up, something comes between
+
+    def other() -> None:
+        here.now += next(times)
+
+    found = compare({"own": here.call(0.02), "other": other}, own="own", device="cpu", seconds=3.0)
+    one = found["other"]
+    assert isinstance(one, Comparison)
+    assert one.rounds >= 5
+    assert one.speedup == pytest.approx(2.0)
+
+
 def test_with_five_rounds_only_agreement_of_all_is_clear(machine: Callable[..., Machine]) -> None:
     here = machine()
     times = iter([0.5] * 4 + [2.0] + [0.5] * 50)  # one first call, one to warm up, then the rounds

@@ -40,7 +40,10 @@ _SURE = 20
 
 @dataclass(slots=True)
 class _Contender:
-    """A call and what is known of it. `times` are seconds of one call, by the number of the round."""
+    """A call and what is known of it. `times` are seconds of one call, by the number of the round.
+
+    `spent_s` is what its turns have taken, `best_s` the shortest time of a call that was seen, warming up included.
+    """
 
     name: str
     call: Callable[[], object]
@@ -48,6 +51,7 @@ class _Contender:
     first_s: float = 0.0
     peak: int | None = None
     spent_s: float = 0.0
+    best_s: float = math.inf
     times: dict[int, float] = field(default_factory=dict)
     done: bool = False
     error: str | None = None
@@ -84,8 +88,8 @@ def compare(
         device: where the work is done, such as "cpu", "cuda", "cuda:1" or "rocm".
         seconds: how long the rounds may take in all. First calls and warming up come on top, and so does what is missing
             for `min_rounds`. Rounds end before that when all intervals are narrow; a call about which enough is known rests.
-        min_rounds: how many rounds there are whatever they take. A call that is at least twice as slow as `own` has fewer
-            where its turns alone took longer than `seconds`.
+        min_rounds: how many rounds there are whatever they take. A call that never took less than twice as long as `own`
+            has fewer where its turns alone took longer than `seconds`.
         before: called with a call's name before each of its turns, outside of what is timed. A turn is then one call.
         progress: told which part of the rounds is done, 0 to 1.
 
@@ -142,7 +146,7 @@ def _rounds(
         look = math.ceil(number * 1.25) if look_closely else look
         for one in rivals:
             if one.error is None:
-                hopeless = one.spent_s > seconds and max(_ratios(base, one)) < 0.5
+                hopeless = one.spent_s > seconds and one.best_s > 2 * max(base.times.values())
                 one.done = hopeless or (look_closely and _is_clear(_ratios(base, one)))
         if progress is not None:
             progress(min(1.0, (perf_counter() - began) / seconds) if seconds > 0 else 1.0)
@@ -168,6 +172,7 @@ class _Turn:
         began = perf_counter()
         try:
             one.times[number] = self._time(one, one.repeats)
+            one.best_s = min(one.best_s, one.times[number])
         except Exception as error:
             self._fail(one, error)
         one.spent_s += perf_counter() - began
@@ -177,13 +182,13 @@ class _Turn:
         """Call it until it is warm, note its first call and its memory, and find how many calls make a turn."""
         try:
             one.first_s = self._time(one, 1)
-            began, number, once = perf_counter(), 0, math.inf
+            began, number = perf_counter(), 0
             # A compiled call may compile once more, or be recorded, at its second and third call.
             while number < 1 or (perf_counter() - began < 1.0 and (number < 3 or perf_counter() - began < 0.02)):
-                once = min(once, self._time(one, 1))
+                one.best_s = min(one.best_s, self._time(one, 1))
                 number += 1
             if self._before is None:
-                one.repeats = _repeats(self._least_s, once)
+                one.repeats = _repeats(self._least_s, one.best_s)
                 if one.repeats > 1:
                     one.repeats = _repeats(self._least_s, self._time(one, one.repeats))
             if self._cuda:
