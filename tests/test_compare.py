@@ -277,7 +277,9 @@ def test_without_own_code_there_is_nothing_to_compare_with(machine: Callable[...
         if calls > after:
             raise ValueError
 
+    began = here.now
     found = compare({"other": here.call(1e-3), "own": failing}, own="own", device="cpu", seconds=0.5)
+    assert after or here.now == began + 1e-3  # no other call is made then
     assert found == {"own": "ValueError", "other": "there is nothing to compare it with: own fails: ValueError"}
 
 

@@ -72,9 +72,9 @@ def compare(
     The result has every name, `own` too: its comparison is with itself, for its time, memory and first call. A call that
     raises is out, with the error as a string, and the others go on. Where `own` raises, no call has a comparison.
 
-    In CUDA's case the device's own clock is read, around so many calls that starting them is hidden where it can be hidden; a
-    call that the processor cannot start fast enough costs what starting it costs. Anywhere else it is the time until the
-    device is done. A call that is to find cold caches cycles through copies of its inputs itself.
+    Of CUDA devices the own clock is read, around so many calls that starting them is hidden where it can be; a call that
+    cannot be started fast enough costs what starting it costs. Of others it is the time until the device is done. A call
+    that is to find cold caches cycles through copies of its inputs itself.
 
     A call that never returns cannot be stopped in this process. Kernels of others have been called in a worker with a time
     limit by then, when they were checked.
@@ -100,11 +100,12 @@ def compare(
     base = found[own]
     with on_device(device), user_random_state(), _no_garbage_collection():
         turn = _Turn(device, before)
-        for one in [base, *(c for c in found.values() if c is not base)]:
-            turn.warm_up(one)
-            if base.error is not None:
-                break
-        _rounds(base, found, turn, seconds, min_rounds, progress)
+        turn.warm_up(base)
+        if base.error is None:
+            for one in found.values():
+                if one is not base:
+                    turn.warm_up(one)
+            _rounds(base, found, turn, seconds, min_rounds, progress)
     if base.error is not None:
         why = f"there is nothing to compare it with: {own} fails: {base.error}"
         return {name: one.error or why for name, one in found.items()}
