@@ -1,18 +1,24 @@
-"""Verify on a GPU: a layer of Llama-3-8B's shape, CUDA graphs, sizes beyond 2^31, and illegal accesses in the worker."""
+"""Verify on a GPU: a layer of Llama-3-8B's shape, CUDA graphs, compiled calls, sizes beyond 2^31, illegal accesses.
+
+python -m pytest -m gpu tests/verify/test_gpu.py -s
+"""
 
 from __future__ import annotations
 
 import dataclasses
+import json
 import time
 
 import gallery
 import pytest
 import torch
 from checking import checks_of, decision
+from torch import nn
 
 import kernelwise as kw
 from kernelwise import KernelRef
-from kernelwise._verify import Options
+from kernelwise._inputs import Sample
+from kernelwise._verify import Options, check_kernel, own_code
 from kernelwise.sources import load
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
@@ -39,6 +45,91 @@ def test_a_layer_of_llama_3_8b_is_checked_within_a_minute():
     done = {check.case for check in checks.checks if check.status == "passed"}
     assert {"cuda graph", "the model's gradients", "rows 2^31 elements apart", "more than 2^31 elements"} <= done
     assert took < 60
+
+
+def small_llama(**options):
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 256, "intermediate_size": 512, "num_attention_heads": 4, "num_key_value_heads": 2}
+    with torch.device("cuda"):
+        model = LlamaForCausalLM(LlamaConfig(vocab_size=256, num_hidden_layers=1, **sizes, **options)).to(
+            torch.bfloat16
+        )
+        return model, torch.randint(0, 256, (2, 64))
+
+
+def test_compiled_calls_are_checked():
+    model, ids = small_llama()
+    checks = kw.verify(model, kw.plan(model), {"input_ids": ids}, compile=True)
+    assert checks.ok, str(checks)
+    compiled = {check.kernel for check in checks.checks if (check.case, check.status) == ("compile", "passed")}
+    assert {"builtin:RMSNorm", "builtin:SwiGLUMLP", "builtin:rotary_pos_emb"} <= compiled
+
+
+def test_a_decoder_layer_is_checked_as_a_whole():
+    model, ids = small_llama(attention_dropout=0.1)
+    config = kw.KernelConfig({"DecoderLayer": "builtin:DecoderLayer"}, inherit_mapping=True)
+    checks = kw.verify(model, kw.plan(model, config), {"input_ids": ids, "labels": ids})
+    assert checks.ok, str(checks)
+    done = {
+        check.case for check in checks.checks if check.kernel == "builtin:DecoderLayer" and check.status == "passed"
+    }
+    assert {"as given", "as given, in training", "the model's gradients", "random weights"} <= done
+
+
+def test_the_command_line_checks_on_the_gpu(capsys):
+    from kernelwise._cli import main
+
+    with pytest.raises(SystemExit) as left:
+        main(["verify", "llama", "--device", "cuda", "--dtype", "bfloat16", "--json"])
+    found = json.loads(capsys.readouterr().out)
+    assert (left.value.code, found["ok"], found["target"]["device"]) == (0, True, "cuda")
+
+
+class Drops(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 64))
+
+    def forward(self, x):
+        return nn.functional.dropout(x * self.weight, 0.5, self.training)
+
+
+class DropsOthers(nn.Module):
+    def forward(self, x):
+        return nn.functional.dropout((x * self.weight).flip(0), 0.5, self.training).flip(0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_same_is_left_out_by_dropout(dtype, as_kernel):
+    """Of the layer, of the layer in float64 and of the kernel, though their dtypes differ."""
+    kw.register_layer(Drops, "Drops")
+    for kernel, wanted in ((Drops, None), (DropsOthers, "wrong_values")):
+        decided, module = decision(Drops().to("cuda", dtype), as_kernel(kernel), mode="training")
+        sample = Sample({"x": torch.randn(4, 6, 64, device="cuda", dtype=dtype)}, module.train())
+        before = torch.cuda.get_rng_state()
+        own = own_code(module, decided.layer)
+        checks = check_kernel(decided, own, sample, modes=("training",), options=Options(isolate=False))
+        failed = next((check for check in checks if check.failed), None)
+        assert (failed.status if failed else None) == wanted, str(failed)
+        assert torch.equal(torch.cuda.get_rng_state(), before)
+
+
+@pytest.mark.parametrize(
+    ("fault", "status"),
+    [
+        (gallery.Leaks, "leaks_memory"),
+        (gallery.LeavesOneUnwritten, "not_written"),
+        (gallery.WritesBeyondTheRow, "input_overwritten"),
+        (gallery.ReturnsTransposed, "wrong_layout"),
+        (gallery.SetsDefaultDtype, "setting_changed"),
+    ],
+)
+def test_faults_are_found_on_the_gpu_too(fault, status, as_kernel):
+    decided, module = decision(gallery.Norm().cuda(), as_kernel(fault))
+    failed = next((c for c in checks_of(decided, module) if c.failed), None)
+    assert failed is not None, "the checker is blind to it"
+    assert failed.status == status, str(failed)
 
 
 def package(name: str, source: str, tmp_path, monkeypatch) -> None:
