@@ -373,3 +373,12 @@ def test_report_says_what_is_wrong_with_a_file(tmp_path: Path, capsys: pytest.Ca
         code, out, err = run(capsys, "report", *args)
         assert (code, out) == (1, "")
         assert "No such file" in err
+
+
+def test_kinds_of_one_name_are_told_apart_by_their_place() -> None:
+    first, *rest = sample().choices
+    other = replace(first, layer="head.norm", paths=("head.norm", "tail.norm"), chosen=OWN_CODE)
+    text = parsed(replace(sample(), choices=(first, other, *rest))).text("summary")
+    assert "RMSNorm model.layers.*.input_layernorm (30), 61 layers, inference" in text
+    assert "RMSNorm head.norm, 2 layers, inference" in text
+    assert "SwiGLUMLP 30 layers, inference" in text

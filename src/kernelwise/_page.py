@@ -40,7 +40,6 @@ def page(tuning: Tuning) -> str:
     )
     environment.filters.update(duration=duration, size=size, digits=digits, ratio=ratio, breakable=_breakable)
     style, script = (files("kernelwise").joinpath("page", name).read_text("utf-8") for name in ("page.css", "page.js"))
-    kinds = tuple(views.kind(choice, f"kind-{index}") for index, choice in enumerate(tuning.choices, start=1))
     branches = tree(tuning.choices)
     return environment.get_template("page.html").render(
         tuning=tuning,
@@ -50,7 +49,7 @@ def page(tuning: Tuning) -> str:
         meta=_meta(tuning),
         headline=views.headline(tuning),
         cards=views.cards(tuning),
-        kinds=kinds,
+        kinds=views.kinds(tuning),
         facts=views.facts(tuning),
         panels=views.panels(tuning),
         tree=branches,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from kernelwise._evidence import EAGER, OWN_CODE, TUNED, Candidate, Choice, Comparison, Run, Tuning
 from kernelwise._table import fold
@@ -80,7 +80,10 @@ class Row:
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """One choice as a section of the page: `columns` are the workloads that were timed for it."""
+    """One choice as a section of the page: `columns` are the workloads that were timed for it.
+
+    `place` tells kinds of layers with one name apart; it is None where the name is enough.
+    """
 
     choice: Choice
     anchor: str
@@ -88,6 +91,17 @@ class Kind:
     columns: tuple[str, ...]
     rows: tuple[Row, ...]
     speeds: tuple[Speed | None, ...]
+    place: str | None = None
+
+    @property
+    def count(self) -> int:
+        """How many layers it stands for."""
+        return len(self.choice.paths) or 1
+
+    @property
+    def layers(self) -> str:
+        """How many layers, in words."""
+        return "1 layer" if self.count == 1 else f"{self.count} layers"
 
     @property
     def changed(self) -> bool:
@@ -212,14 +226,15 @@ def facts(tuning: Tuning) -> list[str]:
 
 
 def panels(tuning: Tuning) -> list[tuple[str, list[tuple[Run, Speed | None]]]]:
-    """Return each workload with all its runs, on one scale."""
+    """Return each workload with all its runs, on one scale; own code and the tuned model come first."""
+    runs = sorted(tuning.runs, key=lambda run: (run.contender != EAGER, run.contender != TUNED))
     scale = _scale(run.comparison for run in tuning.runs if run.comparison is not None)
     return [
         (
             workload,
             [
                 (run, _speed(run.comparison, scale) if run.comparison is not None else None)
-                for run in tuning.runs
+                for run in runs
                 if run.workload == workload
             ],
         )
@@ -228,7 +243,17 @@ def panels(tuning: Tuning) -> list[tuple[str, list[tuple[Run, Speed | None]]]]:
     ]
 
 
-def kind(choice: Choice, anchor: str) -> Kind:
+def kinds(tuning: Tuning) -> tuple[Kind, ...]:
+    """Return all choices as sections of the page."""
+    names = [(choice.name, choice.mode) for choice in tuning.choices]
+    made = [_kind(choice, f"kind-{number}") for number, choice in enumerate(tuning.choices, start=1)]
+    return tuple(
+        replace(kind, place=kind.places[0]) if names.count(name) > 1 else kind
+        for kind, name in zip(made, names, strict=True)
+    )
+
+
+def _kind(choice: Choice, anchor: str) -> Kind:
     """Return a choice with its candidates: the chosen one first, then own code, then what else passed, then what is out."""
     timings = [timing for candidate in choice.candidates for timing in candidate.timings]
     columns = tuple(dict.fromkeys(timing.case for timing in timings))

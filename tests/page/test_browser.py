@@ -32,7 +32,7 @@ Open = Callable[..., Any]
 def browser() -> Iterator[Any]:
     found = os.environ.get("CHROMIUM") or next(filter(None, map(shutil.which, NAMES)), None)
     if found is None:
-        why = "no Chromium on this machine: install one (Debian: apt-get install chromium-headless-shell), or name it in CHROMIUM"
+        why = "no Chromium here: install one (Debian: apt-get install chromium-headless-shell), or name it in CHROMIUM"
         assert not os.environ.get("CI"), why
         pytest.skip(why)
     with sync_api.sync_playwright() as playwright:
@@ -138,7 +138,7 @@ def test_filters_show_what_fits_and_say_how_much(open_page: Open) -> None:
     assert shown(page, "#kinds") == [f"builtin:inductor:{name}" for name in ("RMSNorm", "RotaryEmb", "Linear")]
     assert bar.locator("output").inner_text() == "3 of 24 shown"
     assert [page.locator(f"#kind-{number}").is_visible() for number in (1, 2, 3, 4)] == [True, False, True, True]
-    words.fill("swiglumlp ×")
+    words.fill("swiglumlp 30")
     assert len(shown(page, "#kinds")) == 6
     words.fill("")
     bar.get_by_label("Show").select_option("out")
@@ -164,7 +164,7 @@ def test_a_link_to_a_folded_kind_opens_it(open_page: Open) -> None:
     page = open_page(sample(), size=PHONE, anchor="#kind-3")
     assert len(shown(page, "#kinds")) == 6
     page.locator("#summary").get_by_role("link", name="Linear").click()
-    page.wait_for_function("document.getElementById('kind-4').open")
+    page.locator("#kind-4[open]").wait_for()
 
 
 def test_the_config_is_copied_as_it_is(open_page: Open) -> None:
