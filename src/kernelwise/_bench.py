@@ -67,10 +67,10 @@ def bench(
     names = (*CONTENDERS, *configs) if contenders is None else tuple(contenders)
     names = tuple(dict.fromkeys((EAGER, *names)))
     check_names(names, configs)
-    wanted = workloads_of(model, inputs, workloads, steps=steps)
     device = _device_of(model)
     base = sharing_copy(model)
     _apply.remove(base)
+    wanted = workloads_of(base, inputs, workloads, steps=steps)
     built: dict[tuple[str, bool], Contender | str] = {}
     runs: list[Run] = []
     tell: Progress = progress or (lambda text, part: None)

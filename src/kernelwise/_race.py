@@ -26,8 +26,8 @@ from kernelwise._workload import Workload, run_of, undisturbed
 _TIMES_ROUNDING = 4.0
 """How many times as far from eager a contender may be as eager is from itself with one more rounding in every layer."""
 
-_FLOOR_EPS = 4.0
-"""And what is allowed at least, in steps of the model's dtype."""
+_FLOOR_STEPS = 4.0
+"""And what is allowed at least, in such roundings: by chance a loss may hardly move."""
 
 _SAMPLE = 1 << 20
 """Of a larger gradient, as many elements are compared."""
@@ -144,7 +144,7 @@ class _Expected:
         steps = [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
         with _seeded(1, model), _rounded_once_more(model):
             noisy = self._groups_of(run_of(model, self._workload)())
-        floor = _FLOOR_EPS * max(steps, default=torch.finfo(torch.float32).eps)
+        floor = _FLOOR_STEPS * max((_of_sums(), *steps))
         self._allowed = {
             name: max(floor, _TIMES_ROUNDING * _distance(own, noisy[name])) for name, own in self._groups.items()
         }
@@ -200,29 +200,33 @@ def _distance(own: Sequence[torch.Tensor | None], other: Sequence[torch.Tensor |
     for wanted, got in zip(own, other, strict=True):
         if wanted is None or got is None:
             continue
-        finite = wanted.isfinite()
-        if not torch.equal(finite, got.isfinite()):
+        one, two = wanted.to(torch.float32), got.to(torch.float32)
+        finite = one.isfinite()
+        if not torch.equal(finite, two.isfinite()):
             return math.inf
-        wide = wanted.to(torch.float32).masked_fill(~finite, 0.0)
-        apart += float((got.to(torch.float32).masked_fill(~finite, 0.0) - wide).double().square().sum())
-        size += float(wide.double().square().sum())
-    return math.sqrt(apart / size) if size else (0.0 if apart == 0.0 else math.inf)
+        if not finite.all():  # a masked logit is minus infinity in both
+            one, two = one.masked_fill(~finite, 0.0), two.masked_fill(~finite, 0.0)
+        apart = math.hypot(apart, float(torch.linalg.vector_norm(two - one)))
+        size = math.hypot(size, float(torch.linalg.vector_norm(one)))
+    return apart / size if size else (0.0 if apart == 0.0 else math.inf)
+
+
+def _of_sums() -> float:
+    """Return what the order of a sum alone costs: some steps of float32, and more where products may be less exact."""
+    steps = {"highest": 16 * torch.finfo(torch.float32).eps, "high": 2.0**-10}
+    return steps.get(torch.get_float32_matmul_precision(), 2.0**-8)
 
 
 @contextmanager
 def _rounded_once_more(model: nn.Module) -> Iterator[None]:
-    """Let the output of every layer without parts be off by a random part of a step of its dtype.
-
-    Sums are accumulated in float32, and their order alone costs some steps of it; more where products may be less exact.
-    """
-    precision = torch.get_float32_matmul_precision()
-    of_sums = {"highest": 16 * torch.finfo(torch.float32).eps, "high": 2.0**-10}.get(precision, 2.0**-8)
+    """Let the output of every layer without parts be off by a random part of a step of its dtype."""
 
     def moved(output: torch.Tensor) -> torch.Tensor:
         if not output.is_floating_point():
             return output
-        amount = max(torch.finfo(output.dtype).eps, of_sums)
-        return output + output * (torch.rand_like(output) * 2 - 1) * amount
+        amount = max(torch.finfo(output.dtype).eps, _of_sums())
+        # Detached, so that training keeps none of it for its backward pass.
+        return output + output.detach() * (torch.rand_like(output) * 2 - 1) * amount
 
     def hook(module: nn.Module, args: Any, output: Any) -> Any:
         return tree_map_only(torch.Tensor, moved, output)

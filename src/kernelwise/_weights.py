@@ -94,6 +94,7 @@ def _trained(spec: str, dtype: str | None, place: torch.device, layers: int | No
     if named is None:
         is_causal = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         named = transformers.AutoModelForCausalLM if is_causal else transformers.AutoModel
+    transformers.utils.logging.disable_progress_bar()
     try:
         model = named.from_pretrained(source, config=config, dtype=wanted)
     except Exception as error:
