@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._compile import _disable_dynamo
 from torch.nn import functional as F
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map_only
@@ -140,7 +141,7 @@ class LazyLogits(Tensor):
         return made
 
     @classmethod
-    @torch._disable_dynamo  # what is compiled gets plain logits from here
+    @_disable_dynamo  # what is compiled gets plain logits from here
     def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Take a call of PyTorch in Python: a loss, a step that keeps them lazy, a question, or a use of their values."""
         kwargs = kwargs or {}
