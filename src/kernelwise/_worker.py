@@ -107,6 +107,8 @@ class Worker:
             self._exchange({"memory": self._memory}, starting=True)
         except (OSError, RuntimeError, WorkerError) as error:  # no program, no more processes, no more threads
             self.close()
+            if isinstance(error, WorkerError) and self.until is not None and time.monotonic() >= self.until:
+                raise  # the time was up before the process could be started
             reason = error.detail if isinstance(error, WorkerError) else _text(error)
             raise WorkerStartError(str(self.kernel.ref), reason) from error
         try:
