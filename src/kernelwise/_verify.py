@@ -605,6 +605,7 @@ def _put_in(found: Group) -> Callable[..., Any]:
         ran.append(True)
         return kernel.function(*args, **kwargs)  # type: ignore[misc]
 
+    noted.LEAST = 0  # type: ignore[attr-defined]  # few elements say as much as many
     here = replace(found.decision, layer=replace(layer, path="", paths=("",)), kernel=replace(kernel, function=noted))
     below = [replace(d, layer=replace(d.layer, path=d.layer.path.removeprefix(f"{layer.path}."))) for d in found.inside]
     plan = Plan(Target(layer.device), (here, *below))
