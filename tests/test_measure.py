@@ -246,7 +246,8 @@ def test_the_model_is_left_as_it_was(mode: str) -> None:
     assert all(x.grad is None for x, _, _ in Fast.calls)
 
 
-def test_weights_are_the_models_own() -> None:
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_are_those_of_all_alike_layers_in_turns(frozen: bool) -> None:
     class Noting(nn.Module):
         weights: ClassVar[list[int]] = []
         weight: torch.Tensor
@@ -256,8 +257,20 @@ def test_weights_are_the_models_own() -> None:
             return x * self.weight * by
 
     model = Model()
+    model.scales[1].weight.requires_grad_(not frozen)  # in training it would have less to do
     measured(Noting, model=model)
-    assert set(Noting.weights) == {model.scales[0].weight.data_ptr()}
+    own, other = (scale.weight.data_ptr() for scale in model.scales)
+    assert set(Noting.weights) == ({own} if frozen else {own, other})
+    times = [Noting.weights.count(weight) for weight in (own, other)]
+    assert frozen or abs(times[0] - times[1]) <= 0.1 * sum(times)
+
+
+def test_a_layer_that_was_made_keeps_its_own_weights() -> None:
+    model, made = Model(), Scale()
+    sample = Sample({"x": torch.randn(4, 8), "by": torch.ones(8)}, made)
+    assert _measure._alike(model, one_group(model, of(Fast)), sample) == [made]
+    sample = Sample(sample.arguments, model.scales[0])
+    assert _measure._alike(model, one_group(model, of(Fast)), sample) == [*model.scales]
 
 
 def test_inputs_rotate_until_the_cache_has_forgotten_them(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,7 +1,8 @@
 """Measure: a layer's own code against a kernel, on what the model gives the layer → a timing.
 
 Both are called as `_verify` calls them: with the model's own weights, without hooks and without the guards that stand before
-a kernel in a model. What those cost shows when the whole model is timed.
+a kernel in a model. What those cost shows when the whole model is timed. In a model a layer finds neither its inputs nor its
+weights in a cache, so the inputs rotate among copies, and the weights among those of the alike layers.
 """
 
 from __future__ import annotations
@@ -39,8 +40,9 @@ COPIES = 64
 
 @dataclass(slots=True)
 class _Given:
-    """One copy of a layer's inputs. In training, `leaves` are what needs a gradient, and `upstream` are the outputs'."""
+    """What one call is given. In training, `leaves` are what needs a gradient, and `upstream` are the outputs'."""
 
+    module: nn.Module | None
     arguments: dict[str, Any]
     leaves: list[torch.Tensor]
     upstream: list[torch.Tensor]
@@ -64,7 +66,8 @@ def measure_group(
     In training a call is forward and backward, with the model's gradients of its outputs where the sample has them, else
     random ones; gradients are returned and kept nowhere. With `+compile` both are compiled, each as one graph for these
     shapes, and `first_s` is the time of the kernel's first call, compiling included. The inputs rotate among copies that
-    together are larger than the device's last cache, as far as `MEMORY` and `COPIES` go. Weights are the model's, not copied.
+    together are larger than the device's last cache, as far as `MEMORY` and `COPIES` go. Weights are not copied: the layer is
+    called with its own and with those of the layers that it speaks for, in turns.
 
     A result in words is an error of the kernel, or of the layer's own code on this sample.
 
@@ -92,23 +95,23 @@ def measure_group(
         raise ValueError(f"{layer.path} is on {device}: CUDA graphs are for GPUs")
     name = str(kernel.ref)
     with on_device(device), user_random_state(), torch.set_grad_enabled(training):
-        bare = _bare(sample.module, training)
         own_step = own_call(layer, own)
         try:
-            turn, num_copies = _rotation(layer, sample, bare, own_step, mode)
+            given = _rotation(layer, sample, _alike(model, found, sample), own_step, mode)
         except Exception as error:
             return f"the layer's own code fails on this sample: {said(error)}"
+        turn = cycle(given)  # for both: whoever calls next gets what has been out of use longest
         steps: dict[str, Callable[[], object]] = {}
         for who, call in ((OWN_CODE, own_step), (name, kernel_call(layer, kernel, mode))):
             # Not dynamic: PyTorch remembers shapes by a function's name, and all of these calls have the same one.
             called = torch.compile(call, fullgraph=True, dynamic=False) if compiled else call
-            steps[who] = _trained(called, bare, turn) if training else _inferred(called, bare, turn)
+            steps[who] = _trained(called, turn) if training else _inferred(called, turn)
         made_s = 0.0
         if graph:
             for who, step in steps.items():
                 began = perf_counter()
                 try:
-                    steps[who] = _graphed(step, num_copies)
+                    steps[who] = _graphed(step, len(given))
                 except Exception as error:
                     return f"{who} cannot run in a CUDA graph: {said(error)}"
                 made_s = perf_counter() - began
@@ -116,14 +119,29 @@ def measure_group(
     if isinstance(compared, str):
         return compared
     if graph:
-        compared = _one_of(compared, num_copies, made_s)
+        compared = _one_of(compared, len(given), made_s)
     return Timing(layer.path, found.paths, name, mode, workload, compared, calls, graph)
 
 
-def _bare(module: nn.Module | None, training: bool) -> nn.Module | None:
+# -------------------------------------------------------------------------------------------------------------- inputs
+
+
+def _alike(model: nn.Module, found: Group, sample: Sample) -> Sequence[nn.Module | None]:
+    """The modules whose weights rotate: those of the group that are where the sample's is and learn what it learns."""
+    if sample.module is None or sample.module is not module_of(model, found.decision.layer):
+        return [sample.module]
+    looks = _looks(sample.module)
+    others = (model.get_submodule(path) for path in found.paths)
+    modules = dict.fromkeys([sample.module, *(module for module in others if _looks(module) == looks)])
+    return [*modules][:COPIES]
+
+
+def _looks(module: nn.Module) -> list[tuple[torch.device, bool]]:
+    return [(parameter.device, parameter.requires_grad) for parameter in module.parameters()]
+
+
+def _bare(module: nn.Module, training: bool) -> nn.Module:
     """The module with the model's own weights, without hooks and kernels; what it writes to its buffers is lost."""
-    if module is None:
-        return None
     bare = bare_copy(module, lambda tensor: tensor)
     for part in bare.modules():
         part.training = training
@@ -132,42 +150,35 @@ def _bare(module: nn.Module | None, training: bool) -> nn.Module | None:
     return bare
 
 
-# -------------------------------------------------------------------------------------------------------------- inputs
-
-
-def _rotation(
-    layer: Layer, sample: Sample, bare: nn.Module | None, own: Call, mode: str
-) -> tuple[Iterator[_Given], int]:
-    """Return copies of the inputs in turns without end, and how many there are. Whoever calls next gets the coldest."""
+def _rotation(layer: Layer, sample: Sample, modules: Sequence[nn.Module | None], own: Call, mode: str) -> list[_Given]:
+    """Return what the calls are given, one after the other: each copy of the inputs and each module in its turn."""
     training = mode.startswith("training")
-    wanted = _wanting_gradients(layer, sample, bare, mode) if training else frozenset()
-    weights = [p for p in bare.parameters() if p.requires_grad] if training and bare is not None else []
-    first = _given(sample.arguments, wanted, weights, [])
-    if training:
-        roots = _roots(own(bare, **first.arguments))
-        if not roots:
-            raise ValueError("nothing that it gives has a gradient")
-        given = [*sample.upstream, *([None] * len(roots))]
-        first.upstream = [
-            torch.randn_like(root) if upstream is None or upstream.shape != root.shape else upstream.to(root)
-            for root, upstream in zip(roots, given, strict=False)
-        ]
-    tensors = [leaf for leaf in tree_leaves(first.arguments) if isinstance(leaf, torch.Tensor)]
-    size = sum(memory_of(tensor).nbytes for tensor in [*tensors, *first.upstream])
-    number = _number_of_copies(size, _cache_of(tensors))
-    copies = [first]
-    for _ in range(number - 1):
-        arguments = tree_map_only(torch.Tensor, _copy, first.arguments)
-        copies.append(_given(arguments, wanted, weights, [_copy(upstream) for upstream in first.upstream]))
-    return cycle(copies), number
+    bare = [None if module is None else _bare(module, training) for module in modules]
+    weights = [
+        [p for p in module.parameters() if p.requires_grad] if module is not None and training else []
+        for module in bare
+    ]
+    wanted = _wanting_gradients(layer, sample, bool(weights[0]), mode) if training else frozenset()
+    arguments, leaves = _leaves(sample.arguments, wanted)
+    upstream = _upstream(sample, _roots(own(bare[0], **arguments))) if training else []
+    tensors = [leaf for leaf in tree_leaves(arguments) if isinstance(leaf, torch.Tensor)]
+    size = sum(memory_of(tensor).nbytes for tensor in [*tensors, *upstream])
+    copies = [(arguments, leaves, upstream)]
+    for _ in range(_number_of_copies(size, _cache_of(tensors)) - 1):
+        arguments, leaves = _leaves(tree_map_only(torch.Tensor, _copy, sample.arguments), wanted)
+        copies.append((arguments, leaves, [_copy(gradient) for gradient in upstream]))
+    given = []
+    for index in range(max(len(copies), len(bare))):
+        module, held = bare[index % len(bare)], weights[index % len(bare)]
+        arguments, leaves, upstream = copies[index % len(copies)]
+        given.append(_Given(module, arguments, [*held, *leaves], upstream))
+    return given
 
 
-def _given(
-    arguments: dict[str, Any], wanted: frozenset[str], weights: Sequence[torch.Tensor], upstream: list[torch.Tensor]
-) -> _Given:
+def _leaves(arguments: dict[str, Any], wanted: frozenset[str]) -> tuple[dict[str, Any], list[torch.Tensor]]:
     """Make leaves of what needs a gradient. What is no tensor is copied, since it may be a cache that a call writes to."""
     found = {name: copied(value) if _no_tensors(value) else value for name, value in arguments.items()}
-    leaves = list(weights)
+    leaves: list[torch.Tensor] = []
 
     def leaf(tensor: torch.Tensor) -> torch.Tensor:
         if not tensor.is_floating_point():
@@ -177,7 +188,18 @@ def _given(
 
     for name in wanted:
         found[name] = tree_map_only(torch.Tensor, leaf, found[name])
-    return _Given(found, leaves, upstream)
+    return found, leaves
+
+
+def _upstream(sample: Sample, roots: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """The gradients of the outputs: those that the model gave them, else random ones."""
+    if not roots:
+        raise ValueError("nothing that it gives has a gradient")
+    given = [*sample.upstream, *([None] * len(roots))]
+    return [
+        torch.randn_like(root) if upstream is None or upstream.shape != root.shape else upstream.to(root)
+        for root, upstream in zip(roots, given, strict=False)
+    ]
 
 
 def _no_tensors(value: Any) -> bool:
@@ -199,9 +221,12 @@ def _cache_of(tensors: Sequence[torch.Tensor]) -> int:
     return CACHE if on_gpu is None else int(torch.cuda.get_device_properties(on_gpu).L2_cache_size)
 
 
-def _wanting_gradients(layer: Layer, sample: Sample, bare: nn.Module | None, mode: str) -> frozenset[str]:
-    """The arguments through which a backward goes on: those that were seen, else those that are activations."""
-    weights = bare is not None and any(parameter.requires_grad for parameter in bare.parameters())
+def _wanting_gradients(layer: Layer, sample: Sample, weights: bool, mode: str) -> frozenset[str]:
+    """The arguments through which a backward goes on: those that were seen, else those that are activations.
+
+    `weights` says whether the layer has some that learn. Without, there would be no backward at all, but alike layers that
+    stand behind one that learns have one.
+    """
     if sample.with_grad or (sample.with_grad is not None and weights):
         return frozenset(sample.with_grad)
     found = layer.computes(mode)
@@ -221,19 +246,20 @@ def _device_of(sample: Sample, layer: Layer) -> str:
 # --------------------------------------------------------------------------------------------------------------- steps
 
 
-def _inferred(call: Call, bare: nn.Module | None, turn: Iterator[_Given]) -> Callable[[], object]:
+def _inferred(call: Call, turn: Iterator[_Given]) -> Callable[[], object]:
     def step() -> object:
-        return call(bare, **next(turn).arguments)
+        given = next(turn)
+        return call(given.module, **given.arguments)
 
     return step
 
 
-def _trained(call: Call, bare: nn.Module | None, turn: Iterator[_Given]) -> Callable[[], object]:
+def _trained(call: Call, turn: Iterator[_Given]) -> Callable[[], object]:
     """Forward and backward. Gradients are handed out, not added up: in a step of training the first ones are not either."""
 
     def step() -> object:
         given = next(turn)
-        roots = _roots(call(bare, **given.arguments))
+        roots = _roots(call(given.module, **given.arguments))
         if len(roots) != len(given.upstream):
             raise ValueError(f"{len(roots)} of its outputs have a gradient, not {len(given.upstream)}")
         return torch.autograd.grad(roots, given.leaves, given.upstream, allow_unused=True)
