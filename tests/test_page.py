@@ -303,6 +303,13 @@ def test_json_gives_the_same_back_and_follows_its_schema() -> None:
         assert Tuning.from_json(data) == tuning
 
 
+def test_an_infinite_error_is_no_number_in_json() -> None:
+    tuning = ODD["the model itself, never checked"]
+    assert tuning.choices[0].candidates[0].error == math.inf
+    data = json.loads(json.dumps(tuning.to_json(), allow_nan=False))
+    assert Tuning.from_json(data).choices[0].candidates[0].error is None
+
+
 def test_the_schema_has_the_fields_of_the_nouns() -> None:
     nouns = {"comparison": "Comparison", "timing": "Timing", "run": "Run", "candidate": "Candidate", "choice": "Choice"}
     parts = {name: (SCHEMA["definitions"][name], getattr(_evidence, noun)) for name, noun in nouns.items()}

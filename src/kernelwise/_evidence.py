@@ -8,6 +8,7 @@ a whole model with its eager self. A `Tuning` holds all of it, with what was cho
 from __future__ import annotations
 
 import json
+import math
 import os
 import types
 import typing
@@ -153,8 +154,11 @@ class Tuning:
     seconds: float = 0.0
 
     def to_json(self) -> dict[str, Any]:
-        """Return the evidence as plain dicts, lists and scalars."""
+        """Return the evidence as plain dicts, lists and scalars. An error that is not finite is null: JSON has no infinity."""
         data: dict[str, Any] = to_json(self)
+        for candidate in (candidate for choice in data["choices"] for candidate in choice["candidates"]):
+            if candidate["error"] is not None and not math.isfinite(candidate["error"]):
+                candidate["error"] = None
         return data
 
     def is_part(self, run: Run) -> bool:
