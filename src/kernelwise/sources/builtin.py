@@ -89,7 +89,7 @@ CATALOGUE: tuple[_Entry, ...] = (
         _Entry(layer, "activation", "torch", (("activation", options),), unasked=False)
         for layer, options in (
             ("SiLU", ("silu",)), ("GeLU", ("gelu",)), ("GeluTanh", ("gelu_tanh",)), ("NewGELU", ("gelu_new",)),
-            ("FastGELU", ("gelu_fast",)), ("Activation", ("gelu_python",)),
+            ("FastGELU", ("gelu_fast",)),
         )
     ),
 )  # fmt: skip
