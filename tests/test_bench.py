@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from fakehub import kernel_files
 from torch import Tensor, nn
 
 import kernelwise
@@ -398,6 +399,34 @@ def test_transformers_runs_its_kernels(llama: Any, inputs: Any, monkeypatch: pyt
     monkeypatch.undo()
 
 
+def test_kernels_that_transformers_loads_are_seen(llama: Any, inputs: Any, tmp_path: Path) -> None:
+    """With the libraries as they are, and a repository of kernels on this machine."""
+    from kernels import LocalLayerRepository, Mode, use_kernel_mapping
+    from kernels.layer.kernelize import _KERNEL_MAPPING
+
+    source = (
+        "import torch\nfrom torch import nn\n"
+        "class RMSNorm(nn.Module):\n"
+        "    has_backward = True\n"
+        "    def forward(self, hidden_states):\n"
+        "        return torch.rms_norm(hidden_states, (hidden_states.shape[-1],), self.weight, self.variance_epsilon)FAULT\n"
+    )
+    found = {}
+    for name, fault in (("right", ""), ("wrong", " * 1.01")):
+        for path, data in kernel_files("norm", layers=source.replace("FAULT", fault)).items():
+            file = tmp_path / name / path
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_bytes(data)
+        repository = LocalLayerRepository(repo_path=tmp_path / name, layer_name="RMSNorm")
+        with use_kernel_mapping({"RMSNorm": {"cpu": {Mode.INFERENCE: repository}}}):
+            runs = bench(llama, inputs, contenders=["transformers"], workloads=["prefill"], seconds=SECONDS)
+            assert "MegaBlocksMoeMLP" not in _KERNEL_MAPPING.get()  # what transformers registers is gone
+        found[name] = found_in(runs, "transformers").error
+    assert found["right"] is None
+    assert "differ from eager's" in (found["wrong"] or "")
+    assert "forward" not in vars(llama.model.norm)
+
+
 def test_transformers_without_kernels_for_this_machine(llama: Any, inputs: Any) -> None:
     if torch.cuda.is_available():
         pytest.skip("there may be kernels in the cache of this machine")
@@ -432,6 +461,7 @@ def test_command_prints_a_table_and_writes_files(capsys: pytest.CaptureFixture[s
     assert sum(line[:1] == ["mine"] for line in lines) == 2
     assert "█" in out
     assert "not run: liger (prefill, decode):" in out
+    assert next(line for line in out.splitlines() if "decode" in line).count("/token") == 1
     assert "random weights" in out
     assert "input_ids [1, 8]" in out
     found = Tuning.from_json(json.loads(file.read_text()))

@@ -80,14 +80,17 @@ def bench(
             if (name, workload.training) not in built:
                 built[name, workload.training] = _build(base, name, workload.training, configs)
 
-        def part(done: float, number: int = number, workload: Workload = workload) -> None:
+        def first_call(name: str, number: int = number, workload: Workload = workload) -> None:
+            tell(f"{workload.name}: first call of {name}", number / len(wanted))
+
+        def turns(done: float, number: int = number, workload: Workload = workload) -> None:
             tell(f"{workload.name}: in turns", (number + done) / len(wanted))
 
-        tell(f"{workload.name}: first calls", number / len(wanted))
         there = {name: built[name, workload.training] for name in names}
         ready = {name: found for name, found in there.items() if isinstance(found, Contender)}
         with compile_limits():
-            ran = {run.contender: run for run in race(ready, workload, device=device, seconds=seconds, progress=part)}
+            raced = race(ready, workload, device=device, seconds=seconds, begin=first_call, progress=turns)
+        ran = {run.contender: run for run in raced}
         for name, found in there.items():
             runs.append(Run(name, workload.name, None, workload.tokens, found) if isinstance(found, str) else ran[name])
     return tuple(runs)
@@ -235,7 +238,9 @@ def _cells(run: Run, label: str, fastest: float) -> tuple[str, ...]:
     return (
         label,
         run.contender,
-        duration(compared.us),
+        f"{duration(compared.us / run.tokens)}/token"
+        if run.workload == "decode" and run.tokens
+        else duration(compared.us),
         "" if rate is None else digits(rate),
         "1" if own else digits(compared.speedup),
         "" if own else f"{digits(compared.low)} to {digits(compared.high)}",

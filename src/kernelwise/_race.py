@@ -69,6 +69,7 @@ def race(
     device: str,
     seconds: float,
     own: str = EAGER,
+    begin: Callable[[str], None] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> tuple[Run, ...]:
     """Check that contenders compute what `own` computes, time them in turns, and return a run of each, in their order.
@@ -82,7 +83,8 @@ def race(
 
     Args:
         device: where the model is, as for `compare`. seconds: how long the rounds may take in all.
-        progress: told which part of them is done, 0 to 1.
+        begin: told whose first call is next; one that compiles takes long.
+        progress: told which part of the rounds is done, 0 to 1.
     """
     errors: dict[str, str] = {}
     calls: dict[str, Callable[[], object]] = {}
@@ -92,6 +94,8 @@ def race(
     with undisturbed(*models, training=workload.training):
         for name in (own, *(name for name in contenders if name != own)):
             contender = contenders[name]
+            if begin is not None:
+                begin(name)
             try:
                 with _seeded(0, contender.model):
                     call = run_of(contender.model, workload, call=contender.call, static_cache=contender.static_cache)
