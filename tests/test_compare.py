@@ -353,6 +353,68 @@ def test_progress_goes_up_to_one(machine: Callable[..., Machine]) -> None:
     assert seen[-1] == 1.0
 
 
+class Gpu:
+    """A GPU that does what it is told later: a call puts seconds of work into its queue, and waiting lets them pass."""
+
+    def __init__(self, here: Machine) -> None:
+        self.here, self.queued, self.held, self.peak = here, 0.0, 7, 7
+
+    def synchronize(self) -> None:
+        self.here.now, self.queued = self.here.now + self.queued, 0.0
+
+    def reset(self) -> None:
+        self.peak = self.held
+
+    def call(self, seconds: float, started_in: float, memory: int = 0) -> Callable[[], None]:
+        def run() -> None:
+            self.here.now += started_in
+            self.queued = max(0.0, self.queued - started_in) + seconds
+            self.peak = max(self.peak, self.held + memory)
+
+        return run
+
+    def event(self, enable_timing: bool) -> object:
+        gpu = self
+
+        class Event:
+            at = 0.0
+
+            def record(self) -> None:
+                self.at = gpu.here.now + gpu.queued
+
+            def synchronize(self) -> None:
+                gpu.synchronize()
+
+            def elapsed_time(self, end: Event) -> float:
+                return (end.at - self.at) * 1e3
+
+        return Event()
+
+
+def test_of_a_gpu_the_own_clock_is_read_and_starting_is_hidden_where_it_can_be(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = machine()
+    gpu = Gpu(here)
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: gpu.held)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: gpu.peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", gpu.reset)
+    calls = {
+        "own": gpu.call(20e-6, started_in=5e-6, memory=100),
+        "half": gpu.call(10e-6, started_in=5e-6),
+        "hard to start": gpu.call(2e-6, started_in=40e-6),
+    }
+    found = compare(calls, own="own", device="cuda", seconds=0.1)
+    half, hard = found["half"], found["hard to start"]
+    assert isinstance(half, Comparison)
+    assert isinstance(hard, Comparison)
+    assert (half.own_us, half.us) == (pytest.approx(20, rel=0.02), pytest.approx(10, rel=0.06))
+    assert (hard.us, hard.verdict) == (pytest.approx(40, rel=0.06), "slower")
+    assert (half.own_peak, half.peak) == (100, 0)
+
+
 def test_on_the_real_clock_a_call_that_sleeps_is_slower() -> None:
     x = torch.ones(16)
 
