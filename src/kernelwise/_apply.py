@@ -87,9 +87,8 @@ class ModuleState:
     def refresh(self, module: nn.Module) -> None:
         """Choose what runs in each mode: the newest kernelization that speaks of it, else the module's own code."""
         self._choose(module)
-        product = _product(self.training) if self.joined else None
-        if product is not None:
-            self.training = head_call(self.training, product)
+        if self.joined:
+            self.inference, self.training = _lazy(self.inference), _lazy(self.training)
 
     def _choose(self, module: nn.Module) -> None:
         if len(self.entries) == 1:  # by far the most frequent case
@@ -149,12 +148,12 @@ def _run_found_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
     return getattr(self, STATE).found(*args, **kwargs)
 
 
-def _product(call: Call) -> Call | None:
-    """Return the function of hidden states, weight and bias that a linear layer runs; None where that is not known."""
+def _lazy(call: Call) -> Call:
+    """Return what a head runs that is joined with its loss, where it is known of what function its own call is."""
     if call is _run_class_forward:
-        return F.linear
+        return head_call(call, F.linear)
     kernel: Any = getattr(call, "kernel_function", None)
-    return kernel if getattr(kernel, "__module__", "").startswith("kernelwise.kernels.") else None
+    return head_call(call, kernel) if getattr(kernel, "__module__", "").startswith("kernelwise.kernels.") else call
 
 
 # The rebuilt forwards in use, shared by all modules of a class in one kernelization. A rebuilt forward holds its calls, so
@@ -296,7 +295,7 @@ def _joined(layer: Layer, decision: Decision, fallbacks: Counter[str]) -> Call:
 
 def _head_of(layer: Layer) -> str:
     """Return the name of the child that is the head of a model with its loss."""
-    found = layer.recognition_in_training
+    found = layer.recognition
     assert found is not None
     return str(dict(found.roles)["weight"].value).rpartition(".")[0]
 

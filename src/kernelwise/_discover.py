@@ -302,21 +302,22 @@ class _Look:
         assert head is not None
         blocked = replaced or problem or _replaced_forward(head)
         device, dtypes = self._tensors(head)
-        inference, training = joins(head, name)
+        recognition = joins(head, name)
+        its_name = ops.layer_name(recognition)
         self.layers.append(
             Layer(
                 path="",
-                name=ops.layer_name(training),
+                name=its_name,
                 class_name=facts.name,
                 how="recognised",
                 device=device or self._fallback_device,
                 dtypes=_names_of(dtypes),
                 signature=facts.signature,
                 function=JOINED,
-                recognition=inference,
-                recognition_in_training=training,
+                recognition=recognition,
+                recognition_in_training=recognition,
                 blocked=blocked,
-            ).at(tuple(f"{path}.{ops.layer_name(training)}" if path else ops.layer_name(training) for path in paths))
+            ).at(tuple(f"{path}.{its_name}" if path else its_name for path in paths))
         )
 
 

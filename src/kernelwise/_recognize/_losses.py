@@ -204,8 +204,8 @@ def find_head(model: nn.Module) -> tuple[str, str | None] | None:
     return wide[0], None
 
 
-def joins(head: nn.Module, name: str) -> tuple[Recognition, Recognition]:
-    """Return what a head, the child of that name, computes with its loss: in inference and in training."""
+def joins(head: nn.Module, name: str) -> Recognition:
+    """Return what a head, the child of that name, computes with its loss."""
     bias = (
         Binding("attribute", f"{name}.bias") if getattr(head, "bias", None) is not None else Binding("constant", None)
     )
@@ -214,10 +214,7 @@ def joins(head: nn.Module, name: str) -> tuple[Recognition, Recognition]:
         ("labels", Binding("argument", LABELS)),
         ("bias", bias),
     )
-    inference, training = (
-        Recognition("linear_cross_entropy", roles, (("mode", mode),)) for mode in ("inference", "training")
-    )
-    return inference, training
+    return Recognition("linear_cross_entropy", roles)
 
 
 def _widens(child: Any) -> bool:
