@@ -19,14 +19,16 @@ def progress_of(progress: bool | OnCheck, *, total: int | None = None) -> Iterat
             called itself. False: nothing happens.
         total: how many kinds of layers there are to check; None where it is not known.
     """
-    if progress is not True:
-        yield progress or _nothing
-        return
     from rich.console import Console
+
+    console = Console(stderr=True)
+    if progress is not True or not (console.is_terminal or console.is_jupyter):
+        yield progress if callable(progress) else _nothing
+        return
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
     columns = (BarColumn(), MofNCompleteColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
-    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+    with Progress(*columns, console=console, transient=True) as bar:
         task = bar.add_task("loading", total=total)
         begun: list[tuple[str, str]] = []
 
