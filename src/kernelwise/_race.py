@@ -89,7 +89,7 @@ def race(
     errors: dict[str, str] = {}
     calls: dict[str, Callable[[], object]] = {}
     first_s: dict[str, float] = {}
-    expected = _Expected(contenders[own], workload)
+    expected = _Expected(own, contenders[own], workload)
     models = [contender.model for contender in contenders.values()]
     with undisturbed(*models, training=workload.training):
         for name in (own, *(name for name in contenders if name != own)):
@@ -136,8 +136,8 @@ def race(
 class _Expected:
     """What the model's own code gives, and how far a contender may be from it."""
 
-    def __init__(self, contender: Contender, workload: Workload) -> None:
-        self._contender, self._workload = contender, workload
+    def __init__(self, name: str, contender: Contender, workload: Workload) -> None:
+        self._name, self._contender, self._workload = name, contender, workload
         self._groups: dict[str, list[torch.Tensor | None]] = {}
         self._allowed: dict[str, float] = {}
 
@@ -158,13 +158,15 @@ class _Expected:
         for name, other in self._groups_of(found).items():
             own = self._groups[name]
             if not _same_shapes(own, other):
-                return f"its {name} have other shapes than eager's"
+                return f"its {name} have other shapes than {self._name}'s"
             distance = _distance(own, other)
             if math.isinf(distance):
-                return f"its {name} are infinite or not a number where eager's are not"
+                return f"its {name} are infinite or not a number where {self._name}'s are not"
             if distance > self._allowed[name]:
                 allowed = self._allowed[name]
-                return f"its {name} differ from eager's by {distance:.2g} of their size, allowed are {allowed:.2g}"
+                return (
+                    f"its {name} differ from {self._name}'s by {distance:.2g} of their size, allowed are {allowed:.2g}"
+                )
         return None
 
     def forget(self) -> None:
