@@ -5,9 +5,9 @@
 Shapes: `llama` (Llama-3-8B), `qwen3` (Qwen3-8B, with norms of q and k), `gemma3` (Gemma-3-4B: heads of 256, GEGLU, norms with
 `1 + w`, half of the attention in windows, a vocabulary of 262,208 shared with the head).
 
-Variants: `eager`; `ours` (`kernelwise.kernelize(model)`: RMS norm, gated MLP, rotary embedding); `ours+add` (and the
-second norm of a layer fused with the addition before it, by hand, for llama); `ours+loss` (and the head fused with its loss in
-training, by hand, as kernelize leaves the head alone); `compile` (torch.compile of the model);
+Variants: `eager`; `ours` (`kernelwise.kernelize(model)`: RMS norm, gated MLP, rotary embedding, the head with its loss);
+`ours-loss` (with its own head and loss); `ours+add` (and the second norm of a layer fused with the addition before it, by
+hand, for llama); `compile` (torch.compile of the model);
 `ours+compile`; `liger` (apply_liger_kernel_to_llama without its fused loss, and with it
 as `liger+loss`). Each measures prefill of 1 x 4096 tokens, decoding with a dynamic cache (a Python loop) and with a
 static cache and the whole step in one CUDA graph, and a training step (forward and backward) of 1 x 4096. Logits, loss
@@ -42,7 +42,6 @@ from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 import kernelwise
 from kernelwise.kernels.triton.add_rms_norm import add_rms_norm
-from kernelwise.kernels.triton.linear_cross_entropy import linear_cross_entropy
 
 START = time.time()
 TOKENS = 4096
@@ -207,7 +206,7 @@ def run_variant(variant: str, shape: str, layers: int, reference: dict[str, Any]
     compiled = "compile" in variant
     model = build(shape, layers)
     if variant.startswith("ours"):
-        kernelwise.kernelize(model)
+        kernelwise.kernelize(model, {"LinearCrossEntropy": "none"} if variant == "ours-loss" else None)
         found["kernels"] = sorted({row.kernel for row in kernelwise.report(model).rows if row.kernel})
     ids = torch.randint(
         0, model.config.vocab_size, (1, TOKENS), device="cuda", generator=torch.Generator("cuda").manual_seed(1)
@@ -236,11 +235,7 @@ def run_variant(variant: str, shape: str, layers: int, reference: dict[str, Any]
     call = prepared()
 
     def step() -> torch.Tensor:
-        if variant == "ours+loss":
-            hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state
-            loss = linear_cross_entropy(hidden[0, :-1], model.lm_head.weight, ids[0, 1:])
-        else:
-            loss = call(input_ids=ids, labels=ids, use_cache=False).loss
+        loss = call(input_ids=ids, labels=ids, use_cache=False).loss
         loss.backward()
         return loss.detach()
 
@@ -260,7 +255,7 @@ def run_variant(variant: str, shape: str, layers: int, reference: dict[str, Any]
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", default="eager,ours,ours+add,ours+loss,liger,liger+loss,compile,ours+compile")
+    parser.add_argument("--variants", default="eager,ours,ours-loss,ours+add,liger,liger+loss,compile,ours+compile")
     parser.add_argument("--shape", choices=tuple(MODULES), default="llama")
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--seconds", type=float, default=400, help="stop starting new variants after this long")

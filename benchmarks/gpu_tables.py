@@ -16,6 +16,7 @@ NAMES = {
     "eager": "as in transformers",
     "ours": "`kernelwise.kernelize(model)`",
     "ours+add": "and add + norm fused by hand",
+    "ours-loss": "without the head and its loss",
     "ours+loss": "and the head with its loss",
     "liger": "Liger",
     "liger+loss": "Liger with its fused loss",
