@@ -62,12 +62,10 @@ def main() -> None:
             seconds=options.race,
         )
         for run in runs:
-            found = run.comparison
-            shown = (
-                f"{found.us / 1e3:9.2f} ms {found.speedup:6.3f} x ({found.low:.3f}-{found.high:.3f})"
-                if found
-                else run.error
-            )
+            shown = run.error
+            if run.comparison is not None:
+                c = run.comparison
+                shown = f"{c.us / 1e3:9.2f} ms {c.speedup:6.3f} x ({c.low:.3f}-{c.high:.3f})"
             print(f"  {run.workload:9}{run.contender:16}{shown}", flush=True)
         (options.out / f"gpu_bench_h100_{shape}.json").write_text(json.dumps(to_json(runs), indent=1) + "\n")
         del model, config, runs
