@@ -129,6 +129,24 @@ def test_bfloat16_allows_its_rounding_and_no_more(inputs: Any) -> None:
     assert found_in(runs, "builtin").error is None
 
 
+def test_products_that_may_be_less_exact_allow_more() -> None:
+    model = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    off = nn.Sequential(nn.Linear(64, 64), nn.Linear(64, 8))
+    off.load_state_dict({name: value * (1 + 2e-4) for name, value in model.state_dict().items()})
+    inputs = torch.randn(8, 64)
+
+    def error_of_off() -> str | None:
+        return found_in(raced(model, inputs, "forward", off=lambda model: off), "off").error
+
+    assert "differ" in (error_of_off() or "")
+    before = torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    try:
+        assert error_of_off() is None
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+
+
 @pytest.mark.parametrize(
     ("change", "said"),
     [
@@ -548,6 +566,7 @@ def test_layers_of_a_type_repeat_its_kinds() -> None:
     ("arguments", "said"),
     [
         ({"spec": "llama", "device": "nowhere"}, "has no nowhere"),
+        ({"spec": "llama", "device": "xla" if torch.cuda.is_available() else "cuda"}, "that PyTorch can use"),
         ({"spec": "somebody:model", "layers": 2}, "leave out --full and --layers"),
         ({"spec": "lama", "layers": 2}, "no model type of transformers"),
         ({"spec": "./nowhere", "layers": 2}, "no such directory"),

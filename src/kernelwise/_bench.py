@@ -187,6 +187,8 @@ def bench_command(
     if inputs is None:
         shapes = ", ".join(f"{name} {list(tensor.shape)}" for name, tensor in given.items())
         notes.append(f"random inputs: {shapes}; a run of decode is {steps} tokens for each row")
+        if all(run.comparison is None for run in runs):
+            notes.append("the inputs may be at fault: --inputs module:factory gives others")
     return evidence(named.model, runs, name=spec, seconds=time.perf_counter() - began, notes=notes)
 
 

@@ -219,8 +219,11 @@ def _distance(own: Sequence[torch.Tensor | None], other: Sequence[torch.Tensor |
 
 def _of_sums() -> float:
     """Return what the order of a sum alone costs: some steps of float32, and more where products may be less exact."""
-    steps = {"highest": 16 * torch.finfo(torch.float32).eps, "high": 2.0**-10}
-    return steps.get(torch.get_float32_matmul_precision(), 2.0**-8)
+    backends: Any = torch.backends
+    precisions = {backends.cuda.matmul.fp32_precision, backends.mkldnn.matmul.fp32_precision}
+    if "bf16" in precisions:
+        return 2.0**-8
+    return 2.0**-10 if "tf32" in precisions else 16 * torch.finfo(torch.float32).eps
 
 
 @contextmanager

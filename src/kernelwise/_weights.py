@@ -72,12 +72,16 @@ def _place(device: str | None) -> torch.device:
     if device is None:
         return torch.device("cpu") if found is None else found
     kind = "cuda" if device == "rocm" else device  # as torch calls it
-    if kind != "cpu" and (found is None or torch.device(kind).type != found.type):
+    try:
+        wanted = torch.device(kind)
+    except RuntimeError:  # torch knows no such device
+        wanted = None
+    if wanted is None or (wanted.type != "cpu" and (found is None or wanted.type != found.type)):
         raise KernelwiseError(
             f"this machine has no {device} that PyTorch can use\n"
             f"  go on      leave --device out, or take {'cpu' if found is None else f'{found.type} or cpu'}"
         )
-    return torch.device(kind)
+    return wanted
 
 
 def _trained(spec: str, dtype: str | None, place: torch.device, layers: int | None) -> NamedModel:
