@@ -66,6 +66,17 @@ def put_back(before: dict[str, Any]) -> list[str]:
     return changed
 
 
+@contextmanager
+def as_before() -> Iterator[None]:
+    """Put settings and random states back, whatever the code inside has changed: the import of a kernel."""
+    before = settings()
+    with user_random_state():
+        try:
+            yield
+        finally:
+            put_back(before)
+
+
 def random_states() -> list[torch.Tensor]:
     """Return the states of the random numbers: of the CPU, and of the GPUs where they are in use."""
     states = [torch.get_rng_state()]

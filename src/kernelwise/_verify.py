@@ -478,17 +478,21 @@ def verify_plan(
     notes: list[str] = []
     checks: list[Check] = []
     workers: dict[tuple[Kernel | None, str], Worker] = {}
+    running: Worker | None = None
     with ExitStack() as stack:
         for found, sample in _with_samples(model, (*groups, *wholes), inputs, options, notes):
+            if found in wholes and sample is None:
+                notes.append(f"{found.decision.layer.path} is not checked as a whole: that takes inputs of the model")
+                continue
             key = found.decision.kernel, found.decision.layer.device
             if key not in workers:
                 assert key[0] is not None
                 worker = Worker(key[0], key[1], seconds=options.seconds, memory=options.memory)
                 workers[key] = stack.enter_context(worker)
-            if found in wholes and sample is None:
-                notes.append(f"{found.decision.layer.path} is not checked as a whole: that takes inputs of the model")
-                continue
-            for check in check_group(model, found, sample, options, workers[key]):
+            if running is not workers[key] and running is not None:
+                running.close()  # one process at a time; in a further pass it is started anew
+            running = workers[key]
+            for check in check_group(model, found, sample, options, running):
                 checks.append(check)
                 on_check(check)
     for decision in plan.decisions:

@@ -2,7 +2,7 @@
 
 A reference names the Hub, a local directory, an installed package or a builtin kernel. Whichever it is, `load` either
 returns a checked kernel or raises one `KernelLoadError` and leaves the process as it was: no half-imported module,
-nothing in the registries of the `kernels` library.
+nothing in the registries of the `kernels` library. Settings of torch and random states are put back in either case.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from collections.abc import Callable
 
 from kernelwise._data import Kernel, KernelRef
 from kernelwise._errors import KernelLoadError
+from kernelwise._process import as_before
 from kernelwise.sources import builtin, hub, package, path
 from kernelwise.sources._explain import explain
 
@@ -34,10 +35,20 @@ def load(ref: KernelRef, *, device: str, before_import: BeforeImport | None = No
     Raises:
         KernelLoadError: always this, with the reason in one line, how to go on, and the cause chained.
     """
+    if ref.scheme == "builtin":
+        return _load_builtin(ref, device)
+    with as_before():
+        try:
+            return _LOADERS[ref.scheme](ref, device=device, before_import=before_import)
+        except KernelLoadError:
+            raise
+        except (Exception, SystemExit) as error:
+            raise explain(ref, error) from error
+
+
+def _load_builtin(ref: KernelRef, device: str) -> Kernel:
     try:
-        if ref.scheme == "builtin":
-            return builtin.load(ref, device=device)
-        return _LOADERS[ref.scheme](ref, device=device, before_import=before_import)
+        return builtin.load(ref, device=device)
     except KernelLoadError:
         raise
     except (Exception, SystemExit) as error:
