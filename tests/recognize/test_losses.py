@@ -122,10 +122,28 @@ def looks_at_data(logits, labels, ignore_index=-100):
     return F.cross_entropy(logits.float().view(-1, logits.size(-1)), labels.view(-1), ignore_index=ignore_index)
 
 
+def weighted_by_a_keyword(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100, **kwargs):
+    return loss_utils.ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index) * kwargs.get(
+        "by", 1
+    )
+
+
+def of_the_vocabulary_alone(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100):
+    return loss_utils.ForCausalLMLoss(logits[..., :vocab_size], labels, vocab_size, num_items_in_batch, ignore_index)
+
+
+def halved_for_large_ones(logits, labels, vocab_size, num_items_in_batch=None, ignore_index=-100):
+    logits = logits / 2 if vocab_size > 100_000 else logits
+    return loss_utils.ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index)
+
+
 @pytest.mark.parametrize(
     "function",
     [
         smoothed,
+        weighted_by_a_keyword,
+        of_the_vocabulary_alone,
+        halved_for_large_ones,
         another_index,
         shifted_twice,
         wrong_way,

@@ -214,3 +214,14 @@ def class_asked_for(frame: types.FrameType) -> type | None:
     for one in known[before + 2 : index]:
         value = getattr(value, str(one.argval), None)
     return value if isinstance(value, type) else None
+
+
+@functools.lru_cache(maxsize=4096)
+def only_passes_on(code: types.CodeType, name: str) -> bool:
+    """Whether code does nothing with a dict but merge it into the arguments of calls."""
+    known = instructions(code)
+    for one, two in zip(known, [*known[1:], None], strict=True):
+        names = one.argval if isinstance(one.argval, tuple) else (one.argval,)
+        if name in names and (names[-1] != name or two is None or two.opname not in ("DICT_MERGE", "CALL_FUNCTION_EX")):
+            return False
+    return name not in (*code.co_cellvars, *code.co_freevars)

@@ -24,9 +24,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernelwise._data import Binding, Recognition
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import match
-from kernelwise._recognize._memory import Entry, not_only_of_its_inputs
+from kernelwise._recognize._memory import Entry, looks_into_keywords, not_only_of_its_inputs
 from kernelwise._recognize._reads import Reads
-from kernelwise._recognize._record import Recorder, Source, Untraceable, Widths
+from kernelwise._recognize._record import Failed, Recorder, Source, Untraceable, Widths
 from kernelwise._recognize._stand_in import Stage
 from kernelwise._recognize._trace import trace
 from kernelwise.ops import OPERATIONS, Operation, Variant
@@ -35,6 +35,7 @@ LABELS = "labels"
 """The argument by which a model is asked for its loss. It decides when logits need not be computed, not what they are."""
 
 _VOCABULARY = 58
+_LARGE = 200_003
 _SIZES = ((11, 13), (1, 2), (7, 257))
 _DTYPES = (torch.bfloat16, torch.float32, torch.float16)
 _OPTIONAL = ("num_items", "shifted")
@@ -59,6 +60,8 @@ def find_loss(function: Callable[..., Any]) -> Recognition | str:
     asks = not_only_of_its_inputs(Reads(), (function,))
     if asks is not None:
         return asks
+    if looks_into_keywords(function):
+        return "it looks into its further keywords"
     problem = "no known loss has this graph"
     for op in OPERATIONS.values():
         for variant, names in itertools.product(op.variants if op.loss else (), _namings(signature)):
@@ -137,18 +140,43 @@ def _differs(
             ):
                 return "" if first else f"is {op.name} {dict(variant.options)}, but not for {dtype} and {sorted(mix)}"
             first = False
+    return _differs_by_vocabulary(function, signature, op, variant, names)
+
+
+def _differs_by_vocabulary(
+    function: Callable[..., Any], signature: _Signature, op: Operation, variant: Variant, names: dict[str, str]
+) -> str | None:
+    """Return where a function looks at the size of the vocabulary, or None: logits may be padded beyond what it is told."""
+    for width, said in ((_LARGE, _LARGE), (_VOCABULARY, _VOCABULARY - 1)) if signature.vocabulary else ():
+        given = _Given(_SIZES[0], _DTYPES[0], frozenset(), torch.int64, signature.default, width, said)
+        try:
+            own = _graph(function, given, signature, names)
+        except Failed:
+            continue
+        except Untraceable as reason:
+            return f"is {op.name}, but not always: {reason}"
+        reference = _graph(
+            op.reference, given, None, {role: role for role in ("logits", "labels", *_OPTIONAL)}, variant
+        )
+        if match(reference, own, {}) is None:
+            return f"is {op.name} {dict(variant.options)}, but not for {width} logits and a vocabulary of {said}"
     return None
 
 
 @dataclass(frozen=True, slots=True)
 class _Given:
-    """One way to call a loss. `counts` is the dtype of the number of items; None: a plain number."""
+    """One way to call a loss. `counts` is the dtype of the number of items; None: a plain number.
+
+    `width` is the size of the vocabulary in the logits, `said` the one that the loss is given besides.
+    """
 
     size: tuple[int, int]
     dtype: torch.dtype
     mix: frozenset[str]
     counts: torch.dtype | None
     ignored: int
+    width: int = _VOCABULARY
+    said: int = _VOCABULARY
 
 
 def _graph(
@@ -169,7 +197,7 @@ def _graph(
         if role == "num_items":
             tensor = stage.fake((), given.counts or torch.int64)
         elif role == "logits":
-            tensor = stage.fake((*given.size, _VOCABULARY), given.dtype)
+            tensor = stage.fake((*given.size, given.width), given.dtype)
         else:
             tensor = stage.fake(given.size, torch.int64)
         return stage.recorder.input(tensor, Source("argument", names[role]))
@@ -179,7 +207,7 @@ def _graph(
         arguments |= {"ignore_index": given.ignored, **dict(variant.options)}
     elif signature is not None:
         if signature.vocabulary is not None:
-            arguments[signature.vocabulary] = _VOCABULARY
+            arguments[signature.vocabulary] = given.said
         if signature.ignored is not None:
             arguments[signature.ignored] = given.ignored
     return trace(stage, function, (), arguments)

@@ -25,6 +25,7 @@ from kernelwise._recognize._code import (
     chains,
     global_names,
     looks_on_its_class,
+    only_passes_on,
     problem_of,
     sizes_named,
     writes_to,
@@ -429,6 +430,19 @@ def not_only_of_its_inputs(reads: Reads, functions: Iterable[Any], cls: type | N
     if asked:
         return f"what it computes may depend on more than its inputs ({', '.join(sorted(asked))})"
     return None
+
+
+def looks_into_keywords(function: Callable[..., Any]) -> bool:
+    """Whether a function, or one that it hands them on to, does more with its `**keywords` than to hand them on."""
+    for reached in _reached((function,), None):
+        code = reached.__code__
+        if code.co_flags & inspect.CO_VARKEYWORDS:
+            name = code.co_varnames[
+                code.co_argcount + code.co_kwonlyargcount + bool(code.co_flags & inspect.CO_VARARGS)
+            ]
+            if not only_passes_on(code, name):
+                return True
+    return False
 
 
 def sizes_in(reads: Reads, functions: Iterable[Any], cls: type | None = None) -> tuple[int, ...]:

@@ -20,7 +20,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from kernelwise._recognize._code import class_asked_for
+from kernelwise._recognize._code import class_asked_for, only_passes_on
 from kernelwise._recognize._compare import FIRST, Candidate, Round
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._reads import Reads, is_function
@@ -308,7 +308,7 @@ def _layer_of(module: nn.Module, norms: dict[str, str | None], reads: Reads, tra
     more = next((p.name for p in parameters if p.kind is p.VAR_KEYWORD), None)
     if any(p.kind is p.VAR_POSITIONAL for p in parameters):
         raise Untraceable("its forward takes any number of arguments")
-    if more is not None and not _only_passes_on(code, more):
+    if more is not None and not only_passes_on(code, more):
         raise Untraceable(f"it looks into its **{more}")
     first, *rest = (p for p in parameters if p.name != more)
     return TracedLayer(
@@ -380,14 +380,3 @@ def _compared_with_none(code: types.CodeType) -> frozenset[str]:
         if one.opname.startswith("LOAD_FAST") and (by_jump or by_operator):
             names.add(one.argval[-1] if isinstance(one.argval, tuple) else str(one.argval))
     return frozenset(names)
-
-
-@functools.lru_cache(maxsize=4096)
-def _only_passes_on(code: types.CodeType, name: str) -> bool:
-    """Whether code does nothing with a dict but merge it into the arguments of calls."""
-    instructions = list(dis.get_instructions(code))
-    for one, two in zip(instructions, [*instructions[1:], None], strict=True):
-        names = one.argval if isinstance(one.argval, tuple) else (one.argval,)
-        if name in names and (names[-1] != name or two is None or two.opname not in ("DICT_MERGE", "CALL_FUNCTION_EX")):
-            return False
-    return name not in (*code.co_cellvars, *code.co_freevars)
