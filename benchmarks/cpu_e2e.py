@@ -1,7 +1,8 @@
 """A language model from end to end on the CPU, own code and kernels side by side: `python benchmarks/cpu_e2e.py`.
 
 The model has the shape of SmolLM2-135M (30 layers, random weights). Contenders: `eager`, transformers as it comes (SDPA
-attention, growing cache); `ours`, the same after `kernelwise.kernelize`; `compile`, torch.compile of the whole model, in
+attention, growing cache); `ours`, the same after `kernelwise.kernelize`; `ours-loss`, without the kernel for the head with its
+loss; `compile`, torch.compile of the whole model, in
 decoding with transformers' static cache; `ours+compile`. Transformers' own kernels are not among them: it fetches them
 from the Hub, and has none for CPUs.
 
@@ -45,7 +46,7 @@ from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCach
 import kernelwise
 
 PREFILL, PROMPT, STEPS, TRAIN = 512, 128, 16, (2, 256)
-CONTENDERS = ("eager", "ours", "compile", "ours+compile")
+CONTENDERS = ("eager", "ours", "ours-loss", "compile", "ours+compile")
 WORK = ("prefill", "decode", "decode8", "train")
 
 
@@ -62,8 +63,8 @@ class Result:
     first_result_s: float
 
 
-def build(layers: int, dtype: torch.dtype) -> Any:
-    """The model of eager, and a kernelized one with the same numbers."""
+def build(layers: int, dtype: torch.dtype, contenders: list[str]) -> Any:
+    """The model of eager, and kernelized ones with the same numbers."""
     config = LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
@@ -78,14 +79,15 @@ def build(layers: int, dtype: torch.dtype) -> Any:
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    ours = copy.deepcopy(model)
-    kernelwise.kernelize(ours)
-    return {"eager": model, "ours": ours}
+    models = {"eager": model, "ours": kernelwise.kernelize(copy.deepcopy(model))}
+    if "ours-loss" in contenders:
+        models["ours-loss"] = kernelwise.kernelize(copy.deepcopy(model), {"LinearCrossEntropy": "none"})
+    return models
 
 
 def call_of(work: str, contender: str, models: dict[str, Any]) -> Callable[[], float]:
     """A function that does the work once and returns its seconds, set-up not counted."""
-    model = models["ours" if contender.startswith("ours") else "eager"]
+    model = models[contender.removesuffix("+compile").replace("compile", "eager")]
     compiled = "compile" in contender
     run = torch.compile(model) if compiled else model
     torch.manual_seed(1)
@@ -175,7 +177,7 @@ def main() -> None:
     results: list[Result] = []
     skipped = []
     for dtype in options.dtypes:
-        models = build(options.layers, DTYPES[dtype])
+        models = build(options.layers, DTYPES[dtype], contenders)
         for work in options.work:
             if time.perf_counter() - begin > options.limit:
                 skipped.append(f"{work} {dtype}")
