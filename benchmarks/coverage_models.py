@@ -32,6 +32,7 @@ from transformers.models.auto import modeling_auto  # noqa: E402
 
 from kernelwise._data import Recognition  # noqa: E402
 from kernelwise._recognize import plain_function, recognize, recognize_functions  # noqa: E402
+from kernelwise._recognize._children import record_calls  # noqa: E402
 from kernelwise.ops import OPERATIONS  # noqa: E402
 
 HERE = Path(__file__).parent
@@ -209,7 +210,7 @@ _compared: set[object] = set()  # what this process has run: a class that many m
 def disagreements(model_type: str, class_names: tuple[str, ...]) -> tuple[str, int, list[str]]:
     """How many recognised layers and functions of a model were compared with their references, and which differ.
 
-    Layers whose children are norms, attention and MLP are left to tests/recognize/test_decoder_layers.py.
+    In layers of a model, blocks of one weight stand for children that the layer only hands arguments and results to.
     """
     sys.path[:0] = [str(HERE.parent / "tests"), str(HERE.parent / "tests" / "recognize")]
     agreement = importlib.import_module("agreement")
@@ -217,14 +218,13 @@ def disagreements(model_type: str, class_names: tuple[str, ...]) -> tuple[str, i
     number = 0
     wrong: list[str] = []
     try:
-        model = build(model_type, class_names)
+        model = build(model_type, class_names).eval()
     except Exception:
         return model_type, 0, []
     for module in model.modules():
         cases: list[tuple[object, Recognition, object]] = []
         answer = recognize(module, training=False)
-        small = sum(parameter.numel() for parameter in module.parameters()) < LARGEST
-        if isinstance(answer, Recognition) and small and not OPERATIONS[answer.op].norms:
+        if isinstance(answer, Recognition) and size_of(module, answer) < LARGEST:
             cases.append((type(module), answer, None))
         for name, found in recognize_functions(module):
             function = plain_function(plain_function(type(module).forward).__globals__[name])
@@ -235,15 +235,24 @@ def disagreements(model_type: str, class_names: tuple[str, ...]) -> tuple[str, i
             _compared.add((what, found))
             number += 1
             generator = torch.Generator().manual_seed(3)
-            layer = nn.Module() if function else copy.deepcopy(module).to_empty(device="cpu").eval()
+            is_whole = function is None and bool(OPERATIONS[found.op].norms)
+            layer = nn.Module() if function else module if is_whole else copy.deepcopy(module).to_empty(device="cpu")
             try:
-                agreement.randomize(layer, generator)
+                if not is_whole:
+                    agreement.randomize(layer, generator)
                 make = agreement.function_inputs if function else agreement.inputs_of
                 agreement.assert_agrees(layer, found, make(function or layer, found, generator), call=function)
             except Exception as error:
                 name = getattr(function, "__qualname__", type(module).__name__)
                 wrong.append(f"{name} as {found.op} {dict(found.options)}: {type(error).__name__}: {str(error)[:200]}")
     return model_type, number, wrong
+
+
+def size_of(module: nn.Module, found: Recognition) -> int:
+    """How many parameters a layer has, without children that only something is handed to."""
+    calls = record_calls(module, training=False)[0] if OPERATIONS[found.op].norms else ()
+    handed = {id(p) for call in calls if call.is_open for p in module.get_submodule(call.path).parameters()}
+    return sum(parameter.numel() for parameter in module.parameters() if id(parameter) not in handed)
 
 
 def functions_alone(names: list[str]) -> dict[str, str | None]:

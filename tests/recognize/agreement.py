@@ -62,13 +62,18 @@ class Block(nn.Module):
 
 
 def with_blocks(layer: nn.Module, width: int) -> nn.Module:
-    """A copy of a layer with blocks in place of the children whose arguments and results the layer only hands on."""
+    """A copy of a layer with blocks in place of the children whose arguments and results the layer only hands on.
+
+    A layer without memory gets some, for what is left of it.
+    """
     memo: dict[int, Any] = {}
     calls, _ = record_calls(layer, training=layer.training)
     for call in calls:
         if call.is_open:
             memo[id(layer.get_submodule(call.path))] = Block(width, call.lengths[0])
     copied = copy.deepcopy(layer, memo)
+    if any(parameter.is_meta for parameter in copied.parameters()):
+        copied = copied.to_empty(device="cpu")
     randomize(copied, torch.Generator().manual_seed(7))
     return copied
 
