@@ -288,7 +288,7 @@ def _joined(layer: Layer, decision: Decision, fallbacks: Counter[str]) -> Call:
         labels=LABELS,
         position=position,
         loss=kernel.function,
-        dtypes=kernel.limits.dtypes,
+        limits=kernel.limits,
         fallbacks=fallbacks,
     )
 

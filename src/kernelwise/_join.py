@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from kernelwise._data import Limits
 from kernelwise._lazy_logits import Source, followed, lazy_logits
 
 Call = Callable[..., Any]
@@ -35,6 +36,7 @@ class _Asked:
     head: nn.Module
     loss: Call
     dtypes: frozenset[torch.dtype]
+    devices: frozenset[str]
     fallbacks: Counter[str]
 
 
@@ -42,14 +44,15 @@ _local = threading.local()
 
 
 def around(
-    inner: Call, head: str, labels: str, position: int, loss: Call, dtypes: tuple[str, ...], fallbacks: Counter[str]
+    inner: Call, head: str, labels: str, position: int, loss: Call, limits: Limits, fallbacks: Counter[str]
 ) -> Call:
     """Return a forward that runs `inner`, and has its child `head` give lazy logits where it is called with labels.
 
     `labels` is the name of that argument and `position` its place after `self`. `loss` is the kernel
-    `linear_cross_entropy`, for heads of `dtypes`.
+    `linear_cross_entropy`, for heads within `limits`.
     """
-    taken = frozenset(getattr(torch, name) for name in dtypes)
+    dtypes = frozenset(getattr(torch, name) for name in limits.dtypes)
+    devices = frozenset("cuda" if name == "rocm" else name for name in limits.devices)  # as torch calls them
 
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         given = args[position] if len(args) > position else kwargs.get(labels)
@@ -61,7 +64,7 @@ def around(
             fallbacks[why or HOOKED] += 1
             return inner(self, *args, **kwargs)
         before = getattr(_local, "asked", None)
-        _local.asked = _Asked(module, loss, taken, fallbacks)
+        _local.asked = _Asked(module, loss, dtypes, devices, fallbacks)
         try:
             return inner(self, *args, **kwargs)
         finally:
@@ -89,6 +92,7 @@ def head_call(inner: Call, product: Call) -> Call:
             and input.dim() > 1
             and input.numel()
             and input.dtype in asked.dtypes
+            and input.device.type in asked.devices
             and all(t is None or (t.dtype == input.dtype and t.device == input.device) for t in (weight, bias))
         ):
             asked.fallbacks[INPUT] += 1
