@@ -40,6 +40,10 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
 }
 
 
+changed_by_imports: list[str] = []
+"""What kernels have changed when they were imported into this process, and what was put back; the worker asks for it."""
+
+
 def settings() -> dict[str, Any]:
     """Return every setting of torch that decides what code computes, by what it is called in a sentence."""
     return {name: _read(name) for name in _SETTINGS}
@@ -74,7 +78,7 @@ def as_before() -> Iterator[None]:
         try:
             yield
         finally:
-            put_back(before)
+            changed_by_imports.extend(put_back(before))
 
 
 def random_states() -> list[torch.Tensor]:

@@ -29,7 +29,7 @@ from kernelwise import sources
 from kernelwise._data import Kernel, Layer, Status, from_json, to_json
 from kernelwise._errors import KernelLoadError
 from kernelwise._observe import CannotTryError, Case, Observed, growth, kernel_call, observe
-from kernelwise._process import put_back, settings
+from kernelwise._process import changed_by_imports
 
 SECONDS = 60.0
 MEMORY = 8 << 30
@@ -375,11 +375,10 @@ def main() -> None:
     _limit(_receive(incoming)["memory"])
     _write(outgoing, {"ok": True})
     start = _receive(incoming)
-    before = settings()
     try:
         kernel = _load(from_json(Kernel, start["kernel"]), start["device"])
-        if changed := put_back(before):
-            said = f"its import changes {', '.join(changed)} for the whole process"
+        if changed_by_imports:
+            said = f"its import changes {', '.join(changed_by_imports)} for the whole process"
             return _write(outgoing, {"failed": ["setting_changed", said]})
         _write(outgoing, {"ok": True})
     except BaseException as error:
