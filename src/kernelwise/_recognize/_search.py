@@ -94,7 +94,7 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
             problem = problem or prove_without(op, variant, fixed, candidate, found.roles, optional)
             if problem is None:
                 named = sizes_in(reads, (forward,), type(module))
-                elsewhere = (*rounds_at(named), *rounds_of_widths((OTHER_WIDTH, *named)))
+                elsewhere = (*rounds_at(named), replace(FIRST, width=OTHER_WIDTH), *rounds_of_widths(named))
                 problem = prove(op, variant, fixed, candidate, found.roles, elsewhere)
             if problem is None and not fits(op, variant, fixed, graph, found.roles):
                 problem = f"looks like {op.name}, but the sizes of its tensors only fit by broadcasting"
