@@ -104,13 +104,14 @@ def race(
                     found = call()
                     _wait(device)
                     first_s[name] = perf_counter() - began
+                    numbers = expected.numbers_of(found)
+                    del found  # whole gradients take as much memory as the weights
                 if name == own:
-                    expected.take(found)
+                    expected.take(numbers)
                 else:
-                    why = expected.differs(found)
+                    why = expected.differs(numbers)
                     if why is not None:
                         errors[name] = why
-                del found
             except Exception as error:
                 errors[name] = said(error)
                 if name == own:
@@ -133,30 +134,33 @@ def race(
     return tuple(runs)
 
 
+_Numbers = dict[str, list[torch.Tensor | None]]
+
+
 class _Expected:
     """What the model's own code gives, and how far a contender may be from it."""
 
     def __init__(self, name: str, contender: Contender, workload: Workload) -> None:
         self._name, self._contender, self._workload = name, contender, workload
-        self._groups: dict[str, list[torch.Tensor | None]] = {}
+        self._numbers: _Numbers = {}
         self._allowed: dict[str, float] = {}
 
-    def take(self, found: Any) -> None:
+    def take(self, numbers: _Numbers) -> None:
         """Keep the numbers of the own code, and run it again with roundings added."""
-        self._groups = self._groups_of(found)
+        self._numbers = numbers
         model = self._contender.model
         steps = [torch.finfo(p.dtype).eps for p in model.parameters() if p.is_floating_point()]
         with _seeded(1, model), _rounded_once_more(model):
-            noisy = self._groups_of(run_of(model, self._workload)())
+            noisy = self.numbers_of(run_of(model, self._workload)())
         floor = _FLOOR_STEPS * max((_of_sums(), *steps))
         self._allowed = {
-            name: max(floor, _TIMES_ROUNDING * _distance(own, noisy[name])) for name, own in self._groups.items()
+            name: max(floor, _TIMES_ROUNDING * _distance(own, noisy[name])) for name, own in numbers.items()
         }
 
-    def differs(self, found: Any) -> str | None:
+    def differs(self, numbers: _Numbers) -> str | None:
         """Say how a contender's numbers differ by more than rounding, or None."""
-        for name, other in self._groups_of(found).items():
-            own = self._groups[name]
+        for name, other in numbers.items():
+            own = self._numbers[name]
             if not _same_shapes(own, other):
                 return f"its {name} have other shapes than {self._name}'s"
             distance = _distance(own, other)
@@ -171,10 +175,10 @@ class _Expected:
 
     def forget(self) -> None:
         """Free what was kept for comparing."""
-        self._groups = {}
+        self._numbers = {}
 
-    def _groups_of(self, found: Any) -> dict[str, list[torch.Tensor | None]]:
-        """Return the numbers that one run gave, by what they are."""
+    def numbers_of(self, found: Any) -> _Numbers:
+        """Return the numbers that one run gave, by what they are; large gradients are thinned out."""
         if self._workload.training:
             loss, gradients = found
             return {"loss": [loss], "gradients": [None if g is None else _thinned(g.detach()) for g in gradients]}
