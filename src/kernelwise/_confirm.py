@@ -36,6 +36,9 @@ _WORTH_A_LOOK = 0.01
 LEAST_S = 1.0
 """What the rounds of one race may take at least, however little time is left: without it there is no result."""
 
+MOST_S = 20.0
+"""What they may take at most: by then the differences are clear, or nobody can say."""
+
 _TURNS = 9
 """About how many times a race runs each contender: first calls, warming up, and the fewest rounds."""
 
@@ -206,7 +209,7 @@ def _race_all(
         stored = _results.get(key) if known else None
         if stored is None:
             with compile_limits() if compiled else nullcontext():
-                raced = race(made, workload, device=course.device, seconds=max(LEAST_S, left), own=own)
+                raced = race(made, workload, device=course.device, seconds=min(MOST_S, max(LEAST_S, left)), own=own)
             if known and not any(run.error for run in raced):
                 _results.put(key, to_json(raced))
         else:

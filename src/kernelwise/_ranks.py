@@ -59,8 +59,8 @@ def decide_together(
         different = [index for index, one in enumerate(all_said) if one["same"] != all_said[0]["same"]]
         if different:
             raise PlanError(
-                f"ranks 0 and {different[0]} have different models or inputs, so one decision cannot serve both\n"
-                "  go on      tune the whole model before it is split, with inputs of one shape on every rank"
+                f"ranks 0 and {different[0]} have different models, inputs or options, so one decision cannot serve both\n"
+                "  go on      tune the whole model before it is split, with inputs and options that are the same on all ranks"
             )
         kinds = [one["kind"] for one in all_said]
         found: dict[str, Any] = {}

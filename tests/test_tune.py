@@ -1,0 +1,539 @@
+"""Tuning: what is right and fast is chosen, what is not is out with its reason, and nothing measured is lost."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import fakehub
+import pytest
+import torch
+from torch import nn
+
+import kernelwise as kw
+from kernelwise import _confirm, _inputs, _trials, _tune
+from kernelwise._errors import KernelConfigError, PlanError
+from kernelwise._evidence import EAGER, OWN_CODE, Comparison, Run, Tuning
+from kernelwise._register import unregister_op
+
+KERNELS = """
+import time
+import torch
+from torch import nn
+
+
+def norm(x, weight, eps):
+    return weight * x / torch.sqrt(torch.mean(x * x, -1, keepdim=True) + eps) + torch.tanh(x)
+
+
+class Fast(nn.Module):
+    def forward(self, hidden_states):
+        return norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class Slow(nn.Module):
+    def forward(self, hidden_states):
+        time.sleep(0.01)
+        return norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class Wrong(nn.Module):
+    def forward(self, hidden_states):
+        return hidden_states * self.weight
+
+
+class Hangs(nn.Module):
+    def forward(self, hidden_states):
+        while True:
+            time.sleep(0.1)
+"""
+
+
+class SleepyNorm(nn.Module):
+    """A norm of no known kind, whose own code is slow on any machine."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, width))
+        self.variance_epsilon = 1e-6
+
+    def forward(self, hidden_states):
+        time.sleep(0.002)
+        rms = torch.sqrt(torch.mean(hidden_states * hidden_states, -1, keepdim=True) + self.variance_epsilon)
+        return self.weight * hidden_states / rms + torch.tanh(hidden_states)
+
+
+class Model(nn.Module):
+    def __init__(self, *, widths: tuple[int, ...] = (48, 48)) -> None:
+        super().__init__()
+        self.norms = nn.ModuleList(SleepyNorm(width) for width in widths)
+        self.head = nn.Linear(widths[-1], 4)
+
+    def forward(self, x):
+        for norm in self.norms:
+            x = norm(x[..., : norm.weight.shape[0]])
+        return self.head(x)
+
+
+kw.register_layer(SleepyNorm, "SleepyNorm")
+X = torch.randn(2, 8, 48)
+
+
+def write(folder: Path) -> str:
+    for name, data in fakehub.kernel_files("planted", layers=KERNELS).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return str(folder)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_sizes() -> Iterator[None]:
+    """These tests are about what is done with checks and times, not about these."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_inputs, "_SIZES", ())
+        patch.setattr(_inputs, "_MANY_ROWS", {**_inputs._MANY_ROWS, "S": 101})
+        patch.setattr(_confirm, "MOST_S", 1.0)
+        patch.setattr(_trials, "TIMING_S", 0.2)
+        yield
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory) -> str:
+    return write(tmp_path_factory.mktemp("kernels") / "planted")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def cache(tmp_path_factory) -> Iterator[Path]:
+    with pytest.MonkeyPatch.context() as patch:
+        folder = tmp_path_factory.mktemp("cache")
+        patch.setenv("KERNELWISE_CACHE", str(folder))
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def tuned(repository, cache, few_sizes) -> kw.KernelConfig:
+    """One tuning of a model with every kernel that is planted."""
+    model = Model().eval()
+    before = {name: (value, value.clone()) for name, value in model.state_dict(keep_vars=True).items()}
+    modules = {path: dict(module.__dict__) for path, module in model.named_modules()}
+    refs = [f"{repository}:{name}" for name in ("Wrong", "Slow", "Fast")]
+    told: list[float] = []
+    config = _tune.tune(
+        model, X, candidates={"SleepyNorm": refs}, seconds=60, progress=lambda part, what: told.append(part)
+    )
+    assert told == sorted(told)
+    assert told[-1] == 1.0
+    for name, (value, copy) in before.items():
+        assert model.state_dict(keep_vars=True)[name] is value
+        assert torch.equal(value, copy)
+        assert value.grad is None
+    assert modules == {path: dict(module.__dict__) for path, module in model.named_modules()}
+    return config
+
+
+def of(config: kw.KernelConfig) -> Tuning:
+    assert config.evidence is not None
+    return config.evidence
+
+
+def test_the_right_and_fast_kernel_is_chosen(tuned, repository):
+    assert tuned.kernel_mapping == {"SleepyNorm": {"inference": f"{repository}:Fast"}}
+    (choice,) = [choice for choice in of(tuned).choices if choice.name == "SleepyNorm"]
+    assert choice.chosen == f"{repository}:Fast"
+    assert choice.paths == ("norms.0", "norms.1")
+    assert "times as fast in forward" in choice.reason
+    runs = {run.contender: run for run in of(tuned).runs}
+    assert list(runs)[:1] == [EAGER]
+    assert runs["tuned"].comparison is not None
+    assert runs["tuned"].comparison.verdict == "faster"
+
+
+def test_what_is_slow_or_wrong_is_never_chosen_and_says_why(tuned):
+    (choice,) = [choice for choice in of(tuned).choices if choice.name == "SleepyNorm"]
+    found = {candidate.kernel.rpartition(":")[2]: candidate for candidate in choice.candidates}
+    assert "wrong_values" in (found["Wrong"].out or "")
+    assert found["Wrong"].timings == ()
+    (timing,) = found["Slow"].timings
+    assert found["Slow"].out is None
+    assert timing.comparison.verdict == "slower"
+    (timing,) = found["Fast"].timings
+    assert timing.calls == 2
+    assert found["Fast"].checks > 5
+
+
+def test_what_hangs_costs_its_time_limit_and_no_more(repository):
+    told: list[tuple[float, str]] = []
+    config = _tune.tune(
+        Model().eval(),
+        X,
+        candidates={"SleepyNorm": f"{repository}:Hangs"},
+        seconds=60,
+        limit_s=3,
+        progress=lambda part, what: told.append((time.monotonic(), what)),
+    )
+    (choice,) = [choice for choice in of(config).choices if choice.name == "SleepyNorm"]
+    assert choice.chosen == OWN_CODE
+    assert choice.reason == "every candidate is out"
+    assert choice.candidates[0].out == "as given: timed_out: no answer after 3 s"
+    at = next(index for index, (_, what) in enumerate(told) if "Hangs" in what)
+    assert 3 < told[at + 1][0] - told[at][0] < 3 + 20, "starting its process comes on top"
+
+
+def test_the_evidence_is_no_part_of_the_config(tuned, tmp_path):
+    tuned.save(tmp_path / "kernels.toml")
+    loaded = kw.KernelConfig.load(tmp_path / "kernels.toml")
+    assert loaded == tuned
+    assert loaded.evidence is None
+    assert (tmp_path / "kernels.toml").read_text() == of(tuned).config
+    assert Tuning.from_json(json.loads(json.dumps(of(tuned).to_json()))) == of(tuned)
+    assert "SleepyNorm" in str(of(tuned))
+
+
+def test_what_was_tuned_goes_in_without_being_proven_again(tuned, monkeypatch):
+    from kernelwise import _prove
+
+    monkeypatch.setattr(_prove, "check_group", lambda *args: pytest.fail("it is proven already"))
+    model = kw.kernelize(Model().eval(), tuned)
+    kernels = {row.path: (row.kernel, row.proof) for row in kw.report(model).rows if row.name == "SleepyNorm"}
+    assert all(kernel.endswith(":Fast") and proof == "proven" for kernel, proof in kernels.values() if kernel)
+    began = time.perf_counter()
+    model(X)
+    assert time.perf_counter() - began < 0.05
+
+
+def test_tuning_again_measures_nothing(tuned, repository, monkeypatch):
+    for module, name in ((_trials, "measure_group"), (_trials, "check_group"), (_confirm, "race")):
+        monkeypatch.setattr(module, name, lambda *args, name=name, **options: pytest.fail(f"{name} was called again"))
+    refs = [f"{repository}:{name}" for name in ("Wrong", "Slow", "Fast")]
+    again = _tune.tune(Model().eval(), X, candidates={"SleepyNorm": refs}, seconds=60)
+    assert again == tuned
+    assert of(again).runs == of(tuned).runs
+
+
+def test_kinds_of_one_name_get_what_is_best_for_each(repository):
+    model = Model(widths=(48, 32)).eval()
+    config = _tune.tune(model, X, config={"SleepyNorm@norms.1": f"{repository}:Fast"}, seconds=30)
+    assert config.kernel_mapping == {"SleepyNorm@norms.1": {"inference": f"{repository}:Fast"}}
+
+
+def test_training_is_tuned_forward_and_backward(repository):
+    model = Model().train()
+    config = _tune.tune(model, X, candidates={"SleepyNorm": f"{repository}:Fast"}, seconds=30)
+    assert of(config).workloads == ("forward", "training")
+    assert config.kernel_mapping == {"SleepyNorm": f"{repository}:Fast"}
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert model.training
+
+
+def test_what_the_time_does_not_suffice_for_is_said(repository, tmp_path, monkeypatch):
+    monkeypatch.setenv("KERNELWISE_CACHE", str(tmp_path))
+    config = _tune.tune(Model().eval(), X, candidates={"SleepyNorm": f"{repository}:Fast"}, seconds=0.01)
+    assert config.kernel_mapping == {}
+    assert any("not tried within" in note and "Fast" in note for note in of(config).notes)
+
+
+# ---------------------------------------------------------------------------------------------------------------- compile
+
+
+def sorting(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    """A norm of no known kind, with some work that nobody needs."""
+    for _ in range(4):
+        torch.sort(x, dim=-1)
+    return weight * x / torch.sqrt(torch.mean(x * x, -1, keepdim=True) + eps) + torch.tanh(x)
+
+
+def straight(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    if torch.compiler.is_compiling():
+        for _ in range(24):
+            x = x + 0 * torch.sort(x, dim=-1).values
+    return weight * x / torch.sqrt(torch.mean(x * x, -1, keepdim=True) + eps) + torch.tanh(x)
+
+
+def crooked(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
+    for _ in range(40):
+        torch.sort(x, dim=-1)
+    return straight(x, weight, eps)
+
+
+straight.can_torch_compile = True  # type: ignore[attr-defined]
+
+
+class Sorting(nn.Module):
+    def __init__(self, width: int = 256) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+        self.eps = 1e-3
+
+    def forward(self, x):
+        return sorting(x[..., : self.weight.shape[0]], self.weight, self.eps)
+
+
+def register_sorting() -> None:
+    """Two functions for these layers, which are checked and timed in this process: that is quick."""
+    kw.register_op(
+        sorting,
+        roles={"x": "argument B S H", "weight": "attribute H", "eps": "number"},
+        name="sorting_norm",
+        layer_name="SortingNorm",
+        kernels=[straight, crooked],
+    )
+
+
+def test_what_becomes_slow_under_compile_is_not_chosen_for_it(monkeypatch, fresh_compiler):
+    monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # building takes seconds
+    monkeypatch.setattr("kernelwise.sources._inductor.DEVICES", ())
+    register_sorting()
+    try:
+        model = nn.Sequential(Sorting(), Sorting()).eval()
+        config = _tune.tune(model, torch.randn(2, 64, 256), compile=True, seconds=15)
+    finally:
+        unregister_op("sorting_norm")
+    chosen = {choice.mode: choice for choice in of(config).choices}
+    assert chosen["inference"].chosen == "builtin:straight"
+    assert chosen["inference+compile"].chosen == OWN_CODE
+    candidate = next(one for one in chosen["inference+compile"].candidates if one.kernel == "builtin:straight")
+    assert candidate.timings[0].comparison.verdict == "slower"
+    assert config.kernel_mapping == {"SortingNorm": {"inference": "builtin:straight", "inference+compile": "none"}}
+
+
+# ------------------------------------------------------------------------------------------------------------ whole model
+
+
+def ratio(speedup: float) -> Comparison:
+    return Comparison(100.0, 100.0 / speedup, speedup, speedup * 0.99, speedup * 1.01, 20)
+
+
+def races(monkeypatch, speedups: dict[str, float | str]) -> list[tuple[str, ...]]:
+    """Plant what races find: how much faster each contender is, or why it fails."""
+    seen: list[tuple[str, ...]] = []
+
+    def race(contenders, workload, *, device, seconds, own=EAGER, progress=None):
+        seen.append(tuple(contenders))
+        base = speedups.get(own, 1.0)
+        runs = []
+        for name in contenders:
+            found = speedups.get(name, 1.0)
+            if isinstance(found, str):
+                runs.append(Run(name, workload.name, None, 0, found))
+            else:
+                runs.append(Run(name, workload.name, ratio(found / base)))
+        return tuple(runs)
+
+    monkeypatch.setattr(_confirm, "race", race)
+    monkeypatch.setattr(_confirm._results, "get", lambda key: None)
+    monkeypatch.setattr(_confirm._results, "put", lambda key, value: None)
+    return seen
+
+
+@pytest.fixture
+def course_and_choices(repository):
+    model = nn.Sequential(SleepyNorm(), nn.GELU(), nn.Linear(48, 48)).eval()
+    layers = kw.discover(model)
+    kinds = {kind.layer.name: kind for kind in _tune.kinds_of(model, layers, ("inference",))}
+    workloads = _tune.workloads_of(model, X)
+    until = time.monotonic() + 60
+    course = _confirm.Course(
+        model, layers, ("inference",), workloads, "cpu", [], {"forward": 0.0}, until, lambda what: None
+    )
+    return course, {kinds["SleepyNorm"]: f"{repository}:Fast", kinds["GeLU"]: "builtin:GeLU"}
+
+
+def test_a_choice_that_does_not_hold_end_to_end_is_taken_back(course_and_choices, monkeypatch):
+    course, chosen = course_and_choices
+    seen = races(monkeypatch, {"SleepyNorm": 0.9, "GeLU": 1.2, "tuned": 1.2})
+    found = _confirm.confirm(course, chosen)
+    norm, gelu = chosen
+    assert found.chosen == {norm: None, gelu: "builtin:GeLU"}
+    assert "slower" in found.taken_back[norm] or "0.9" in found.taken_back[norm]
+    assert seen[0] == (EAGER, "builtin", "tuned", "SleepyNorm", "GeLU")
+    assert seen[1] == (EAGER, "builtin", "tuned")  # what is left was raced again
+    assert [run.contender for run in found.runs] == [EAGER, "builtin", "tuned", "SleepyNorm", "GeLU"]
+
+
+def test_a_choice_that_computes_something_else_end_to_end_is_taken_back(course_and_choices, monkeypatch):
+    course, chosen = course_and_choices
+    races(monkeypatch, {"SleepyNorm": "its outputs differ", "GeLU": 1.2, "tuned": 1.2})
+    found = _confirm.confirm(course, chosen)
+    assert "its outputs differ" in found.taken_back[next(iter(chosen))]
+
+
+@pytest.mark.parametrize(("builtin", "kept"), [(1.3, False), (1.205, True), (1.1, True)])
+def test_the_defaults_are_the_result_where_they_are_clearly_faster(course_and_choices, monkeypatch, builtin, kept):
+    course, chosen = course_and_choices
+    races(monkeypatch, {"builtin": builtin, "SleepyNorm": 1.1, "GeLU": 1.1, "tuned": 1.2})
+    found = _confirm.confirm(course, chosen)
+    assert found.chosen == (chosen if kept else {})
+    assert bool(found.notes) == (not kept)
+    tuned = next(run for run in found.runs if run.contender == "tuned")
+    assert tuned.comparison == ratio(1.2 if kept else builtin)
+
+
+def test_what_is_slower_than_eager_leaves_everything_its_own_code(course_and_choices, monkeypatch):
+    course, chosen = course_and_choices
+    races(monkeypatch, {"builtin": 0.8, "SleepyNorm": 1.0, "GeLU": 1.0, "tuned": 0.9})
+    found = _confirm.confirm(course, chosen)
+    assert set(found.chosen.values()) == {None}
+    assert course.config(found.chosen).kernel_mapping == {
+        "SleepyNorm": {"inference": "none"},
+        "GeLU": {"inference": "none"},
+    }
+
+
+# -------------------------------------------------------------------------------------------------------------- arguments
+
+
+@pytest.mark.parametrize(
+    ("change", "what"),
+    [
+        ({"objective": "speed"}, "objective"),
+        ({"seconds": 0}, "seconds"),
+        ({"workload": "decode"}, "causal language models"),
+        ({"model": nn.Linear(2, 2, device="meta")}, "meta"),
+        ({"model": "llama"}, r"torch\.nn\.Module"),
+    ],
+)
+def test_wrong_arguments_are_said_before_anything_is_done(change, what):
+    with pytest.raises(PlanError, match=what):
+        kw.tune(**{"model": Model().eval(), "inputs": X} | change)
+
+
+def test_a_model_with_kernels_and_wrong_candidates_are_refused(repository):
+    with pytest.raises(KernelConfigError, match="candidates"):
+        kw.tune(Model().eval(), X, candidates=["no kernel"])
+    model = kw.kernelize(Model().eval(), {"SleepyNorm": f"{repository}:Fast"}, verify=False)
+    with pytest.raises(PlanError, match="unkernelize"):
+        kw.tune(model, X)
+
+
+# ------------------------------------------------------------------------------------------------------ several processes
+
+TUNING = """
+    import os, sys
+    import torch
+    sys.path.insert(0, {tests!r})
+    from test_tune import Sorting, _confirm, _inputs, _trials, _tune, kw, nn, register_sorting
+    _inputs._SIZES, _confirm.MOST_S, _trials.TIMING_S = (), 1.0, 0.2
+    import kernelwise.sources._inductor as inductor
+    inductor.DEVICES = ()
+    register_sorting()
+    torch.manual_seed(0)
+    x = torch.randn(2, 64, 256)
+    real, log = _trials.measure_group, os.environ["MEASURED"]
+
+    def measured(*args, **options):
+        with open(log, "a") as file:
+            print("measured", file=file)
+        return real(*args, **options)
+
+    _trials.measure_group = measured
+"""
+
+
+def script(then: str) -> list[str]:
+    text = textwrap.dedent(TUNING).format(tests=str(Path(__file__).parent))
+    return [sys.executable, "-c", text + textwrap.dedent(then)]
+
+
+def test_a_tuner_that_was_killed_goes_on_where_it_was(tmp_path):
+    command = script(
+        """
+        model = nn.Sequential(Sorting(), Sorting(192)).eval()
+        print(_tune.tune(model, x, seconds=60).kernel_mapping, "done")
+        """
+    )
+    log = tmp_path / "log"
+    env = {**os.environ, "KERNELWISE_CACHE": str(tmp_path / "cache"), "MEASURED": str(log), "OMP_NUM_THREADS": "1"}
+    first = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, text=True)
+    end = time.monotonic() + 60
+    while not log.exists() or log.read_text().count("measured") < 3:
+        assert time.monotonic() < end
+        assert first.poll() is None
+        time.sleep(0.01)
+    first.send_signal(signal.SIGKILL)
+    first.communicate()
+    before = log.read_text().count("measured")
+    finished = subprocess.run(command, env=env, capture_output=True, text=True, timeout=100, check=False)
+    assert "{'SortingNorm': {'inference': 'builtin:straight'}} done" in finished.stdout, finished.stderr
+    all_in_all = log.read_text().count("measured")
+    assert before >= 3
+    assert all_in_all <= 4 + 1, "two kinds with two candidates each, and the one in flight again"
+
+
+RANKS = """
+    import json
+    import torch.distributed as dist
+
+    rank = int(os.environ["RANK"])
+    dist.init_process_group("gloo", world_size=2, rank=rank)
+    model = nn.Sequential(Sorting()).eval()
+    try:
+        kw.tune(model if rank == 0 else nn.Sequential(Sorting(192)), x, seconds=10)
+    except kw.PlanError as error:
+        print("different:", str(error).splitlines()[0])
+    _tune.kinds_of, kinds_of = (lambda *args: 1 / 0), _tune.kinds_of
+    try:
+        kw.tune(model, x, seconds=10)
+    except kw.KernelwiseError as error:
+        print("failed:", str(error))
+    _tune.kinds_of = kinds_of
+    _tune._hash_of, hash_of = (lambda model: 1 / 0) if rank == 1 else _tune._hash_of, _tune._hash_of
+    try:
+        kw.tune(model, x, seconds=10)
+    except kw.KernelwiseError as error:
+        print("lost:", str(error))
+    _tune._hash_of = hash_of
+    config = kw.tune(model, x, seconds=10)
+    print("chosen:", json.dumps([config.to_dict(), config.evidence.to_json()], sort_keys=True))
+    dist.destroy_process_group()
+"""
+
+
+def test_all_ranks_take_the_same_decision_or_all_raise(tmp_path):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    base = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    ranks = []
+    for rank in (0, 1):
+        own = {
+            "RANK": str(rank),
+            "KERNELWISE_CACHE": str(tmp_path / f"cache{rank}"),
+            "MEASURED": str(tmp_path / f"{rank}"),
+        }
+        process = subprocess.Popen(
+            script(RANKS), env={**base, **own}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        )
+        ranks.append(process)
+    said = []
+    for process in ranks:
+        out, err = process.communicate(timeout=120)
+        assert process.returncode == 0, err
+        said.append(dict(line.split(": ", 1) for line in out.splitlines() if ": " in line))
+    for what in ("different", "failed", "lost", "chosen"):
+        assert said[0][what] == said[1][what], what
+    assert "different models" in said[0]["different"]
+    assert "1 of 2 ranks failed" in said[0]["failed"]  # the one that measures
+    assert "1 of 2 ranks failed" in said[0]["lost"]  # the other one
+    assert '{"inference": "builtin:straight"}' in said[0]["chosen"]
+    assert (tmp_path / "0").exists()
+    assert not (tmp_path / "1").exists(), "one rank measures"
+
+
+def test_kinds_of_devices_that_differ_leave_layers_their_own_code():
+    def result(mapping):
+        return {"config": {"kernels": mapping}, "evidence": {"notes": []}}
+
+    one, other = result({"RMSNorm": "builtin:RMSNorm", "SiLU": "a/b:C"}), result({"RMSNorm": "builtin:RMSNorm"})
+    joined = _tune.join({"H100": one, "A100": other})
+    assert joined["config"]["kernels"] == {"RMSNorm": "builtin:RMSNorm", "SiLU": "none"}
+    assert "SiLU" in joined["evidence"]["notes"][0]
+    assert _tune.join({"H100": one}) is one
