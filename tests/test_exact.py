@@ -176,7 +176,7 @@ def test_a_row_that_is_too_narrow_to_be_judged_alone_is_judged_with_the_others()
 
 
 def test_subnormal_numbers_may_be_flushed_to_zero_and_no_others():
-    exact = torch.full((2, 64), 1.0, dtype=torch.float64)
+    exact = torch.full((2, 64), 1e-20, dtype=torch.float64)
     exact[1] = 1e-40
     own = exact.float()
     flushed = own.clone()
@@ -184,6 +184,16 @@ def test_subnormal_numbers_may_be_flushed_to_zero_and_no_others():
     assert deviation(own, flushed, own.double()).status == "passed"
     own[1] = 1e-30
     assert deviation(own, flushed, own.double()).status == "wrong_values"
+
+
+def test_a_row_that_is_zero_because_something_saturates_may_be_nearly_so():
+    exact = torch.randn(3, 64, dtype=torch.float64)
+    exact[1] = 0
+    own = exact.float()
+    nearly, wrong = own.clone(), own.clone()
+    nearly[1], wrong[1] = 1e-25, 1e-12
+    assert deviation(own, nearly, own.double()).status == "passed"
+    assert deviation(own, wrong, own.double()).status == "wrong_values"
 
 
 def test_float64_mode_keeps_numbers_exact_that_would_be_rounded_to_the_default_dtype():

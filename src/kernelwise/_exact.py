@@ -30,6 +30,9 @@ MEAN_ELEMENTS = 1024  # fewer say too little about a mean
 ROW_WIDTH = 32
 """The least elements of a row that is judged by its own size. In narrower ones all results may be what is left of larger
 numbers that cancel, and whose error they keep; that a whole row of so many cancels does not happen by chance."""
+NOTHING = torch.finfo(torch.float32).eps ** 2
+"""Of the largest number of a tensor: a row that is smaller is judged as if it were so large. float32, in which kernels compute,
+has half as many digits."""
 
 _FROM_NUMBERS = (torch.tensor, torch.as_tensor, torch.scalar_tensor)
 """What rounds a Python number to the default dtype before a dispatch mode sees it."""
@@ -240,8 +243,10 @@ def _bounds(own_errors: torch.Tensor, sizes: torch.Tensor, dtype: torch.dtype, t
         return whole
     rows = sizes.amax(-1, keepdim=True)
     info = torch.finfo(dtype)
-    # Subnormal numbers may be flushed to zero, but for those of float16, which all hardware keeps.
-    rows = rows.clamp(min=info.smallest_normal / (1.0 if dtype == torch.float16 else info.eps))
+    # Subnormal numbers may be flushed to zero, but for those of float16, which all hardware keeps. And a row that is zero
+    # because something saturates (a gradient of GELU) may be nearly so.
+    least = info.smallest_normal / (1.0 if dtype == torch.float16 else info.eps)
+    rows = rows.clamp(min=least).maximum(largest * NOTHING)
     share = (own_errors.amax(-1, keepdim=True) / rows).max()
     by_row = FACTOR * share * rows + FLOOR_ULPS * _ulp(rows, dtype) + floor * _ulp(rows, torch.float32)
     return by_row.minimum(whole)
