@@ -180,7 +180,7 @@ def tune(
     candidates: Mapping[str, Any] | Sequence[Any] = (),
     seconds: float = 300.0,
     compile: bool = False,
-    progress: Callable[[float, str], object] | None = None,
+    progress: Callable[[str, float], object] | None = None,
 ) -> KernelConfig:
     """Find the fastest kernels that are right for a model on this machine, and return them as a config. Nothing is put in.
 
@@ -201,7 +201,7 @@ def tune(
             from layer name to one or several. An operator of PyTorch and what Inductor compiles are tried by themselves.
         seconds: how long it may take, about. What could not be tried stands in `config.evidence.notes`.
         compile: tune for `torch.compile` too: what is chosen then goes in with `mode="inference+compile"`.
-        progress: called with the part that is done, 0 to 1, and what comes next.
+        progress: called with what comes next, and the part that is done, 0 to 1.
 
     Raises:
         PlanError: an argument is wrong, the model has kernels already or is on the meta device, or (under torch.distributed)

@@ -1,4 +1,4 @@
-"""Command line: reads arguments, calls the stages, prints. `kernelwise layers | plan | verify | bench | demo | doctor`.
+"""Command line: reads arguments, calls the stages, prints. `kernelwise layers | plan | verify | bench | tune | demo | doctor`.
 
 Exit codes: 0, 1 for an error of Kernelwise (its message, no traceback) or something that does not fit, 2 for usage.
 """
@@ -281,11 +281,7 @@ def bench_command(
     from kernelwise._bench import bench_command as run
     from kernelwise._bench import show
 
-    for file in (json_file, html_file):
-        if file is not None and not file.absolute().parent.is_dir():
-            raise KernelwiseError(
-                f"cannot write {file}: its directory does not exist\n  go on      make it, or name another"
-            )
+    _check_folders(json_file, html_file)
     with _progress() as progress:
         found = run(
             model,
@@ -324,6 +320,99 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
     with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as bar:
         task = bar.add_task("starting", total=1.0)
         yield lambda text, part: bar.update(task, description=text, completed=part)
+
+
+@app.command("tune")
+def tune_command(
+    model: ModelArgument,
+    device: Annotated[
+        str | None,
+        typer.Option("--device", metavar="DEVICE", help="Where to run it. Default: the accelerator, else cpu."),
+    ] = None,
+    dtype: DtypeOption = None,
+    full: Annotated[
+        bool, typer.Option("--full", help="Build a model type in the sizes of its defaults, not small.")
+    ] = False,
+    layers: Annotated[
+        int | None, typer.Option("--layers", metavar="N", min=1, help="Build it with N hidden layers.")
+    ] = None,
+    tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Length of the prompt.")] = 128,
+    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Rows of the inputs.")] = 1,
+    inputs: Annotated[
+        str | None,
+        typer.Option("--inputs", metavar="MODULE:FACTORY", help="What gives the inputs. Default: random ones."),
+    ] = None,
+    workload: Annotated[
+        list[str] | None,
+        typer.Option("--workload", metavar="NAME", help="forward, prefill, decode or training. Can be given again."),
+    ] = None,
+    objective: Annotated[
+        str, typer.Option("--objective", metavar="NAME", help="latency, throughput or memory.")
+    ] = "latency",
+    config: Annotated[
+        Path | None, typer.Option("--config", metavar="FILE", help="A kernel mapping: its kernels are tried too.")
+    ] = None,
+    candidate: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--candidate", metavar="REF", help="One more kernel for all layers that it fits. Can be given again."
+        ),
+    ] = None,
+    seconds: Annotated[float, typer.Option("--seconds", metavar="S", help="How long it may take, about.")] = 300.0,
+    compiled: Annotated[bool, typer.Option("--compile", help="Tune for torch.compile too (slow).")] = False,
+    out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the config as TOML or JSON.")] = None,
+    json_file: Annotated[
+        Path | None, typer.Option("--json", metavar="FILE", help="Write the evidence as JSON.")
+    ] = None,
+    html_file: Annotated[
+        Path | None, typer.Option("--html", metavar="FILE", help="Write the evidence as a page.")
+    ] = None,
+) -> None:
+    """Find the kernels that are right and fastest for MODEL on this machine. What is interrupted goes on when it is run again."""
+    from kernelwise._config import KernelConfig
+    from kernelwise._config_file import check_suffix
+    from kernelwise._tune import tune
+    from kernelwise._weights import load_inputs, load_with_weights, make_inputs
+
+    _check_folders(out, json_file, html_file)
+    if out is not None:
+        check_suffix(out)
+    named = load_with_weights(model, dtype=dtype, device=device, full=full, layers=layers)
+    given = make_inputs(named.model, batch=batch, tokens=tokens) if inputs is None else load_inputs(inputs, named.model)
+    with _progress() as progress:
+        tuned = tune(
+            named.model,
+            given,
+            objective=objective,
+            workload=workload or None,
+            config=None if config is None else KernelConfig.load(config),
+            candidates=candidate or (),
+            seconds=seconds,
+            compile=compiled,
+            progress=progress,
+            name=model,
+        )
+    assert tuned.evidence is not None
+    evidence = replace(tuned.evidence, notes=(*named.notes, *tuned.evidence.notes))
+    print(evidence)
+    print(f"\n{evidence.config}", end="")
+    if out is not None:
+        tuned.save(out)
+    if json_file is not None:
+        json_file.write_text(json.dumps(evidence.to_json(), indent=2) + "\n")
+    if html_file is not None:
+        from kernelwise._page import save
+
+        save(evidence, html_file)
+
+
+def _check_folders(*files: Path | None) -> None:
+    """Refuse files that cannot be written before anything takes its time."""
+    for file in files:
+        if file is not None and not file.absolute().parent.is_dir():
+            raise KernelwiseError(
+                f"cannot write {file}: its directory does not exist\n  go on      make it, or name another"
+            )
 
 
 @app.command("report")

@@ -36,8 +36,8 @@ from kernelwise._trials import OutOfTimeError, Share, Trials, looks_of, shares_o
 from kernelwise._worker import SECONDS as CASE_S
 from kernelwise._workload import Workload, run_of, undisturbed, workloads_of
 
-Progress = Callable[[float, str], object]
-"""Told which part of the work is done, 0 to 1, and what is done next."""
+Progress = Callable[[str, float], object]
+"""Told what is done next, and which part of the work is done, 0 to 1."""
 
 FOR_TRIALS = 0.6
 """Which part of the time goes to candidates in their layers; the rest is for the whole model."""
@@ -104,10 +104,10 @@ def tune(
             session.about,
             session.run_s,
             session.began + seconds,
-            lambda what: session.progress(0.7, what),
+            lambda what: session.progress(what, 0.7),
         )
         found = confirm(course, chosen)
-    session.progress(1.0, "done")
+    session.progress("done", 1.0)
     tuned = course.config(found.chosen)
     tuned.evidence = _evidence(session, found, reasons, tuned, name or type(model).__name__)
     return tuned
@@ -228,7 +228,7 @@ def _begin(
         ],
         began=began,
         seconds=seconds,
-        progress=progress or (lambda part, what: None),
+        progress=progress or (lambda what, part: None),
     )
 
 
@@ -247,7 +247,7 @@ def _named(inputs: Any) -> Mapping[str, Any]:
 def _look(session: _Session) -> None:
     """Run every workload, and see how long it takes and what its layers take of it."""
     for workload in session.workloads:
-        session.progress(0.0, f"where the time goes: {workload.name}")
+        session.progress(f"where the time goes: {workload.name}", 0.0)
         with undisturbed(session.model, training=workload.training):
             run = run_of(session.model, workload)
             session.shares |= shares_of(session.model, session.kinds, workload, run, session.device)
@@ -279,7 +279,7 @@ def _try_all(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]], prover
     session.tried = {kind: [] for kind in kinds if refs[kind]}
     left: list[str] = []
     for number, (kind, ref) in enumerate(tasks):
-        session.progress(0.7 * number / len(tasks), f"{ref} in {kind.layer.path} ({kind.mode})")
+        session.progress(f"{ref} in {kind.layer.path} ({kind.mode})", 0.7 * number / len(tasks))
         try:
             session.tried[kind].append(trials.candidate(kind, ref))
         except OutOfTimeError:
