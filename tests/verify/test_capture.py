@@ -18,7 +18,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernelwise as kw
 from kernelwise import _inputs as _inputs_module
-from kernelwise import _verify
+from kernelwise import _judge, _verify
 from kernelwise._capture import capture, capture_in_passes, group, group_wholes
 from kernelwise._data import Check
 from kernelwise._verify import Options, check_group, check_kernel, own_code
@@ -272,7 +272,7 @@ def test_random_numbers_that_only_the_kernel_draws_are_a_mark(as_kernel):
     own = own_code(module, decided.layer)
     first = next(iter(check_kernel(decided, own, sample, options=Options(isolate=False))))
     assert first.status == "passed"
-    assert first.marks == (_verify.DRAWS,)
+    assert first.marks == (_judge.DRAWS,)
 
 
 def test_a_whole_layer_is_checked_on_few_elements_too(monkeypatch):
