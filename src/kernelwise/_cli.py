@@ -368,7 +368,7 @@ def tune_command(
         Path | None, typer.Option("--html", metavar="FILE", help="Write the evidence as a page.")
     ] = None,
 ) -> None:
-    """Find the kernels that are right and fastest for MODEL on this machine. What is interrupted goes on when it is run again."""
+    """Find the kernels that are right and fastest for MODEL on this machine. Run again after an interruption, it goes on."""
     from kernelwise._config import KernelConfig
     from kernelwise._config_file import check_suffix
     from kernelwise._tune import tune
