@@ -31,6 +31,7 @@ _WRITES = frozenset(
 )
 _SIZES = frozenset({"shape", "size", "numel", "nelement", "len", "dim", "ndim"})
 _LARGEST = 1 << 17
+_COMPARES = frozenset({"COMPARE_OP", "CONTAINS_OP", "IS_OP"})
 
 
 @functools.lru_cache(maxsize=4096)
@@ -133,12 +134,17 @@ def _is_type_of(known: tuple[dis.Instruction, ...], index: int) -> bool:
 
 
 def _is_device_type(known: tuple[dis.Instruction, ...], index: int) -> bool:
-    """Whether the type of a device is compared or kept. Handed to a function that asks for autocast, it decides nothing."""
+    """Whether the type of a device is compared or kept. Handed to a function that asks for autocast, it decides nothing.
+
+    Nor does a comparison with "mps" on a device for which there is a kernel here.
+    """
     names = [i.argval for i in known[index : index + 2] if i.opname in _ATTRIBUTE]
-    if names not in (["device", "type"], ["device", "index"]):
+    if names not in (["device", "type"], ["device", "index"]) or index + 3 >= len(known):
         return False
-    after = (i.opname for i in known[index + 2 : index + 5])
-    return any(name in ("COMPARE_OP", "CONTAINS_OP", "IS_OP") or name.startswith("STORE") for name in after)
+    first, second = known[index + 2], known[index + 3]
+    if first.opname.startswith("STORE") or first.opname in _COMPARES:
+        return True
+    return second.opname in _COMPARES and first.argval != "mps" and not first.opname.startswith("CALL")
 
 
 def _is_of_values(known: tuple[dis.Instruction, ...], index: int, first: tuple[str, ...]) -> bool:
