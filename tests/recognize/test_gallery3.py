@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import types
 from collections.abc import Callable
 from typing import Any
 
@@ -11,6 +12,7 @@ from test_gallery2 import MLP, Layer, Norm, operation, reason, rms, with_forward
 from torch import Tensor, nn
 
 from kernelwise._recognize import Recognizer, _recognize_function, recognize
+from kernelwise.sources.builtin import CATALOGUE
 
 LIMIT = 128
 LOG: list[Any] = []
@@ -115,6 +117,10 @@ def test_heads_of_another_width_are_tried():
     assert getattr(_recognize_function(rotary), "op", None) == "rotary"
     for function in (rotary_doubled_for_wide_heads, rotary_of_the_first_64):
         assert not hasattr(_recognize_function(function), "op")
+
+
+def test_no_kernel_of_an_operation_takes_the_dtype_that_is_not_tried():
+    assert not [entry for entry in CATALOGUE if entry.op and (not entry.dtypes or "float64" in entry.dtypes)]
 
 
 # --- who, not what ----------------------------------------------------------------------------------------------------
@@ -254,3 +260,14 @@ def test_looking_twice_asks_the_code_once():
     layers = [MLP() for _ in range(4)]
     recognizer = Recognizer()
     assert len({recognizer.both(layer) for layer in layers}) == 1
+
+
+library = types.ModuleType("a_library")
+exec("kinds = {}\n\ndef same(x):\n    kinds[type(x)] = True\n    return x", vars(library))
+
+
+def test_libraries_may_look_at_types_and_keep_them():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return rms(library.same(x), self.weight, self.eps)
+
+    assert operation(with_forward(Norm, forward)) == "rms_norm"

@@ -420,16 +420,26 @@ def _callable(value: Any) -> Any:
 
 
 def not_only_of_its_inputs(reads: Reads, functions: Iterable[Any], cls: type | None = None) -> str | None:
-    """Return why code that a trace has run, or may run, computes something that its inputs do not decide, or None."""
+    """Return why code that a trace has run, or may run, computes something that its inputs do not decide, or None.
+
+    Libraries that a model's code calls may keep caches and look at types: they are not held to this.
+    """
     asked: set[str] = set()
+    functions = tuple(functions)
+    own = {_package(item) for item in (*functions, *(() if cls is None else _bases(cls)))}
     for function in _reached((*functions, *_methods(reads)), cls):
         asked |= ASKED & global_names(function.__code__)
-        problem = problem_of(function.__code__) or writes_to(function)
+        problem = (problem_of(function.__code__) or writes_to(function)) if _package(function) in own else None
         if problem is not None:
             return problem
     if asked:
         return f"what it computes may depend on more than its inputs ({', '.join(sorted(asked))})"
     return None
+
+
+def _package(value: Any) -> str:
+    """The name of the package that a function or a class stands in."""
+    return str(getattr(value, "__module__", None) or "").partition(".")[0]
 
 
 def looks_into_keywords(function: Callable[..., Any]) -> bool:
