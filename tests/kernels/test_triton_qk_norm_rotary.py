@@ -64,7 +64,14 @@ def inputs(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize(
     ("batch", "tokens", "heads", "width"),
-    [(1, 1, (32, 8), 128), (2, 7, (5, 3), 80), (2, 700, (16, 8), 64), (3, 333, (8, 4), 256), (1, 4, (1, 1), 6)],
+    [
+        (1, 1, (32, 8), 128),
+        (2, 7, (5, 3), 80),
+        (2, 700, (16, 8), 64),
+        (3, 333, (8, 4), 256),
+        (1, 4, (1, 1), 6),
+        (70_000, 1, (2, 1), 8),
+    ],
 )
 def test_every_form(
     qk_norm_rotary: Any, dtype: torch.dtype, batch: int, tokens: int, heads: tuple[int, int], width: int

@@ -62,6 +62,12 @@ def test_every_way_of_cutting(rotary: Any, heads: tuple[int, int], tokens: int) 
     compare(rotary, q, k, *angles(1, tokens, 64, torch.bfloat16))
 
 
+@pytest.mark.parametrize("of_each", [False, True])
+def test_more_sequences_than_a_grid_is_high(rotary: Any, of_each: bool) -> None:
+    q, k = (torch.randn(70_000, 2, n, 8, device="cuda").transpose(1, 2) for n in (2, 1))
+    compare(rotary, q, k, *angles(70_000 if of_each else 1, 2, 8, torch.float32))
+
+
 @pytest.mark.parametrize("batch", [1, 3])
 @pytest.mark.parametrize("unsqueeze_dim", [1, 2])
 def test_layouts(rotary: Any, batch: int, unsqueeze_dim: int) -> None:

@@ -14,7 +14,7 @@ import functools
 import operator
 import os
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -24,6 +24,8 @@ _INTERPRETED = os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", 
 _DIRECT = triton.__version__.startswith("3.6.") and torch.version.cuda is not None and not _INTERPRETED
 _data_ptr = torch.Tensor.data_ptr
 _MAX_LAUNCHERS = 4096  # per operation; a guard against kinds that never repeat, far above what models need
+
+MOST_Y = 65_535  # programs along the second axis of a grid, on CUDA
 
 # The names of a kernel repository's package are unique, so an exported copy of this folder does not clash with this one.
 NAMESPACE = re.sub(r"\W", "_", __name__.rpartition(".")[0])
@@ -170,3 +172,13 @@ def check(condition: bool, what: Callable[[], str]) -> None:
     """Raise ValueError with the text of `what` unless `condition` holds."""
     if not condition:
         raise ValueError(what())
+
+
+def batches(batch: Any, most: int, *tensors: torch.Tensor) -> Iterator[tuple[int, tuple[torch.Tensor, ...]]]:
+    """Cut tensors along their first dimension into parts of at most `most`, those of length 1 excepted, which all share."""
+    if batch <= most:
+        yield batch, tensors
+        return
+    for start in range(0, batch, most):
+        stop = min(start + most, batch)
+        yield stop - start, tuple(t if t.shape[0] == 1 else t[start:stop] for t in tensors)

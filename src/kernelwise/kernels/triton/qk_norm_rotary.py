@@ -20,9 +20,11 @@ from .._autograd import plain_gradients
 from . import rms_norm as norm
 from . import rotary as turn
 from ._launch import (
+    MOST_Y,
     NAMESPACE,
     Launcher,
     Launchers,
+    batches,
     check,
     fresh,
     needs_grad,
@@ -389,8 +391,10 @@ def _forward(
             UNIT=unit,
             num_warps=max(1, min(4, q_share * block // 256)),
         )
-    tensors = (q, k, q_weight.contiguous(), k_weight.contiguous(), cos, sin, q_out, k_out)
-    launcher(num_tokens, batch * launcher.size, tensors, [s // unit for s in strides], traced)
+    weights = (q_weight.contiguous(), k_weight.contiguous())
+    numbers = [s // unit for s in strides]
+    for count, part in batches(batch, MOST_Y // launcher.size, q, k, cos, sin, q_out, k_out):
+        launcher(num_tokens, count * launcher.size, (*part[:2], *weights, *part[2:]), numbers, traced)
     return q_out, k_out
 
 
