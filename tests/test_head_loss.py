@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import pickle
+import threading
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -436,6 +437,48 @@ def test_second_derivatives_are_those_of_the_own_code() -> None:
 
     expected = second(own)
     assert_same(second(found), expected)
+
+
+def test_logits_taken_out_of_the_graph_give_a_loss_without_it() -> None:
+    model, _, found = both()
+    labels = batch()[1].view(-1).clamp_min(0)
+    found.logits.detach_()
+    assert not F.cross_entropy(found.logits.view(-1, VOCABULARY), labels).requires_grad
+    other = model(*batch()).logits
+    with torch.no_grad():
+        rows = other.view(-1, VOCABULARY)
+    loss = F.cross_entropy(rows, labels)
+    assert torch.autograd.grad(loss, model.head.weight, allow_unused=True) == (None,)
+    loss = F.cross_entropy(other.view(-1, VOCABULARY), labels)
+    assert torch.autograd.grad(loss, model.head.weight)[0].any()
+
+
+def test_logits_read_in_inference_mode_can_be_trained_on() -> None:
+    model, own, found = both()
+    expected = gradients(model, own.logits.pow(2).mean())
+    with torch.inference_mode():
+        assert found.logits.argmax(-1).shape == (2, 19)
+        half = found.logits.float()[:, :3].sum()
+    assert torch.isfinite(half)
+    assert_same(gradients(model, found.logits.pow(2).mean()), expected)
+
+
+def test_threads_have_lazy_logits_of_their_own() -> None:
+    """A thread that calls the head by itself gets logits, whatever another one does with the model meanwhile."""
+    model = kw.kernelize(writer())
+    seen: list[Any] = []
+
+    def loss(logits: Tensor, labels: Tensor, vocab_size: int, **options: Any) -> Tensor:
+        thread = threading.Thread(target=lambda: seen.append(model.head(torch.randn(3, WIDTH))))
+        thread.start()
+        thread.join()
+        seen.append(model.head(torch.randn(3, WIDTH)))
+        return ForCausalLMLoss(logits, labels, vocab_size)
+
+    model.loss_function = loss
+    model(*batch())
+    assert [type(logits) for logits in seen] == [Tensor, LazyLogits]
+    assert type(model.head(torch.randn(3, WIDTH))) is Tensor
 
 
 # Weights that change

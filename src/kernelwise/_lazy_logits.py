@@ -293,11 +293,12 @@ def _loss(
         return None
     source = logits._pending.source
     inputs = (source.hidden, source.weight, source.bias)
-    if torch.is_grad_enabled() and not logits.requires_grad and any(t is not None and t.requires_grad for t in inputs):
-        return None  # taken out of the graph, or not in it
+    has_graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
     above: LazyLogits | None = logits
-    while above is not None:  # somebody may have written to them, or to what they were taken from
-        if above._version:
+    while (
+        above is not None
+    ):  # somebody may have written to them, or to what they were taken from; or taken it without a graph
+        if above._version or (has_graph and above.grad_fn is None):
             return None
         above = above._pending.parent
     pending = logits._pending
