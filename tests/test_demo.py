@@ -7,6 +7,7 @@ import importlib.util
 from collections.abc import Iterator
 from dataclasses import replace
 from io import StringIO
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,12 +15,13 @@ import torch
 from rich.console import Console
 from torch import nn
 
-from kernelwise import _demo, _demo_speed, _models
+from kernelwise import _demo, _models
 from kernelwise._api import apply, plan, unkernelize
-from kernelwise._data import Plan
+from kernelwise._config import KernelConfig
+from kernelwise._data import Plan, Target
 from kernelwise._demo import Outcome
-from kernelwise._demo_speed import Speed
 from kernelwise._errors import MissingDependencyError
+from kernelwise._evidence import Comparison, Run, Tuning
 
 
 class ByteTokenizer:
@@ -45,24 +47,55 @@ def model() -> nn.Module:
     return _models.load_model("llama").model
 
 
+@pytest.fixture(autouse=True)
+def here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def evidence(**speedups: float) -> Tuning:
+    """What tuning might have found: contenders with how many times as fast they were in prefill."""
+    runs = [Run("eager", "prefill", Comparison(1e6, 1e6, 1.0, 1.0, 1.0, 9), 64)]
+    runs += [
+        Run(name, "prefill", Comparison(1e6, 1e6 / x, x, 0.99 * x, 1.01 * x, 9), 64) for name, x in speedups.items()
+    ]
+    return Tuning("Llama", Target("cpu"), "latency", ("prefill",), (), tuple(runs))
+
+
+def as_found(**speedups: float) -> Any:
+    def tune(model: nn.Module, inputs: Any, **options: Any) -> KernelConfig:
+        options["progress"]("halfway", 0.5)
+        config = KernelConfig()
+        config.evidence = evidence(**speedups)
+        return config
+
+    return tune
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(_demo, "tune", as_found(tuned=1.5, builtin=1.5))
+
+
 def run(model: nn.Module, **options: Any) -> tuple[Outcome, str]:
     text = StringIO()
     console = Console(file=text, width=160)
-    return _demo.run(model, ByteTokenizer(), console=console, seconds_per_figure=0.01, **options), text.getvalue()
+    return _demo.run(model, ByteTokenizer(), console=console, **options), text.getvalue()
 
 
-def test_every_step_is_shown_and_nothing_is_wrong(model: nn.Module) -> None:
-    outcome, shown = run(model)
+def test_every_step_is_shown_and_nothing_is_wrong(model: nn.Module, here: Path) -> None:
+    outcome, shown = run(model, seconds=6.0)
     assert outcome.failures == ()
-    assert [(speed.dtype, speed.phase) for speed in outcome.speeds] == [
-        (dtype, phase) for dtype in ("float32", "bfloat16") for phase in ("prefill", "decode")
-    ]
+    assert outcome.evidence.workloads == ("prefill", "decode")
     assert all(f"\n{number}  " in shown for number in range(1, 7))
     assert "builtin:RMSNorm" in shown
-    assert "everything agrees" in shown
+    assert "everything agrees; tuned: prefill " in shown
     assert not any("_kernelwise" in vars(module) for module in model.modules())
+    assert (here / "kernels.toml").read_text() == outcome.evidence.config
+    assert (here / "report.html").read_text().startswith("<!DOCTYPE html>")
 
 
+@pytest.mark.usefixtures("quick")
 def test_a_wrong_kernel_makes_it_fail(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     def with_wrong_norm(model: nn.Module) -> Plan:
         decided = plan(model)
@@ -81,6 +114,7 @@ def test_a_wrong_kernel_makes_it_fail(model: nn.Module, monkeypatch: pytest.Monk
     assert "WRONG" in shown
 
 
+@pytest.mark.usefixtures("quick")
 def test_other_tokens_make_it_fail(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     own = _demo._greedy
     tokens = iter([own(model, torch.tensor([[1, 2]])), [0] * 32])
@@ -90,6 +124,7 @@ def test_other_tokens_make_it_fail(model: nn.Module, monkeypatch: pytest.MonkeyP
     assert any("does not go on with ' Paris.'" in failure for failure in outcome.failures)
 
 
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize("left", ["an attribute more", "another object"])
 def test_an_undo_that_leaves_something_makes_it_fail(
     model: nn.Module, monkeypatch: pytest.MonkeyPatch, left: str
@@ -107,6 +142,7 @@ def test_an_undo_that_leaves_something_makes_it_fail(
     assert "6  Undo" not in shown
 
 
+@pytest.mark.usefixtures("quick")
 def test_an_undo_that_changes_a_weight_makes_it_fail(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     def nudges_a_weight(model: nn.Module) -> None:
         unkernelize(model)
@@ -117,27 +153,33 @@ def test_an_undo_that_changes_a_weight_makes_it_fail(model: nn.Module, monkeypat
     assert "undo in float32 did not bring back the logits" in run(model)[0].failures
 
 
+@pytest.mark.parametrize(
+    ("speedups", "said"),
+    [
+        ({"tuned": 1.5, "builtin": 1.5}, ()),
+        ({"tuned": 0.8}, ("tuned against its own code in prefill: 0.80 times as fast (0.79-0.81)",)),
+        ({"tuned": 1.005}, ("tuned against its own code in prefill: 1.00 times as fast (0.99-1.02)",)),
+        ({}, ("tuned against its own code in prefill: no result",)),
+        (
+            {"tuned": 1.5, "builtin": 1.6},
+            ("builtin is 1.60 times as fast as its own code in prefill, tuned 1.50",),
+        ),
+    ],
+)
 def test_a_speed_below_what_is_expected_is_said_and_is_no_failure(
-    model: nn.Module, monkeypatch: pytest.MonkeyPatch
+    model: nn.Module, monkeypatch: pytest.MonkeyPatch, speedups: dict[str, float], said: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(_demo_speed, "_pairs", lambda *_: ((1.0, 1.0, 1.0), (2.0, 1.25, 4.0)))
+    monkeypatch.setattr(_demo, "tune", as_found(**speedups))
     outcome, shown = run(model)
-    assert outcome.failures == ()
-    assert "slower than expected: float32 prefill is 0.50x as fast, expected at least 1.00x" in shown
-    assert "slower than expected: float32 decode is 0.50x" in shown
+    assert (outcome.failures, outcome.slower) == ((), said)
+    assert all(f"slower than expected: {line}" in shown for line in said)
 
 
-def test_the_ratio_is_the_median_of_pairs() -> None:
-    speed = Speed("float32", "decode", 16, own_s=(2.0, 3.0, 1.0), kernel_s=(1.0, 1.0, 1.0), expected=2.0)
-    assert (speed.ratios, speed.ratio, speed.missed) == ((1.0, 2.0, 3.0), 2.0, None)
-    assert replace(speed, expected=2.1).missed is not None
-
-
+@pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(("continues", "code"), [("", 0), (" Paris.", 1)])
 def test_exit_code(model: nn.Module, monkeypatch: pytest.MonkeyPatch, continues: str, code: int) -> None:
     monkeypatch.setattr(_demo, "load_smollm2", lambda: (model, ByteTokenizer()))
     monkeypatch.setattr(_demo, "CONTINUES", continues)
-    monkeypatch.setattr(_demo_speed, "_pairs", lambda *_: ((1.0,), (1.0,)))
     assert _demo.main(Console(file=StringIO())) == code
 
 

@@ -1,7 +1,7 @@
 """Demo: every stage on a real language model, on the CPU, with what a newcomer wants to know about it.
 
-Plan, the same text with and without kernels, the same perplexity, the speed of both side by side, the report, and the way
-back. A wrong result makes the demo fail; a speed below what is expected is said clearly, but may be a busy machine.
+Plan, the same text with and without kernels, the same perplexity, tuning for this machine with its files, the report, and the
+way back. A wrong result makes the demo fail; a speed below what is expected is said clearly, but may be a busy machine.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,24 +21,28 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 from torch import nn
 
-from kernelwise._api import apply, plan, report, unkernelize
+from kernelwise._api import apply, kernelize, plan, report, tune, unkernelize
+from kernelwise._config import KernelConfig
 from kernelwise._data import Plan
-from kernelwise._demo_speed import DECODE_TOKENS, PREFILL_TOKENS, Speed, measure, speed_table
 from kernelwise._demo_text import TEXT
+from kernelwise._evidence import EAGER, TUNED, Tuning
 from kernelwise._models import load_smollm2
-from kernelwise.kernels.cpu import is_available, isa
+from kernelwise._page import save
 
 PROMPT = "The capital of France is"
 CONTINUES = " Paris."
 MAX_PERPLEXITY_DIFFERENCE = 1e-3
+PREFILL_TOKENS = 512
+CONFIG_FILE, PAGE_FILE = "kernels.toml", "report.html"
 
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a demo found. `failures` are wrong results; speeds below what is expected are no failures."""
+    """What a demo found. `failures` are wrong results; speeds below what is expected (`slower`) are no failures."""
 
     failures: tuple[str, ...]
-    speeds: tuple[Speed, ...]
+    slower: tuple[str, ...]
+    evidence: Tuning
 
 
 class _Screen:
@@ -56,9 +61,9 @@ class _Screen:
         self._progress.update(self._task, description=title, completed=self._steps)
         self._steps += 1
 
-    def part(self, fraction: float) -> None:
-        """Show how much of the current step is done."""
-        self._progress.update(self._task, completed=self._steps - 1 + min(1.0, fraction))
+    def part(self, fraction: float, what: str) -> None:
+        """Show how much of the current step is done, and what comes next."""
+        self._progress.update(self._task, completed=self._steps - 1 + min(1.0, fraction), description=what)
 
     @contextmanager
     def running(self) -> Iterator[None]:
@@ -90,20 +95,27 @@ def main(console: Console | None = None) -> int:
 
 @torch.no_grad()
 def run(
-    model: nn.Module, tokenizer: Any, *, console: Console, continues: str = "", seconds_per_figure: float = 12.0
+    model: nn.Module,
+    tokenizer: Any,
+    *,
+    console: Console,
+    continues: str = "",
+    seconds: float = 150.0,
+    folder: Path | None = None,
 ) -> Outcome:
     """Show all stages on a causal language model in float32 on the CPU; afterwards it is in bfloat16, without kernels.
 
     Args:
         tokenizer: `encode` gives token ids for a text, `decode` the text of token ids.
         continues: what the greedy continuation of the prompt must start with.
-        seconds_per_figure: how long to measure each of the four speeds; up to three times that where it takes three pairs.
+        seconds: how long tuning may take, about.
+        folder: where the tuned config and the report page are written; None: the current directory.
     """
     started = time.perf_counter()
-    screen = _Screen(console, num_steps=8)
+    folder = Path.cwd() if folder is None else folder
+    screen = _Screen(console, num_steps=5)
     ids = torch.tensor([tokenizer.encode(TEXT)])
     failures: list[str] = []
-    timing: dict[str, Any] = {"seconds": seconds_per_figure, "begin": screen.step, "part": screen.part}
     with screen.running():
         screen.step("planning")
         screen.say(_machine(model))
@@ -116,27 +128,23 @@ def run(
         failures += _same_text(screen, model, tokenizer, decided, continues)
         screen.step("perplexity")
         failures += _same_perplexity(screen, model, decided, ids, before)
-        expected = {"prefill": 1.0, "decode": 1.05}
-        speeds = measure(model, decided, ids, "float32", expected=expected, **timing)
         failures += _not_undone(model, ids, "float32", found, before)
 
-        screen.step("planning in bfloat16")
-        model.to(torch.bfloat16)
+        screen.step("tuning")
+        model.to(torch.bfloat16)  # as it is published
         found, before = _state(model), model(ids).logits
-        decided = plan(model)
-        has_units = _has_bf16_instructions()
-        expected = {} if has_units else {"prefill": 3.0}
-        speeds += measure(model, decided, ids, "bfloat16", expected=expected, **timing)
-        screen.head(
-            f"4  Speed: prefill of {PREFILL_TOKENS} tokens, decode of {DECODE_TOKENS}; own code and kernels in turns, medians"
-        )
-        console.print(speed_table(speeds))
-        screen.say(_about_bf16(decided, has_units))
+        config, evidence = _tuned(screen, model, ids, seconds)
+        screen.head("4  Tune: every kernel proven and timed here, the best chosen; bfloat16, as the model is published")
+        screen.say(str(evidence))
+        config_file, page_file = folder / CONFIG_FILE, folder / PAGE_FILE
+        config.save(config_file)
+        save(evidence, page_file)
+        screen.say(f"written: {config_file.name} (kernelize(model, KernelConfig.load(...))) and {page_file.name}")
 
         screen.step("report and undo")
-        apply(model, decided)
+        kernelize(model, config)
         model(ids)
-        screen.head("5  Report: what runs now, bfloat16")
+        screen.head("5  Report: what runs now, tuned")
         screen.say(str(report(model)))
         unkernelize(model)
         failures += _not_undone(model, ids, "bfloat16", found, before)
@@ -144,14 +152,59 @@ def run(
     if not any("undo" in failure for failure in failures):
         screen.head("6  Undo: every module is as it was, and the logits are bit-identical to those before")
     screen.say("")
-    for speed in speeds:
-        if speed.missed:
-            screen.say(f"slower than expected: {speed.missed}", style="bold yellow")
+    slower = _slower(evidence)
+    for line in slower:
+        screen.say(
+            f"slower than expected: {line}. A busy machine can do this: run it again when it is quiet", "bold yellow"
+        )
     for failure in failures:
         screen.say(f"WRONG: {failure}", style="bold red")
-    verdict = f"{len(failures)} wrong" if failures else "everything agrees"
+    verdict = f"{len(failures)} wrong" if failures else f"everything agrees; tuned: {_speeds(evidence)}"
     screen.say(f"{verdict}; {time.perf_counter() - started:.0f} s", style="bold red" if failures else "bold green")
-    return Outcome(tuple(failures), tuple(speeds))
+    return Outcome(tuple(failures), slower, evidence)
+
+
+def _tuned(screen: _Screen, model: nn.Module, ids: torch.Tensor, seconds: float) -> tuple[KernelConfig, Tuning]:
+    """Tune for prefill and decoding of one sequence."""
+    repeats = -(-PREFILL_TOKENS // ids.shape[1])
+    prompt = ids.repeat(1, repeats)[:, :PREFILL_TOKENS]
+
+    def told(what: str, part: float) -> None:
+        screen.part(part, what)
+
+    config = tune(model, {"input_ids": prompt}, seconds=seconds, progress=told)
+    assert config.evidence is not None
+    return config, config.evidence
+
+
+def _slower(evidence: Tuning) -> tuple[str, ...]:
+    """Say where the tuned model is not faster than its own code, or clearly slower than another contender."""
+    lines = []
+    for workload in evidence.workloads:
+        runs = {run.contender: run.comparison for run in evidence.runs if run.workload == workload}
+        tuned = runs.get(TUNED)
+        if tuned is None or tuned.verdict != "faster":
+            shown = (
+                "no result"
+                if tuned is None
+                else f"{tuned.speedup:.2f} times as fast ({tuned.low:.2f}-{tuned.high:.2f})"
+            )
+            lines.append(f"tuned against its own code in {workload}: {shown}")
+            continue
+        lines += [
+            f"{name} is {other.speedup:.2f} times as fast as its own code in {workload}, tuned {tuned.speedup:.2f}"
+            for name, other in runs.items()
+            if name not in (EAGER, TUNED) and other is not None and other.low > tuned.high
+        ]
+    return tuple(lines)
+
+
+def _speeds(evidence: Tuning) -> str:
+    return ", ".join(
+        f"{run.workload} {run.comparison.speedup:.2f} x"
+        for run in evidence.runs
+        if run.contender == TUNED and run.comparison is not None
+    )
 
 
 State = list[tuple[type[nn.Module], dict[str, object]]]
@@ -231,30 +284,6 @@ def _same_perplexity(
 def _perplexity(logits: torch.Tensor, ids: torch.Tensor) -> float:
     """Return exp of the mean loss of each next token; logits `[1, length, vocabulary]`, ids `[1, length]`."""
     return float(nn.functional.cross_entropy(logits[0, :-1].double(), ids[0, 1:]).exp())
-
-
-def _about_bf16(decided: Plan, has_units: bool) -> str:
-    """Say what happens to the linear layers in bfloat16, on which the speed depends there."""
-    linear = [decision for decision in decided.decisions if decision.layer.name == "Linear"]
-    num_replaced = len({decision.layer.path for decision in linear if decision.kernel})
-    units = "this CPU has instructions for bf16" if has_units else "this CPU has no instructions for bf16"
-    if num_replaced:
-        also = f"In bfloat16, as models are published, {num_replaced} linear layers have a kernel too; {units}"
-        return (
-            f"{also}, so torch's own product gains from them too, and no ratio is asked for."
-            if has_units
-            else f"{also}."
-        )
-    why = "; ".join(dict.fromkeys(decision.reason for decision in linear if decision.reason))
-    return f"In bfloat16 the linear layers are left to torch ({why or 'none was recognised'}); {units}."
-
-
-def _has_bf16_instructions() -> bool:
-    """Return whether torch's own bfloat16 products use instructions made for them, as far as is known."""
-    if not is_available():
-        return bool(torch.cpu._is_avx512_bf16_supported())
-    names = torch.ops.kernelwise.cpu_half_products.default().split()
-    return "amx_bf16" in names or ("avx512_bf16" in names and isa() == "avx512")
 
 
 def _machine(model: nn.Module) -> str:
