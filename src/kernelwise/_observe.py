@@ -232,9 +232,13 @@ def _wide(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.to(torch.float64) if tensor.dtype in NARROW_DTYPES else tensor.clone()
 
 
+_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+
+
 def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
     one, other = one.contiguous().reshape(-1), other.contiguous().reshape(-1)
-    return torch.equal(one.view(torch.uint8), other.view(torch.uint8))
+    bits = _BITS.get(one.element_size(), torch.uint8)
+    return torch.equal(one.view(bits), other.view(bits))
 
 
 def observe(call: Call, case: Case, *, wide: bool = False, natively: bool = False) -> Observed:
