@@ -64,6 +64,8 @@ _FOR_WHOLE = (*_FOR_ANY, "rows of different sizes", "only ", "inputs with gaps",
 _DEADLY = ("crashed", "exited", "timed_out", "out_of_memory", "load_failed", "setting_changed")
 """Statuses after which no further case is tried."""
 
+_OF_OTHERS = "it calls the layer's children with arguments of its own, which cannot be made or cut"
+
 _NOISE = 64 << 10
 """Bytes by which a process may grow whatever it runs."""
 
@@ -388,9 +390,7 @@ def verify_plan(
                 on_check(check)
     for decision in plan.decisions:
         if decision.kernel is not None and holds_others(decision) and decision.kernel.ref.scheme != "builtin":
-            why = "it calls the layer's children with arguments of its own, which cannot be made or cut"
-            ref, at = str(decision.kernel.ref), decision.layer
-            checks.append(Check(at.path, (at.path,), ref, (decision.mode,), "", "skipped", why))
+            checks.append(_not_checked(decision, (decision.layer.path,), (decision.mode,), _OF_OTHERS))
             on_check(checks[-1])
     if not checks and not notes:
         notes.append("no kernels in the plan: there is nothing to check")
@@ -413,7 +413,7 @@ def _with_samples(
             by_kernel.setdefault((one.decision.kernel, one.decision.layer.device), []).append(one)
         for alike in by_kernel.values():
             for one in alike:
-                yield one, samples.pop(one.decision.layer.path, None)
+                yield one, samples.get(one.decision.layer.path)
 
 
 def _captured_on_meta(
@@ -453,14 +453,20 @@ def check_group(
         if sample is not None and sample.module is not None:
             sample = replace(sample, module=_real_module(sample.module, decision.layer, options.seed))
     if sample is None:
-        kernel = str(decision.kernel.ref) if decision.kernel else ""
         why = "no inputs could be made for it; pass inputs of the model"
-        yield Check(decision.layer.path, found.paths, kernel, found.modes, "", "skipped", why)
-        return
-    if holds_others(decision):
+        yield _not_checked(decision, found.paths, found.modes, why)
+    elif not holds_others(decision):
+        yield from check_kernel(
+            decision, own, sample, paths=found.paths, modes=found.modes, options=options, worker=worker
+        )
+    elif decision.kernel is not None and decision.kernel.ref.scheme == "builtin":
         yield from _check_whole(found, own, sample, options)
-        return
-    yield from check_kernel(decision, own, sample, paths=found.paths, modes=found.modes, options=options, worker=worker)
+    else:
+        yield _not_checked(decision, found.paths, found.modes, _OF_OTHERS)
+
+
+def _not_checked(decision: Decision, paths: tuple[str, ...], modes: tuple[str, ...], why: str) -> Check:
+    return Check(decision.layer.path, paths, str(decision.kernel and decision.kernel.ref), modes, "", "skipped", why)
 
 
 def _check_whole(found: Group, own: Callable[..., Any], sample: Sample, options: Options) -> Iterator[Check]:

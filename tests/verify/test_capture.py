@@ -80,6 +80,20 @@ def test_a_layer_that_is_too_large_alone_is_cut_and_one_that_is_not_called_is_sa
     assert sum("more than the 10 that may be kept" in note for note in checks.notes) == 3
 
 
+def test_a_kernel_for_each_mode_is_checked_on_what_the_layer_was_given():
+    model = WithLoss().eval()
+    plan = kw.plan(model)
+    decisions = tuple(
+        replace(d, kernel=replace(d.kernel, can_torch_compile=False)) if d.mode == "training" else d
+        for d in plan.decisions
+        if d.kernel is not None and d.layer.path == "blocks.0.norm"
+    )
+    plan = replace(plan, decisions=decisions)
+    checks = kw.verify(model, plan, _inputs() | {"labels": torch.randn(2, 5, 64)})
+    found = {check.modes for check in checks.checks if check.case == "the model's gradients"}
+    assert found == {("inference",), ("training",)}
+
+
 def test_weights_that_accelerate_brings_in_are_those_that_are_checked(monkeypatch):
     torch.manual_seed(0)
     model = Model().eval()
