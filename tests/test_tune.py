@@ -11,8 +11,10 @@ import subprocess
 import sys
 import textwrap
 import time
+import types
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import fakehub
 import pytest
@@ -21,8 +23,9 @@ from torch import nn
 
 import kernelwise as kw
 from kernelwise import _confirm, _inputs, _trials, _tune
+from kernelwise._cli import main
 from kernelwise._errors import KernelConfigError, PlanError
-from kernelwise._evidence import EAGER, OWN_CODE, Comparison, Run, Tuning
+from kernelwise._evidence import EAGER, OWN_CODE, Candidate, Comparison, Run, Timing, Tuning, load
 from kernelwise._register import unregister_op
 
 KERNELS = """
@@ -537,3 +540,81 @@ def test_kinds_of_devices_that_differ_leave_layers_their_own_code():
     assert joined["config"]["kernels"] == {"RMSNorm": "builtin:RMSNorm", "SiLU": "none"}
     assert "SiLU" in joined["evidence"]["notes"][0]
     assert _tune.join({"H100": one}) is one
+
+
+# ---------------------------------------------------------------------------------------------------------------- choices
+
+
+def candidate(name: str, *found: tuple[str, float, int], peak: int | None = None, sure: bool = True) -> Candidate:
+    """A candidate that is so much faster in each workload, of so many calls of 100 us."""
+    timings = [
+        Timing(
+            "norm",
+            ("norm",),
+            name,
+            "inference",
+            workload,
+            Comparison(100.0, 100.0 / by, by, by * 0.99 if sure else 0.5, by * 1.01 if sure else 2.0, 20, 1000, peak),
+            calls,
+        )
+        for workload, by, calls in found
+    ]
+    return Candidate(name, checks=10, timings=tuple(timings))
+
+
+def choose(*tried: Candidate, objective: str = "latency", by_memory: bool = False) -> str | None:
+    runs = {"prefill": 1.0, "decode": 0.001}  # seconds of the whole model
+    session: Any = types.SimpleNamespace(objective=objective, run_s=runs)
+    return _tune._choose(session, tried, by_memory=by_memory)[0]
+
+
+def test_own_code_stays_unless_something_is_clearly_faster():
+    assert choose(candidate("a", ("prefill", 1.5, 1))) == "a"
+    assert choose(candidate("a", ("prefill", 1.5, 1), sure=False)) is None
+    assert choose(candidate("a", ("prefill", 0.9, 1))) is None
+    assert choose(Candidate("a", out="wrong")) is None
+    assert choose() is None
+
+
+def test_what_was_offered_first_stays_unless_another_is_better_by_a_margin():
+    first, second = candidate("a", ("prefill", 2.0, 1)), candidate("b", ("prefill", 2.02, 1))
+    assert choose(first, second) == "a"
+    assert choose(second, first) == "b"
+    assert choose(first, candidate("b", ("prefill", 2.5, 1))) == "b"
+
+
+def test_the_objective_says_which_workload_counts_how_much():
+    # In prefill 50 us of 1 s are saved, in decode 100 us of 1 ms are lost, or the other way round.
+    prefill = candidate("prefill", ("prefill", 2.0, 100), ("decode", 0.5, 1))
+    decode = candidate("decode", ("prefill", 0.5, 100), ("decode", 2.0, 1))
+    assert choose(prefill, decode) == "decode"
+    assert choose(prefill, decode, objective="throughput") == "prefill"
+
+
+def test_memory_counts_at_the_worst_peak():
+    small, large = candidate("small", ("prefill", 0.9, 1), peak=500), candidate("large", ("prefill", 2.0, 1), peak=2000)
+    assert choose(small, large, objective="memory", by_memory=True) == "small"
+    assert choose(large, objective="memory", by_memory=True) is None
+
+
+def inputs() -> torch.Tensor:
+    return X
+
+
+def test_the_command_writes_the_config_and_its_evidence(tmp_path, capsys, repository):
+    files = {name: tmp_path / name for name in ("kernels.toml", "evidence.json", "report.html")}
+    options = ["--out", "kernels.toml", "--json", "evidence.json", "--html", "report.html"]
+    options = [str(files.get(option, option)) for option in options]
+    command = ["tune", "test_tune:Model", "--inputs", "test_tune:inputs", "--device", "cpu", "--seconds", "30"]
+    with pytest.raises(SystemExit) as ended:
+        main([*command, "--candidate", f"{repository}:Fast", *options])
+    assert ended.value.code in (0, None)
+    assert kw.KernelConfig.load(files["kernels.toml"]).kernel_mapping["SleepyNorm"] == {
+        "inference": f"{repository}:Fast"
+    }
+    assert "SleepyNorm" in capsys.readouterr().out
+    assert load(files["evidence.json"]).choices
+    assert "<html" in files["report.html"].read_text()
+    with pytest.raises(SystemExit):
+        main([*command, "--out", str(tmp_path / "nowhere" / "kernels.toml")])
+    assert "its directory does not exist" in capsys.readouterr().err

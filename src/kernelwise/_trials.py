@@ -88,7 +88,10 @@ class Trials:
         reasons = reasons_against(kind.layer, kernel, self.target, kind.mode)
         if reasons:
             return Candidate(str(ref), out="; ".join(reasons))
-        checks, done = self._check(kind, kernel)
+        try:
+            checks, done = self._check(kind, kernel)
+        except KernelLoadError as error:  # there is no process to check it in
+            return Candidate(str(ref), out=error.reason)
         errors = [check.ratio for check in checks if check.ratio is not None]
         found = Candidate(
             str(ref),
@@ -155,7 +158,7 @@ class Trials:
                 self._checked[known] = [from_json(Check, check) for check in stored["checks"]], stored["done"]
             else:
                 self._checked[known] = checks, done = self._run_checks(kind, kernel, modes, sample)
-                final = done or any(check.failed for check in checks)
+                final = done or any(check.failed for check in checks) or not _prove.needs_proof(kernel.ref)
                 if kernel.content_hash and final and not any(check.status in _PASSING for check in checks):
                     _results.put(key, {"checks": to_json(checks), "done": done})
             self._remember(kind, kernel, modes, *self._checked[known])
