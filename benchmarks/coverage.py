@@ -201,7 +201,8 @@ def page(count: Count, results: list[tuple[str, list[tuple[str, str | None, bool
         "",
         "A pre-norm layer is one in whose forward the sum of the residual stream and of what a sub-layer gave is normed by a",
         "child and goes on as the residual stream; here of a decoder, and of an encoder of text, images or sound. Every other",
-        "class whose name ends in Layer or Block is left out for one of these reasons:",
+        "class whose name ends in Layer or Block is left out for one of these reasons, by the norms and the attention among",
+        "its children and the order in which its forward calls them, and by reading where these do not decide:",
         "",
         *left_out("pre-norm decoder layer"),
         "",
@@ -257,7 +258,9 @@ def elsewhere() -> list[str]:
     ]
     for key, counts in versions.items():
         version, _, kernels = key.partition(" ")
-        lines.append(f"| {version} | {kernels} | {' | '.join('/'.join(map(str, counts[kind])) for kind in kinds)} |")
+        lines.append(
+            f"| {version} | {kernels} | {' | '.join('/'.join(map(str, counts.get(kind, ('-',)))) for kind in kinds)} |"
+        )
     agreement = kept.get("agreement")
     if agreement:
         lines += [
@@ -296,6 +299,7 @@ def main() -> None:
     parser.add_argument("--undecided", action="store_true", help="print what the lists say nothing about")
     parser.add_argument("--agree", action="store_true", help="run what was recognised against its reference")
     parser.add_argument("--without-kernels", action="store_true", help="hide the kernels library from transformers")
+    parser.add_argument("--every", type=int, default=1, metavar="N", help="with --agree: only every N-th model type")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
     if arguments.undecided:
@@ -304,7 +308,8 @@ def main() -> None:
         return
     types = models.model_types()
     if arguments.agree:
-        agree({name: types[name] for name in arguments.types or types}, arguments.jobs, whole=not arguments.types)
+        names = arguments.types or list(types)[:: arguments.every]
+        agree({name: types[name] for name in names}, arguments.jobs, whole=not arguments.types)
     elif arguments.types:
         for name in arguments.types:
             _, rows, error = models.look(name, types[name])
