@@ -167,17 +167,8 @@ class LazyLogits(Tensor):
             stepped = _step(func, args[0], args[1:], kwargs)
             if stepped is not None:
                 return stepped
-        lazy: dict[int, LazyLogits] = {}
-
-        def values(tensor: LazyLogits) -> Tensor:
-            found = tensor._pending.settle(READ)
-            lazy[id(found)] = tensor
-            return found
-
-        args, kwargs = tree_map_only(LazyLogits, values, (args, kwargs))
-        result = func(*args, **kwargs)
-        # An operator in place returns what it was given.
-        return tree_map_only(Tensor, lambda tensor: lazy.get(id(tensor), tensor), result)
+        args, kwargs = tree_map_only(LazyLogits, lambda lazy: lazy._pending.settle(READ), (args, kwargs))
+        return func(*args, **kwargs)
 
 
 def _plain(lazy: LazyLogits) -> Tensor:
