@@ -126,6 +126,12 @@ def test_progress_is_told_check_by_check_or_drawn(monkeypatch, capsys):
     assert drawn.out == ""
 
 
+def test_compiled_calls_are_checked_where_that_is_asked_for():
+    checks = kw.verify(nn.Sequential(gallery.Norm()), compile=True)
+    assert [check.status for check in checks.checks if check.case == "compile"] == ["passed"]
+    assert checks.ok, str(checks)
+
+
 def test_while_layers_are_checked_other_threads_see_nothing_of_it():
     """Default dtype, deterministic algorithms and random numbers belong to the whole process."""
     seen: set[tuple[Any, ...]] = set()
