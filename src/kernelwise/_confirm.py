@@ -9,9 +9,10 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from itertools import product
 from typing import Any
 
 import torch
@@ -30,6 +31,7 @@ from kernelwise._workload import Workload
 
 TUNED = "tuned"
 
+_EAGER = ("inference", "training")
 _WORTH_A_LOOK = 0.01
 """By how much, as a logarithm, one contender must seem faster than another to be raced against it directly."""
 
@@ -80,11 +82,13 @@ def confirm(course: Course, chosen: Chosen) -> Confirmation:
     found = Confirmation(dict(chosen))
     alone = _alone(course, found)
     runs = _race_all(course, {EAGER: None, BUILTIN: KernelConfig(), TUNED: course.config(found.chosen), **alone})
-    for name in alone:
-        failed = next((run.error for run in runs if run.contender == name and run.error), None)
-        if failed is not None or _score(runs, name) < 0:
-            why = f"it fails end to end: {failed}" if failed else f"the whole model with it is {_figures(runs, name)}"
-            _take_back(found, lambda kind, name=name: kind.layer.name == name, f"taken back: {why}")  # type: ignore[misc]
+    of_mode = {mode: [run for run in runs if (run.workload == "training") == (mode == "training")] for mode in _EAGER}
+    for name, (mode, those) in product(alone, of_mode.items()):
+        failed = next((run.error for run in those if run.contender == name and run.error), None)
+        if failed is not None or _score(those, name) < 0:
+            why = f"it fails end to end: {failed}" if failed else f"the whole model with it is {_figures(those, name)}"
+            gone = [kind for kind in found.chosen if (kind.layer.name, kind.mode) == (name, mode)]
+            _take_back(found, gone, f"taken back: {why}")
     if found.taken_back:
         runs = [run for run in runs if run.contender in alone]
         runs += _race_all(course, {EAGER: None, BUILTIN: KernelConfig(), TUNED: course.config(found.chosen)})
@@ -98,7 +102,7 @@ def confirm(course: Course, chosen: Chosen) -> Confirmation:
 
 def _alone(course: Course, found: Confirmation) -> dict[str, KernelConfig]:
     """The configs of each choice alone, by the name of the layer, where there is more than one and time for them."""
-    eager = {kind: ref for kind, ref in found.chosen.items() if not kind.mode.endswith(AND_COMPILED)}
+    eager = {kind: ref for kind, ref in found.chosen.items() if kind.mode in _EAGER}
     names = list(dict.fromkeys(kind.layer.name for kind, ref in eager.items() if ref is not None))
     if len(names) < 2:
         return {}
@@ -111,9 +115,9 @@ def _alone(course: Course, found: Confirmation) -> dict[str, KernelConfig]:
     }
 
 
-def _take_back(found: Confirmation, of: Callable[[Kind], bool], why: str) -> None:
-    for kind, ref in found.chosen.items():
-        if ref is not None and of(kind) and not kind.mode.endswith(AND_COMPILED):
+def _take_back(found: Confirmation, kinds: Iterable[Kind], why: str) -> None:
+    for kind in kinds:
+        if found.chosen[kind] is not None:
             found.chosen[kind], found.taken_back[kind] = None, why
 
 
@@ -134,9 +138,10 @@ def _best_of(course: Course, found: Confirmation, runs: list[Run], alone: Mappin
             return runs
         why = f"{best} is {_figures(direct, best)} than all choices together".replace("times as fast", "times faster")
     found.notes.append(f"all choices together did not hold end to end, {best} is the result: {why}")
-    _take_back(found, lambda kind: kind.layer.name != best, f"taken back: {why}")
+    eager = [kind for kind in found.chosen if kind.mode in _EAGER]
+    _take_back(found, [kind for kind in eager if kind.layer.name != best], f"taken back: {why}")
     if best == BUILTIN:
-        found.chosen = {kind: ref for kind, ref in found.chosen.items() if kind.mode.endswith(AND_COMPILED)}
+        found.chosen = {kind: ref for kind, ref in found.chosen.items() if kind not in eager}
     kept = [run for run in runs if run.contender != TUNED]
     return kept + [replace(run, contender=TUNED) for run in kept if run.contender == best]
 
@@ -172,10 +177,8 @@ def _compiled(course: Course, found: Confirmation) -> list[Run]:
     slower = not _failed(runs, COMPILED) and _median(runs, tuned) - _median(runs, COMPILED) < -_WORTH_A_LOOK
     if _failed(runs, tuned) or slower:
         why = next((run.error for run in runs if run.contender == tuned and run.error), None)
-        for kind, ref in found.chosen.items():
-            if ref is not None and kind.mode.endswith(AND_COMPILED):
-                found.chosen[kind] = None
-                found.taken_back[kind] = f"taken back: {why or 'torch.compile alone is faster end to end'}"
+        gone = [kind for kind in found.chosen if kind.mode.endswith(AND_COMPILED)]
+        _take_back(found, gone, f"taken back: {why or 'torch.compile alone is faster end to end'}")
     return [run for run in runs if run.contender != EAGER]
 
 
