@@ -206,7 +206,7 @@ def deviation(
     beyond = errors > bounds
     worst = int((torch.where(beyond, errors / bounds, -1.0) if bool(beyond.any()) else errors).argmax())
     error = float(errors.flatten()[worst])
-    allowed = float(bounds.expand_as(errors).flatten()[worst])
+    allowed = float(bounds.expand_as(errors)[_index(worst, own.shape)])
     own_error = float(own_errors.max())
     detail = ""
     if error <= allowed and mean and own.dtype in (torch.float16, torch.bfloat16) and own.numel() >= MEAN_ELEMENTS:
@@ -226,8 +226,7 @@ def deviation(
 
 def _rounded_more_often(own: torch.Tensor, new: torch.Tensor, exact: torch.Tensor) -> str:
     """Say so where the mean error is more than the own code's, or than that of a single rounding if this is more."""
-    info = torch.finfo(own.dtype)
-    units = torch.exp2(exact.abs().clamp(min=info.smallest_normal).log2().floor()) * info.eps
+    units = _ulp(exact.abs(), own.dtype)
     once = float(units.square().mean() / 12) ** 0.5
     mean_own = float((own.double() - exact).square().mean()) ** 0.5
     mean_new = float((new.double() - exact).square().mean()) ** 0.5
@@ -262,8 +261,8 @@ def _bounds(own_errors: torch.Tensor, sizes: torch.Tensor, dtype: torch.dtype, t
 def _ulp(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The distance between neighbouring numbers of a dtype at the size of some float64 numbers."""
     info = torch.finfo(dtype)
-    units: torch.Tensor = torch.exp2(values.clamp(min=info.smallest_normal).log2().floor()) * info.eps
-    return units
+    exponents = torch.frexp(values.clamp(min=info.smallest_normal)).exponent - 1
+    return torch.exp2(exponents.double()) * info.eps
 
 
 def _at(where: torch.Tensor, new: torch.Tensor, exact: torch.Tensor, status: Status, detail: str) -> Deviation:

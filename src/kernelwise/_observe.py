@@ -471,6 +471,8 @@ class _Filled(TorchDispatchMode):  # type: ignore[no-untyped-call]
         made = func(*args, **(kwargs or {}))
         if not func.overloadpacket.__name__.startswith(("empty", "new_empty")) or not isinstance(made, torch.Tensor):
             return made
+        if made.layout != torch.strided or made.is_quantized:
+            return made
         if self.value == 0 or made.is_floating_point() or made.is_complex():
             return made.fill_(self.value)
         return made if made.dtype == torch.bool else made.fill_(torch.iinfo(made.dtype).max)
