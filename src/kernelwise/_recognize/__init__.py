@@ -21,7 +21,8 @@ from kernelwise._recognize._children import find
 from kernelwise._recognize._code import global_names
 from kernelwise._recognize._compare import forget_references
 from kernelwise._recognize._explain import NearMiss, near_miss
-from kernelwise._recognize._memory import Entry, is_library, modes, not_only_of_its_inputs, plain_function
+from kernelwise._recognize._memory import Entry, modes
+from kernelwise._recognize._reach import is_library, not_only_of_its_inputs, plain_function
 from kernelwise._recognize._reads import OF_THE_MODULE, SCALARS, Reads, is_child_token
 from kernelwise._recognize._record import Untraceable
 from kernelwise._recognize._search import Finding, find_function

@@ -16,8 +16,8 @@ from kernelwise._data import Binding, Recognition
 from kernelwise._recognize._compare import FIRST, ROUNDS, bindings, compare, may_be, prove, rounds_at
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound
-from kernelwise._recognize._memory import sizes_in
 from kernelwise._recognize._passing import LENGTHS, ChildCall, LayerTrace, traces
+from kernelwise._recognize._reach import sizes_in
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Failed, Source, Untraceable
 from kernelwise._recognize._search import Finding, find_module

@@ -24,7 +24,8 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from kernelwise._data import Binding, Recognition
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import match
-from kernelwise._recognize._memory import Entry, looks_into_keywords, not_only_of_its_inputs
+from kernelwise._recognize._memory import Entry
+from kernelwise._recognize._reach import looks_into_keywords, not_only_of_its_inputs
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Failed, Recorder, Source, Untraceable, Widths
 from kernelwise._recognize._stand_in import Stage

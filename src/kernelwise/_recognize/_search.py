@@ -40,7 +40,7 @@ from kernelwise._recognize._compare import (
 )
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound
-from kernelwise._recognize._memory import sizes_in
+from kernelwise._recognize._reach import sizes_in
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Failed, Source, Untraceable
 from kernelwise._recognize._stand_in import Stage, make_stand_in
