@@ -22,7 +22,8 @@ from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 import kernelwise as kw
 from kernelwise import _join
 from kernelwise._discover import discover
-from kernelwise._lazy_logits import KEPT, READ, LazyLogits, Source, lazy_logits
+from kernelwise._lazy_logits import READ, LazyLogits, lazy_logits
+from kernelwise._logit_source import KEPT, Source
 from kernelwise.kernels.cpu.linear_cross_entropy import linear_cross_entropy
 
 WIDTH, VOCABULARY = 24, 331

@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, nn
 
 from kernelwise._data import Limits
-from kernelwise._lazy_logits import Source, followed, lazy_logits
+from kernelwise._lazy_logits import followed, lazy_logits
+from kernelwise._logit_source import Source
 
 Call = Callable[..., Any]
 

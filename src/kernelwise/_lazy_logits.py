@@ -1,122 +1,30 @@
 """Logits that are computed only when somebody reads them, so that a loss can be had without them.
 
-In training the head of a model gives `LazyLogits`: a tensor with shape, dtype, device and place in the graph of the logits,
-and no memory. Taking all of some rows or float32 keeps them so, and `torch.nn.functional.cross_entropy` of them is
-computed from hidden states and weight by a kernel that never holds all logits. Any other use computes the
-logits as the head would have, once, and goes on with them: what a model computes does not depend on what it does with them.
-
-Logits that are still held when an optimizer steps are computed before it, because the weight they come from is about to
-change. Where something else has changed it, reading them raises `StaleLogitsError`.
+While a model runs with labels its head gives `LazyLogits`: a tensor with shape, dtype, device and place in the graph of the
+logits, and no memory. Taking rows of them, or float32, keeps them so, and `torch.nn.functional.cross_entropy` of them is computed
+from hidden states and weight by a kernel that never holds all logits. Any other use computes the logits as the head would
+have, once, and goes on with them: what a model computes does not depend on what it does with its logits.
 """
 
 from __future__ import annotations
 
-import threading
-import weakref
-from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch._compile import _disable_dynamo
 from torch.nn import functional as F
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 from torch.utils._pytree import tree_map_only
 
-from kernelwise._errors import StaleLogitsError
 from kernelwise._fuse import REFUSALS
+from kernelwise._logit_source import Pending, Source, Step, remember
 from kernelwise.kernels._autograd import plain_gradients, wants_graph
 
-Call = Callable[..., Any]
-Step = Callable[[Tensor], Tensor]  # what is done to logits, and likewise to the hidden states that stand for their rows
-
 READ = "the logits were read, so they were computed"
-KEPT = "the logits were still held when an optimizer stepped, so they were computed"
 REFUSED = "the kernel refused the input"
 
 _aten = torch.ops.aten
 _no_subclass = torch._C.DisableTorchFunctionSubclass
-
-
-class Source:
-    """What logits are computed from: hidden states [..., H], weight [V, H], bias [V] or None, and the product of them.
-
-    `loss` is the kernel `linear_cross_entropy`. `fallbacks` counts what had to be computed after all.
-    """
-
-    def __init__(
-        self, hidden: Tensor, weight: Tensor, bias: Tensor | None, product: Call, loss: Call, fallbacks: Counter[str]
-    ) -> None:
-        self.hidden, self.weight, self.bias = hidden, weight, bias
-        self.product, self.loss, self.fallbacks = product, loss, fallbacks
-        self.is_watched = False  # somebody wants the gradient of the logits
-        self.lock = threading.RLock()
-        # The same memory under other names: what is done to `parameter.data` is not done to these.
-        self._held = tuple(None if t is None else t.detach() for t in (hidden, weight, bias))
-        self._versions = self._seen()
-
-    def _seen(self) -> tuple[tuple[int, bool], ...]:
-        """How often each tensor was written to, and whether its memory is there: FSDP and others free it."""
-        return tuple((t._version, t.untyped_storage().nbytes() == 0) for t in self._held if t is not None)
-
-    def is_stale(self) -> bool:
-        """Whether something was written to what the logits are computed from."""
-        return self._seen() != self._versions
-
-    def logits(self) -> Tensor:
-        """Compute the logits as the head does, without a graph. Raises `StaleLogitsError`."""
-        if self.is_stale():
-            raise StaleLogitsError(
-                "the logits are read after the weight of the head, or the hidden states, that they come from have changed\n"
-                "  asked by   the kernel for LinearCrossEntropy, which computes logits only when they are read\n"
-                "  go on      read them before the weight changes, or keep the own code there: "
-                'kernelize(model, {"LinearCrossEntropy": "none"})'
-            )
-        with torch.no_grad(), torch.inference_mode(False), torch.autocast(self.weight.device.type, enabled=False):
-            logits: Tensor = self.product(*self._held)
-        return logits
-
-
-class _Pending:
-    """One tensor of lazy logits: what was done to the logits of a source to get it, and its values once they are there.
-
-    `parent` is the tensor that the last step was taken on. A step that copies has memory of its own.
-    """
-
-    __slots__ = ("__weakref__", "copies", "parent", "source", "steps", "values")
-
-    def __init__(self, source: Source, steps: tuple[tuple[Step, Step], ...], parent: LazyLogits | None, copies: bool):
-        self.source, self.steps, self.parent, self.copies = source, steps, parent, copies
-        self.values: Tensor | None = None
-
-    def settle(self, why: str | None = None) -> Tensor:
-        """Compute the values, and count `why`. A view shares the memory of what it is a view of."""
-        with self.source.lock, torch.inference_mode(False):
-            if self.values is None:
-                if why is not None and not torch.compiler.is_compiling():
-                    self.source.fallbacks[why] += 1
-                if self.parent is None:
-                    self.values = self.source.logits()
-                elif self.copies and self.parent._version:  # written to since it was copied
-                    self.values = self.anew()
-                else:
-                    self.values = self.steps[-1][0](self.parent._pending.settle())
-            return self.values
-
-    def anew(self) -> Tensor:
-        """Compute the values in memory of their own."""
-        values = self.source.logits()
-        for step, _ in self.steps:
-            values = step(values)
-        return values
-
-    def rows(self) -> Tensor:
-        """Return the hidden states [..., H] whose product with the weight these logits are, within the graph."""
-        hidden = self.source.hidden
-        for _, step in self.steps:
-            hidden = step(hidden)
-        return hidden
 
 
 def lazy_logits(source: Source) -> LazyLogits:
@@ -128,16 +36,16 @@ def lazy_logits(source: Source) -> LazyLogits:
 class LazyLogits(Tensor):
     """Logits [..., V] that are computed when they are read."""
 
-    _pending: _Pending
+    _pending: Pending
 
     @staticmethod
-    def __new__(cls, pending: _Pending, like: Tensor, device: torch.device) -> LazyLogits:
+    def __new__(cls, pending: Pending, like: Tensor, device: torch.device) -> LazyLogits:
         """Make logits of the shape, strides and dtype of `like`, a tensor on the meta device."""
         made: LazyLogits = torch.Tensor._make_wrapper_subclass(
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
         )
         made._pending = pending
-        _remember(pending)
+        remember(pending)
         return made
 
     @classmethod
@@ -255,7 +163,7 @@ def _step(func: Any, lazy: LazyLogits, args: Any, kwargs: Any) -> LazyLogits | N
 
     pending = lazy._pending
     return LazyLogits(
-        _Pending(pending.source, (*pending.steps, (on_logits, on_rows)), lazy, copies), result, lazy.device
+        Pending(pending.source, (*pending.steps, (on_logits, on_rows)), lazy, copies), result, lazy.device
     )
 
 
@@ -322,7 +230,7 @@ class _Logits(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.product = source.product
         like = torch.empty((*hidden.shape[:-1], weight.shape[0]), dtype=hidden.dtype, device="meta")
-        return LazyLogits(_Pending(source, (), None, False), like, hidden.device)
+        return LazyLogits(Pending(source, (), None, False), like, hidden.device)
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -376,31 +284,6 @@ class _Link(torch.autograd.Function):
             loss = F.cross_entropy(values, ctx.saved_tensors[0], **ctx.options)
         (found,) = torch.autograd.grad(loss, values, grad)
         return None, found, *nothing
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Logits that are alive
-# ---------------------------------------------------------------------------------------------------------------------
-
-_alive: dict[int, weakref.ref[_Pending]] = {}
-_hook: list[Any] = []
-
-
-def _remember(pending: _Pending) -> None:
-    """Keep account of logits until they are gone, and see to it that no optimizer steps before they are computed."""
-    if not _hook:  # stays, as taking it out within a step is not safe; it does nothing where no logits are alive
-        _hook.append(register_optimizer_step_pre_hook(_settle_all))
-    key = id(pending)
-    _alive[key] = weakref.ref(pending, lambda gone: _alive.pop(key, None))
-
-
-def _settle_all(optimizer: Any, args: Any, kwargs: Any) -> None:
-    for reference in list(_alive.values()):
-        pending = reference()
-        if pending is None or pending.values is not None or pending.source.is_stale():
-            continue
-        if any(t is not None and t.requires_grad for t in (pending.source.weight, pending.source.bias)):
-            pending.settle(KEPT)
 
 
 def followed() -> bool:
