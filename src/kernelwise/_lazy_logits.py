@@ -1,9 +1,9 @@
 """Logits that are computed only when somebody reads them, so that a loss can be had without them.
 
 While a model runs with labels its head gives `LazyLogits`: a tensor with shape, dtype, device and place in the graph of the
-logits, and no memory. Taking rows of them, or float32, keeps them so, and `torch.nn.functional.cross_entropy` of them is computed
-from hidden states and weight by a kernel that never holds all logits. Any other use computes the logits as the head would
-have, once, and goes on with them: what a model computes does not depend on what it does with its logits.
+logits, and no memory. Taking rows of them, or float32, keeps them so, and `torch.nn.functional.cross_entropy` of them is
+computed from hidden states and weight by a kernel that never holds all logits. Any other use computes the logits as the head
+would have, once, and goes on with them: what a model computes does not depend on what it does with its logits.
 """
 
 from __future__ import annotations
