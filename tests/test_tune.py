@@ -11,10 +11,8 @@ import subprocess
 import sys
 import textwrap
 import time
-import types
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import fakehub
 import pytest
@@ -22,7 +20,7 @@ import torch
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import _confirm, _inputs, _trials, _tune
+from kernelwise import _choose, _confirm, _inputs, _trials, _tune
 from kernelwise._cli import main
 from kernelwise._errors import KernelConfigError, PlanError
 from kernelwise._evidence import EAGER, OWN_CODE, Candidate, Comparison, Run, Timing, Tuning, load
@@ -564,8 +562,7 @@ def candidate(name: str, *found: tuple[str, float, int], peak: int | None = None
 
 def choose(*tried: Candidate, objective: str = "latency", by_memory: bool = False) -> str | None:
     runs = {"prefill": 1.0, "decode": 0.001}  # seconds of the whole model
-    session: Any = types.SimpleNamespace(objective=objective, run_s=runs)
-    return _tune._choose(session, tried, by_memory=by_memory)[0]
+    return _choose.choose(tried, objective, runs, by_memory=by_memory)[0]  # type: ignore[arg-type]
 
 
 def test_own_code_stays_unless_something_is_clearly_faster():

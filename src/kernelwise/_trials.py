@@ -8,8 +8,7 @@ depends on, so that a tuning that was interrupted goes on where it was.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
@@ -20,13 +19,14 @@ from torch.utils._pytree import tree_leaves
 
 from kernelwise import _prove, _results, sources
 from kernelwise._candidates import Kind
-from kernelwise._capture import Group, capture, module_of
+from kernelwise._capture import Group, capture
 from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Target, from_json, to_json
 from kernelwise._errors import KernelLoadError
 from kernelwise._evidence import Candidate, Timing
 from kernelwise._inputs import Sample
 from kernelwise._measure import measure_group
 from kernelwise._plan import reasons_against
+from kernelwise._shares import Share
 from kernelwise._verify import Options, check_group
 from kernelwise._workload import Workload, undisturbed
 
@@ -48,19 +48,11 @@ class OutOfTimeError(Exception):
 
 
 @dataclass(slots=True)
-class Share:
-    """What one kind of layers takes of one run of a workload: how often it is called, and which part of the time."""
-
-    calls: int = 0
-    part: float | None = None  # None for a function, which no hook can time
-
-
-@dataclass(slots=True)
 class Trials:
     """Tries candidates, with all that they share: loaded kernels, captured inputs, one worker for each foreign kernel.
 
     `until` is a reading of `time.monotonic`: nothing is begun after it. `about` is what every result depends on besides
-    the candidate and the layer (the machine, versions). `limit_s` is the time limit of one case in a worker.
+    the candidate and the layer (the machine, versions).
     """
 
     model: nn.Module
@@ -292,62 +284,3 @@ def step_inputs(model: nn.Module, workload: Workload) -> dict[str, Any]:
     if isinstance(mask, torch.Tensor) and mask.dim() == 2:
         step["attention_mask"] = torch.cat([mask, mask.new_ones(len(mask), 1)], dim=1)
     return step
-
-
-# ----------------------------------------------------------------------------------------------------------------- shares
-
-
-def shares_of(
-    model: nn.Module, kinds: Sequence[Kind], workload: Workload, run: Callable[[], object], device: str
-) -> dict[tuple[str, tuple[str, str, str]], Share]:
-    """Run a workload and see how often each kind is called, and which part of the time its layers take.
-
-    The model must be in the mode of the workload. Of training only forward passes are seen.
-    """
-    run()  # what is set up on first use belongs to no layer
-    wait: Callable[[], object] = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
-    wait()
-    began = time.perf_counter()
-    run()
-    wait()
-    total = max(time.perf_counter() - began, 1e-9)
-    mode = "training" if workload.training else "inference"
-    there = [kind for kind in kinds if kind.mode.partition("+")[0] == mode]
-    with _watched(model, there, wait) as seen:
-        run()
-    return {
-        (workload.name, kind.key): Share(seen[kind.key][0], None if kind.layer.function else seen[kind.key][1] / total)
-        for kind in there
-    }
-
-
-@contextmanager
-def _watched(
-    model: nn.Module, kinds: Sequence[Kind], wait: Callable[[], object]
-) -> Iterator[dict[tuple[str, str, str], tuple[int, float]]]:
-    """Count the calls of kinds of layers and the seconds in them, while the block runs."""
-    seen: dict[tuple[str, str, str], tuple[int, float]] = {kind.key: (0, 0.0) for kind in kinds}
-    handles = []
-    began: list[float] = []
-
-    def before(module: nn.Module, args: Any) -> None:
-        wait()
-        began.append(time.perf_counter())
-
-    def after(key: tuple[str, str, str]) -> Callable[..., None]:
-        def hook(module: nn.Module, args: Any, output: Any) -> None:
-            wait()
-            calls, seconds = seen[key]
-            seen[key] = calls + 1, seconds + time.perf_counter() - began.pop()
-
-        return hook
-
-    for kind in kinds:
-        for path in kind.paths:
-            module = module_of(model, replace(kind.layer, path=path))
-            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after(kind.key))]
-    try:
-        yield seen
-    finally:
-        for handle in handles:
-            handle.remove()

@@ -22,6 +22,7 @@ from torch import nn
 from kernelwise import _apply, _prove, _ranks
 from kernelwise._alike import traits_of
 from kernelwise._candidates import Given, Kind, kinds_of, offered, read_given
+from kernelwise._choose import choose_all
 from kernelwise._config import KernelConfig
 from kernelwise._confirm import Confirmation, Course, confirm
 from kernelwise._data import KernelRef, Layer, Target
@@ -29,10 +30,11 @@ from kernelwise._decide import Config, current_target
 from kernelwise._discover import discover, model_device
 from kernelwise._environment import environment
 from kernelwise._errors import PlanError
-from kernelwise._evidence import OWN_CODE, Candidate, Choice, Comparison, Objective, Tuning
+from kernelwise._evidence import OWN_CODE, Candidate, Choice, Objective, Tuning
 from kernelwise._race import sharing_copy
 from kernelwise._reference import did_you_mean
-from kernelwise._trials import OutOfTimeError, Share, Trials, looks_of, shares_of
+from kernelwise._shares import Share, shares_of
+from kernelwise._trials import OutOfTimeError, Trials, looks_of
 from kernelwise._worker import SECONDS as CASE_S
 from kernelwise._workload import Workload, run_of, undisturbed, workloads_of
 
@@ -44,9 +46,6 @@ FOR_TRIALS = 0.6
 
 NEGLIGIBLE = 0.002
 """Layers that take a smaller part of every workload are not tuned: no kernel for them could be seen in the whole."""
-
-MARGIN = 0.02
-"""By which part of the layer's own time a candidate must be better than one that was offered before it."""
 
 
 @dataclass(slots=True)
@@ -94,7 +93,7 @@ def tune(
     _look(session)
     with _prove.Prover(seconds=limit_s) as prover:
         _try_all(session, refs, prover)
-        chosen, reasons = _choose_all(session)
+        chosen, reasons = choose_all(session.tried, session.objective, session.run_s, notes=session.notes)
         course = Course(
             session.model,
             session.layers,
@@ -311,87 +310,7 @@ def _worth_tuning(session: _Session) -> list[Kind]:
     return sorted(weights, key=weights.__getitem__, reverse=True)
 
 
-# ---------------------------------------------------------------------------------------------------------------- choices
-
-
-def _choose_all(session: _Session) -> tuple[dict[Kind, str | None], dict[Kind, str]]:
-    chosen: dict[Kind, str | None] = {}
-    reasons: dict[Kind, str] = {}
-    counted = _memory_is_counted(session)
-    if session.objective == "memory" and not counted:
-        session.notes.append(f"memory is not counted on {session.device}, so this is tuned for latency")
-    for kind, tried in session.tried.items():
-        kernel, reason = _choose(session, tried, by_memory=session.objective == "memory" and counted)
-        reasons[kind] = reason
-        if any(candidate.timings for candidate in tried):
-            chosen[kind] = kernel
-    for kind, kernel in chosen.items():  # a kernel that computes what its child is for does not call that child
-        above = next((other for other in chosen if chosen[other] is not None and _is_part_of(kind, other)), None)
-        if kernel is not None and above is not None:
-            chosen[kind], reasons[kind] = None, f"{chosen[above]} computes it for {above.layer.path}"
-    return chosen, reasons
-
-
-def _memory_is_counted(session: _Session) -> bool:
-    timings = [t for tried in session.tried.values() for candidate in tried for t in candidate.timings]
-    return any(timing.comparison.peak is not None for timing in timings)
-
-
-def _is_part_of(kind: Kind, other: Kind) -> bool:
-    found = other.layer.computes(other.mode)
-    parts = {f"{path}.{name}" for path in other.paths for name in (found.depends if found else ())}
-    return kind.mode == other.mode and set(kind.paths) <= parts
-
-
-def _choose(session: _Session, tried: Sequence[Candidate], *, by_memory: bool) -> tuple[str | None, str]:
-    """Return the best of what was tried, or None for the own code, and why."""
-    best: tuple[float, Candidate] | None = None
-    for candidate in tried:
-        if not candidate.timings:
-            continue
-        gain = _memory_gain(candidate) if by_memory else _time_gain(session, candidate)
-        if gain > (best[0] + MARGIN if best else 0.0):
-            best = gain, candidate
-    if best is None:
-        if not tried:
-            return None, "nothing was tried"
-        if not any(candidate.timings for candidate in tried):
-            return None, "every candidate is out" if all(c.out for c in tried) else "no candidate could be timed"
-        return None, "no candidate needs less memory" if by_memory else "no candidate is clearly faster"
-    return best[1].kernel, ", ".join(f"{_words(t.comparison)} in {t.workload}" for t in best[1].timings)
-
-
-def _time_gain(session: _Session, candidate: Candidate) -> float:
-    """Which part of the layers' time a candidate saves over all workloads; differences that are not clear count nothing.
-
-    For latency each workload counts as much as another, for throughput as much as it takes.
-    """
-    saved, own = 0.0, 0.0
-    for timing in candidate.timings:
-        found = timing.comparison
-        weight = timing.calls * found.own_us
-        if session.objective != "throughput":
-            weight /= session.run_s[timing.workload] * 1e6
-        own += weight
-        if found.verdict != "no clear difference":
-            saved += weight * (1 - 1 / found.speedup)
-    return saved / own if own else 0.0
-
-
-def _memory_gain(candidate: Candidate) -> float:
-    """Which part of the layers' memory a candidate saves, at the worst of all workloads; less than a hundredth is none."""
-    gains = [
-        1 - t.comparison.peak / t.comparison.own_peak
-        for t in candidate.timings
-        if t.comparison.peak is not None and t.comparison.own_peak
-    ]
-    return min(gains) if gains and min(gains) > 0.01 else 0.0
-
-
-def _words(found: Comparison) -> str:
-    if found.verdict == "no clear difference":
-        return found.verdict
-    return f"{found.speedup:.3g} ({found.low:.3g}-{found.high:.3g}) times as fast"
+# --------------------------------------------------------------------------------------------------------------- evidence
 
 
 def _evidence(

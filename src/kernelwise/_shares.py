@@ -1,0 +1,83 @@
+"""Shares: a model and a workload → how often each kind of layers is called, and which part of the time it takes.
+
+Tuning begins with what takes the most time, and leaves out what could not be seen in the whole.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import nn
+
+from kernelwise._candidates import Kind
+from kernelwise._capture import module_of
+from kernelwise._workload import Workload
+
+
+@dataclass(slots=True)
+class Share:
+    """What one kind of layers takes of one run of a workload: how often it is called, and which part of the time."""
+
+    calls: int = 0
+    part: float | None = None  # None for a function, which no hook can time
+
+
+def shares_of(
+    model: nn.Module, kinds: Sequence[Kind], workload: Workload, run: Callable[[], object], device: str
+) -> dict[tuple[str, tuple[str, str, str]], Share]:
+    """Run a workload and see how often each kind is called, and which part of the time its layers take.
+
+    The model must be in the mode of the workload. Of training only forward passes are seen.
+    """
+    run()  # what is set up on first use belongs to no layer
+    wait: Callable[[], object] = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
+    wait()
+    began = time.perf_counter()
+    run()
+    wait()
+    total = max(time.perf_counter() - began, 1e-9)
+    mode = "training" if workload.training else "inference"
+    there = [kind for kind in kinds if kind.mode.partition("+")[0] == mode]
+    with _watched(model, there, wait) as seen:
+        run()
+    return {
+        (workload.name, kind.key): Share(seen[kind.key][0], None if kind.layer.function else seen[kind.key][1] / total)
+        for kind in there
+    }
+
+
+@contextmanager
+def _watched(
+    model: nn.Module, kinds: Sequence[Kind], wait: Callable[[], object]
+) -> Iterator[dict[tuple[str, str, str], tuple[int, float]]]:
+    """Count the calls of kinds of layers and the seconds in them, while the block runs."""
+    seen: dict[tuple[str, str, str], tuple[int, float]] = {kind.key: (0, 0.0) for kind in kinds}
+    handles = []
+    began: list[float] = []
+
+    def before(module: nn.Module, args: Any) -> None:
+        wait()
+        began.append(time.perf_counter())
+
+    def after(key: tuple[str, str, str]) -> Callable[..., None]:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            wait()
+            calls, seconds = seen[key]
+            seen[key] = calls + 1, seconds + time.perf_counter() - began.pop()
+
+        return hook
+
+    for kind in kinds:
+        for path in kind.paths:
+            module = module_of(model, replace(kind.layer, path=path))
+            handles += [module.register_forward_pre_hook(before), module.register_forward_hook(after(kind.key))]
+    try:
+        yield seen
+    finally:
+        for handle in handles:
+            handle.remove()
