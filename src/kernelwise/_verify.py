@@ -31,7 +31,7 @@ from kernelwise._capture import (
     with_weights,
 )
 from kernelwise._data import Check, Checks, Decision, Kernel, Layer, Plan, Status, Target
-from kernelwise._discover import globals_called, own_forward
+from kernelwise._discover import JOINED, globals_called, own_forward
 from kernelwise._errors import PlanError
 from kernelwise._inputs import Sample, batch_slice, beyond, cases, made_real, make_sample, random_weight, with_defaults
 from kernelwise._judge import compare_calls, judge
@@ -392,6 +392,10 @@ def verify_plan(
         if decision.kernel is not None and holds_others(decision) and decision.kernel.ref.scheme != "builtin":
             checks.append(_not_checked(decision, (decision.layer.path,), (decision.mode,), _OF_OTHERS))
             on_check(checks[-1])
+    heads = {f"{d.layer.path} ({d.kernel.ref})" for d in plan.decisions if d.kernel and d.layer.function == JOINED}
+    notes += [
+        f"{head} is not checked here: a head with its loss is no call that could be captured" for head in sorted(heads)
+    ]
     if not checks and not notes:
         notes.append("no kernels in the plan: there is nothing to check")
     return Checks(plan.target, tuple(checks), tuple(dict.fromkeys(notes)))

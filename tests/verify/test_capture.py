@@ -297,3 +297,14 @@ def test_a_whole_layer_is_checked_on_few_elements_too(monkeypatch):
     model = llama()
     first = next(of_wholes(model, kw.plan(model, WHOLE)))
     assert (first.case, first.status) == ("as given", "passed"), str(first)
+
+
+def test_a_head_with_its_loss_is_said_not_to_be_checked():
+    model = llama()
+    heads = tuple(
+        d for d in kw.plan(model).decisions if d.kernel is not None and "LinearCrossEntropy" in str(d.kernel.ref)
+    )
+    assert heads
+    checks = kw.verify(model, kw.Plan(kw.Target("cpu"), heads))
+    assert checks.checks == ()
+    assert "a head with its loss is no call that could be captured" in checks.notes[0]
