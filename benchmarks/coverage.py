@@ -1,6 +1,7 @@
 """Which layers of transformers are recognised: builds every model type, writes docs/coverage.md.
 
     python benchmarks/coverage.py                  # build, recognise, write docs/coverage.md
+    python benchmarks/coverage.py --summary        # the same, but for the table by model type, in a fifth of the time
     python benchmarks/coverage.py llama bert       # only print what is recognised in these model types
     python benchmarks/coverage.py --agree          # run every recognised layer against the reference of its operation
     python benchmarks/coverage.py --undecided      # what the modeling files hold that the lists say nothing about
@@ -136,12 +137,10 @@ class Count:
 
     def __init__(self, lists: Names, results: list[tuple[str, list[tuple[str, str | None, bool]], str | None]]) -> None:
         answers: dict[str, set[str | None]] = defaultdict(set)
-        self.registered: set[str] = set()
+        self.registered = models.registered([name for names in lists.values() for name in names])
         for _, rows, _ in results:
-            for name, op, tagged in rows:
+            for name, op, _ in rows:
                 answers[name].add(op)
-                if tagged:
-                    self.registered.add(name)
         for name, op in models.functions_alone(lists["rotary"]).items():
             answers[name].add(op)
         for name, op in models.classes_alone(
@@ -185,9 +184,10 @@ def remember(key: str, value: object) -> None:
 # ---------------------------------------------------------------------------------------------------------------------
 
 
-def page(count: Count, results: list[tuple[str, list[tuple[str, str | None, bool]], str | None]]) -> str:
-    data = json.loads(LISTS.read_text())
-    liger = data["Liger"]
+_BY_TYPE = "## By model type"
+
+
+def page(count: Count, by_type: str) -> str:
     lines = [
         "# What is recognised",
         "",
@@ -213,10 +213,14 @@ def page(count: Count, results: list[tuple[str, list[tuple[str, str | None, bool
     for kind in count.lists:
         names = count.missed[kind] + [f"{name} (not built)" for name in count.unbuilt[kind]]
         lines.append(f"- {kind}: {', '.join(names) if names else 'none'}")
+    return "\n".join([*lines, "", by_type])
+
+
+def by_model_type(results: list[tuple[str, list[tuple[str, str | None, bool]], str | None]]) -> str:
+    liger = json.loads(LISTS.read_text())["Liger"]
     built = [(name, rows) for name, rows, error in results if error is None]
-    lines += [
-        "",
-        "## By model type",
+    lines = [
+        _BY_TYPE,
         "",
         f"{len(built)} of {len(results)} model types could be built here. Columns count the classes and functions that are",
         "recognised, `tags` those that transformers registers for kernels; `Liger` says whether Liger",
@@ -299,6 +303,7 @@ def main() -> None:
     parser.add_argument("--undecided", action="store_true", help="print what the lists say nothing about")
     parser.add_argument("--agree", action="store_true", help="run what was recognised against its reference")
     parser.add_argument("--without-kernels", action="store_true", help="hide the kernels library from transformers")
+    parser.add_argument("--summary", action="store_true", help="leave the table by model type as it is")
     parser.add_argument("--every", type=int, default=1, metavar="N", help="with --agree: only every N-th model type")
     parser.add_argument("--jobs", type=int, default=2)
     arguments = parser.parse_args()
@@ -317,21 +322,22 @@ def main() -> None:
             for row in rows:
                 print("   ", *row)
     else:
-        cover(types, arguments.jobs)
+        cover(types, arguments.jobs, summary=arguments.summary)
 
 
-def cover(types: dict[str, tuple[str, ...]], jobs: int) -> None:
+def cover(types: dict[str, tuple[str, ...]], jobs: int, *, summary: bool) -> None:
     lists = counted()
     here = transformers.__version__ == json.loads(LISTS.read_text())["transformers"] and kernels_used() == "used"
-    if not here:  # only the summary: the models of what cannot be built and recognised alone are enough
+    if summary or not here:  # the models of what cannot be built and recognised alone are enough
         alone = models.classes_alone([name for kind, names in lists.items() if kind != "rotary" for name in names])
+        alone |= models.functions_alone(lists["rotary"])
         open_still = {n for kind, names in lists.items() for n in names if not {alone.get(n)} & {*KINDS[kind]}}
         folders = {Path(file).parent.name for file, node in definitions() if name_in(file, node.name) in open_still}
         types = {name: classes for name, classes in types.items() if models.folder_of(classes[0]) in folders}
         print(f"{len(open_still)} to be looked for in {len(types)} models", file=sys.stderr)
     models.look("llama", ("LlamaForCausalLM",))  # references traced here are there in every process
     results = models.run(models.look, types, jobs)
-    if not here:
+    if summary or not here:
         results.append(("alone", [(name, op, False) for name, op in alone.items()], None))
     count = Count(lists, results)
     remember(
@@ -340,7 +346,8 @@ def cover(types: dict[str, tuple[str, ...]], jobs: int) -> None:
     )
     print("\n".join(count.table()))
     if here:
-        PAGE.write_text(page(count, results))
+        kept = _BY_TYPE + PAGE.read_text().partition(_BY_TYPE)[2]
+        PAGE.write_text(page(count, kept if summary else by_model_type(results)))
     else:
         print(*(f"{kind}: {', '.join(names)}" for kind, names in count.missed.items()), sep="\n")
         refresh()

@@ -255,6 +255,19 @@ def size_of(module: nn.Module, found: Recognition) -> int:
     return sum(parameter.numel() for parameter in module.parameters() if id(parameter) not in handed)
 
 
+def registered(names: list[str]) -> set[str]:
+    """Those of the listed classes and functions that transformers registers for kernels."""
+    found = set()
+    for name in names:
+        stem, _, own_name = name.partition(".")
+        for file in Path(transformers.__file__).parent.glob(f"models/*/modeling_{stem}.py"):
+            with contextlib.suppress(ImportError):
+                module = importlib.import_module(f"transformers.models.{file.parent.name}.{file.stem}")
+                if hasattr(getattr(module, own_name, None), "kernel_layer_name"):
+                    found.add(name)
+    return found
+
+
 def functions_alone(names: list[str]) -> dict[str, str | None]:
     """What the functions of a list are, looked at without a model around them."""
     found: dict[str, str | None] = {}
