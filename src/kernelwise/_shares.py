@@ -27,20 +27,26 @@ class Share:
     part: float | None = None  # None for a function, which no hook can time
 
 
+LONG_S = 2.0
+"""A first run that takes longer is as good as a second one: what is set up on first use is small beside it."""
+
+
 def shares_of(
     model: nn.Module, kinds: Sequence[Kind], workload: Workload, run: Callable[[], object], device: str
-) -> dict[tuple[str, tuple[str, str, str]], Share]:
-    """Run a workload and see how often each kind is called, and which part of the time its layers take.
+) -> tuple[dict[tuple[str, tuple[str, str, str]], Share], float]:
+    """Run a workload; return how often each kind is called and which part of the time its layers take, and a run's seconds.
 
     The model must be in the mode of the workload. Of training only forward passes are seen.
     """
-    run()  # what is set up on first use belongs to no layer
     wait: Callable[[], object] = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
-    wait()
-    began = time.perf_counter()
-    run()
-    wait()
-    total = max(time.perf_counter() - began, 1e-9)
+    total = 0.0
+    for _ in range(2):
+        if total < LONG_S:
+            wait()
+            began = time.perf_counter()
+            run()
+            wait()
+            total = max(time.perf_counter() - began, 1e-9)
     mode = "training" if workload.training else "inference"
     there = [kind for kind in kinds if kind.mode.partition("+")[0] == mode]
     with _watched(model, there, wait) as seen:
@@ -48,7 +54,7 @@ def shares_of(
     return {
         (workload.name, kind.key): Share(seen[kind.key][0], None if kind.layer.function else seen[kind.key][1] / total)
         for kind in there
-    }
+    }, total
 
 
 @contextmanager

@@ -16,7 +16,6 @@ from datetime import datetime, timezone
 from typing import Any, get_args
 
 import tomli_w
-import torch
 from torch import nn
 
 from kernelwise import _apply, _prove, _ranks
@@ -249,12 +248,9 @@ def _look(session: _Session) -> None:
         session.progress(f"where the time goes: {workload.name}", 0.0)
         with undisturbed(session.model, training=workload.training):
             run = run_of(session.model, workload)
-            session.shares |= shares_of(session.model, session.kinds, workload, run, session.device)
-            began = time.perf_counter()
-            run()
-            if session.device != "cpu":
-                torch.accelerator.synchronize()
-            session.run_s[workload.name] = max(time.perf_counter() - began, 1e-9)
+            shares, seconds = shares_of(session.model, session.kinds, workload, run, session.device)
+        session.shares |= shares
+        session.run_s[workload.name] = seconds
 
 
 # ----------------------------------------------------------------------------------------------------------------- trials
