@@ -509,6 +509,6 @@ def test_the_examples_of_the_docs_run(tmp_path, capsys):
     assert "did you mean 'version'?" in capsys.readouterr().out
     table = text.split("## Values")[1].split("In place of")[0]
     forms = [form for row in table.splitlines()[4:] for form in row.split(" | ")[0].split("`")[1::2]]
-    assert len(forms) == 10
+    assert len(forms) == 12
     for form in forms:
         assert len(KernelConfig({"RMSNorm": eval(form)}).rules()) == 1
