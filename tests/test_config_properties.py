@@ -46,6 +46,7 @@ names = st.one_of(
     st.builds("{}:{}".format, paths, identifiers),
     st.builds("package:{}.{}:{}".format, identifiers, identifiers, identifiers),
     st.builds("builtin:{}".format, identifiers),
+    st.builds("builtin:{}:{}".format, st.sampled_from(["torch", "inductor"]), identifiers),
 )
 pins = st.one_of(
     st.fixed_dictionaries({"version": st.integers(0, 2**40)}, optional={"trust_remote_code": st.booleans()}),
