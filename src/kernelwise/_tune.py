@@ -25,7 +25,7 @@ from kernelwise._choose import choose_all
 from kernelwise._config import KernelConfig
 from kernelwise._confirm import Confirmation, Course, confirm
 from kernelwise._data import KernelRef, Layer, Target
-from kernelwise._decide import Config, current_target
+from kernelwise._decide import Config, current_target, decide
 from kernelwise._discover import discover, model_device
 from kernelwise._environment import environment
 from kernelwise._errors import PlanError
@@ -309,14 +309,22 @@ def _worth_tuning(session: _Session) -> list[Kind]:
 # --------------------------------------------------------------------------------------------------------------- evidence
 
 
+def _defaults(session: _Session) -> dict[tuple[str, str], str]:
+    """Return the kernel that each layer gets in each mode where no config speaks of it."""
+    decisions = [d for mode in session.modes for d in decide(session.model, None, mode=mode).decisions]
+    return {(d.layer.path, d.mode): str(d.kernel.ref) for d in decisions if d.kernel is not None}
+
+
 def _evidence(
     session: _Session, found: Confirmation, reasons: Mapping[Kind, str], tuned: KernelConfig, name: str
 ) -> Tuning:
     choices = []
+    defaults = _defaults(session)
     for kind, tried in session.tried.items():
-        gone = kind not in found.chosen and kind in reasons and any(candidate.timings for candidate in tried)
-        kernel = found.chosen.get(kind)
-        reason = found.taken_back.get(kind, reasons.get(kind, ""))
+        kernel, reason = found.chosen.get(kind), found.taken_back.get(kind, reasons.get(kind, ""))
+        if kind not in found.chosen and any(candidate.timings for candidate in tried):
+            kernel = defaults.get((kind.layer.path, kind.mode))
+            reason = "the builtin defaults together are faster than all choices together"
         choices.append(
             Choice(
                 kind.layer.path,
@@ -326,7 +334,7 @@ def _evidence(
                 kind.op,
                 kind.mode,
                 kernel or OWN_CODE,
-                "the builtin defaults decide" if gone else reason,
+                reason,
                 tuple(tried),
             )
         )
