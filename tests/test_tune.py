@@ -378,6 +378,17 @@ def test_the_defaults_are_the_result_where_they_are_clearly_faster(course_and_ch
     assert tuned.comparison == ratio(1.2 if kept else builtin)
 
 
+def test_where_the_defaults_win_the_evidence_says_what_they_are(monkeypatch):
+    races(monkeypatch, {"builtin": 1.5, "tuned": 1.2})
+    monkeypatch.setattr("kernelwise.sources._inductor.DEVICES", ())
+    config = _tune.tune(nn.Sequential(nn.Linear(48, 48), nn.GELU()).eval(), X, seconds=120)
+    assert config.kernel_mapping == {}
+    choice = next(choice for choice in of(config).choices if choice.name == "GeLU")
+    assert choice.chosen == "builtin:GeLU"
+    assert "defaults" in choice.reason
+    assert any("builtin is the result" in note for note in of(config).notes)
+
+
 def test_what_is_slower_than_eager_leaves_everything_its_own_code(course_and_choices, monkeypatch):
     course, chosen = course_and_choices
     races(monkeypatch, {"builtin": 0.8, "SleepyNorm": 1.0, "GeLU": 1.0, "tuned": 0.9})
