@@ -222,8 +222,8 @@ def by_model_type(results: list[tuple[str, list[tuple[str, str | None, bool]], s
     lines = [
         _BY_TYPE,
         "",
-        f"{len(built)} of {len(results)} model types could be built in the last run over all of them. Columns count the classes",
-        "and functions that are recognised, `tags` those that transformers registers for kernels; `Liger` says whether Liger",
+        f"{len(built)} of {len(results)} model types could be built in the last run over all of them. Columns count the",
+        "classes and functions that are recognised, `tags` those that transformers registers for kernels; `Liger` says whether Liger",
         f"{liger['version']} patches the model type.",
         "",
         "| model type | RMSNorm | gated MLP | rotary | layer | LayerNorm | MLP | activation | linear | tags | Liger |",
