@@ -136,6 +136,7 @@ def cases(layer: Layer, sample: Sample, mode: str, *, generator: torch.Generator
         yield Case("only weights need gradients", given, module, grad="weights")
     yield Case("only inputs need gradients", given, module, grad="inputs")
     yield Case("no gradients", given, module, grad="none", fill=NAN)
+    yield Case("the same memory with other values", given, module, grad="none", reused=True)
     tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
     if any(not tensor.is_contiguous() for tensor in tensors):
         yield Case("contiguous inputs", _mapped(given, torch.Tensor.contiguous), module, fill=NAN)

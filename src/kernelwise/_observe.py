@@ -38,7 +38,8 @@ class Case:
     `retain` runs backward twice over one graph, `second` takes second gradients, `fill` is what new memory holds (NaN or 0;
     None: whatever it held), `how` wraps the call. `upstream` are gradients of the outputs, for those whose shape fits;
     `strides` are those that an argument gets in place of its own. `tiled` names arguments that are repeated, and along which
-    dimension; `copies` is how often.
+    dimension; `copies` is how often. `reused` lets a call on other values in the same memory come first, as the next batch
+    finds memory that the last one has left.
     """
 
     name: str
@@ -54,6 +55,7 @@ class Case:
     copies: int = 1
     upstream: tuple[torch.Tensor | None, ...] = ()
     strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    reused: bool = False
 
 
 @dataclass(slots=True)
@@ -162,6 +164,7 @@ class _Given:
         self.memories: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
         self.leaves: dict[str, torch.Tensor] = {}
         self.arguments = {name: self._value(name, value, case, wide) for name, value in case.arguments.items()}
+        self.inputs = [now for now, _ in self.memories.values()]  # without weights: those do tell
         self.module: nn.Module | None = None
         if case.module is not None:
             self.module = bare_copy(case.module, lambda tensor: _wide(tensor) if wide else tensor.clone())
@@ -198,6 +201,19 @@ class _Given:
     def for_call(self) -> dict[str, Any]:
         """The arguments for one call: the same tensors, and copies of all else."""
         return {name: _again(value) for name, value in self.arguments.items()}
+
+    @contextmanager
+    def other_values(self) -> Iterator[None]:
+        """Let the arguments hold other values, which their version counters do not tell: new tensors have none to tell."""
+        memories = [memory for memory in self.inputs if memory.is_floating_point()]
+        kept = [memory.detach().clone() for memory in memories]
+        try:
+            for memory in memories:
+                memory.data.mul_(-0.5)
+            yield
+        finally:
+            for memory, values in zip(memories, kept, strict=True):
+                memory.data.copy_(values)
 
     def overwritten(self) -> list[str]:
         return [name for name, (now, before) in self.memories.items() if not _same_bits(now.detach(), before)]
@@ -308,6 +324,9 @@ def _dtype_of(case: Case) -> torch.dtype:
 
 def _run(call: Call, case: Case, given: _Given) -> Observed:
     grad = case.grad != "none"
+    if case.reused:
+        with torch.no_grad(), given.other_values():
+            call(given.module, **given.for_call())
     with torch.set_grad_enabled(grad):
         found = call(given.module, **given.for_call())
     leaves, spec = tree_flatten(found)
