@@ -1,10 +1,10 @@
 """A language model from end to end on the CPU, own code and kernels side by side: `python benchmarks/cpu_e2e.py`.
 
 The model has the shape of SmolLM2-135M (30 layers, random weights). Contenders: `eager`, transformers as it comes (SDPA
-attention, growing cache); `ours`, the same after `kernelwise.kernelize`; `ours-loss`, without the kernel for the head with its
-loss; `compile`, torch.compile of the whole model, in
-decoding with transformers' static cache; `ours+compile`. Transformers' own kernels are not among them: it fetches them
-from the Hub, and has none for CPUs.
+attention, growing cache); `ours`, the same after `kernelwise.kernelize` with a rule for the head with its loss;
+`ours-loss`, without that rule; `compile`, torch.compile of the whole model, in decoding with
+transformers' static cache; `ours+compile`. Transformers' own kernels are not among them: it fetches them from the Hub, and
+has none for CPUs.
 
 Work: `prefill` of 1 x 512 tokens; `decode` of 16 tokens after 128, one row; `decode8`, the same for 8 rows; `train`, a step
 of 2 x 256 tokens, forward and backward. Contenders take turns, so that whatever else the machine does meets them alike;
@@ -79,9 +79,12 @@ def build(layers: int, dtype: torch.dtype, contenders: list[str]) -> Any:
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    models = {"eager": model, "ours": kernelwise.kernelize(copy.deepcopy(model))}
+    models = {
+        "eager": model,
+        "ours": kernelwise.kernelize(copy.deepcopy(model), {"LinearCrossEntropy": "builtin:LinearCrossEntropy"}),
+    }
     if "ours-loss" in contenders:
-        models["ours-loss"] = kernelwise.kernelize(copy.deepcopy(model), {"LinearCrossEntropy": "none"})
+        models["ours-loss"] = kernelwise.kernelize(copy.deepcopy(model))
     return models
 
 

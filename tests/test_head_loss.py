@@ -27,6 +27,7 @@ from kernelwise._logit_source import KEPT, Source
 from kernelwise.kernels.cpu.linear_cross_entropy import linear_cross_entropy
 
 WIDTH, VOCABULARY = 24, 331
+RULE = {"LinearCrossEntropy": "builtin:LinearCrossEntropy"}
 
 
 class Output(NamedTuple):
@@ -57,6 +58,10 @@ class Writer(nn.Module):
 @pytest.fixture(autouse=True)
 def _seed() -> None:
     torch.manual_seed(0)
+
+
+def join(model: nn.Module, rules: dict[str, str] | None = None) -> nn.Module:
+    return kw.kernelize(model, RULE | (rules or {}))
 
 
 def writer(**options: Any) -> Writer:
@@ -158,7 +163,7 @@ def test_a_model_trains_as_without(tied: bool, frozen: tuple[str, ...]) -> None:
     ids, labels = batch()
     own = model(ids, labels=labels)
     expected = gradients(model, own.loss)
-    kw.kernelize(model)
+    join(model)
     found = model(ids, labels)
     assert is_lazy(found.logits)
     torch.testing.assert_close(found.loss, own.loss)
@@ -182,7 +187,7 @@ def test_a_model_of_transformers_trains_as_without(tied: bool) -> None:
     ids, labels = batch()
     own = model(input_ids=ids, labels=labels, output_hidden_states=True, use_cache=False)
     expected = gradients(model, own.loss)
-    kw.kernelize(model)
+    join(model)
     found = model(input_ids=ids, labels=labels, output_hidden_states=True, use_cache=False)
     assert is_lazy(found.logits)
     assert_same(gradients(model, found.loss), expected)
@@ -196,7 +201,7 @@ def test_generation_and_calls_without_labels_are_left_alone() -> None:
     model = tiny_llama().eval()
     ids = batch()[0]
     expected = model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0)
-    kw.kernelize(model)
+    join(model)
     assert torch.equal(model.generate(ids, max_new_tokens=4, do_sample=False, pad_token_id=0), expected)
     assert type(model(ids).logits) is Tensor
     assert type(model.train()(ids).logits) is Tensor
@@ -226,13 +231,13 @@ def test_the_logits_never_exist() -> None:
     ids = torch.randint(vocabulary, (1, tokens))
     assert peak(model, ids) > whole
     model.loss_function = ForCausalLMLoss
-    kw.kernelize(model)
+    join(model)
     model.loss_function = lambda logits, labels, vocab_size, **_: ForCausalLMLoss(logits, labels, vocabulary)
     assert peak(model, ids) < whole / 2
 
 
 def test_labels_out_of_bounds_are_refused_as_without() -> None:
-    model = kw.kernelize(writer())
+    model = join(writer())
     ids, labels = batch()
     for wrong in (VOCABULARY, -5):
         labels[1, 2] = wrong
@@ -248,7 +253,7 @@ def both(**options: Any) -> tuple[Writer, Any, Any]:
     model = writer(**options)
     ids, labels = batch()
     own = model(ids, labels)
-    kw.kernelize(model)
+    join(model)
     return model, own, model(ids, labels)
 
 
@@ -327,7 +332,7 @@ def test_any_use_gets_the_logits_with_their_graph(use: Any, dtype: torch.dtype) 
     model = writer(bias=True).to(dtype)
     ids, labels = batch()
     expected = use(model(ids, labels).logits)
-    kw.kernelize(model, {"Linear": "none"})  # whose kernel for CPUs rounds otherwise
+    join(model, {"Linear": "none"})  # whose kernel for CPUs rounds otherwise
     found = use(model(ids, labels).logits)
     assert torch.equal(found, expected)
     assert type(found) is type(expected)
@@ -386,7 +391,7 @@ def test_logits_that_are_changed_in_place_give_the_loss_of_what_they_are_then(ch
 
     model = writer()
     ids, labels = batch()
-    kw.kernelize(model)
+    join(model)
     model.loss_function = changed_first
     found = model(ids, labels)
     mine = gradients(model, found.loss)
@@ -483,7 +488,7 @@ def test_logits_read_in_inference_mode_can_be_trained_on() -> None:
 
 def test_threads_have_lazy_logits_of_their_own() -> None:
     """A thread that calls the head by itself gets logits, whatever another one does with the model meanwhile."""
-    model = kw.kernelize(writer())
+    model = join(writer())
     seen: list[Any] = []
 
     def loss(logits: Tensor, labels: Tensor, vocab_size: int, **options: Any) -> Tensor:
@@ -514,7 +519,7 @@ def test_logits_that_are_held_are_computed_before_an_optimizer_steps() -> None:
 
 
 def test_logits_that_nobody_holds_are_never_computed() -> None:
-    model = kw.kernelize(writer())
+    model = join(writer())
     optimizer = torch.optim.SGD(model.parameters(), lr=1.0)
     for _ in range(2):
         loss = model(*batch()).loss
@@ -526,7 +531,7 @@ def test_logits_that_nobody_holds_are_never_computed() -> None:
 def test_logits_of_a_frozen_head_wait_on() -> None:
     model = writer()
     model.head.requires_grad_(False)
-    kw.kernelize(model)
+    join(model)
     found = model(*batch())
     found.loss.backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0).step()
@@ -570,7 +575,7 @@ class Wide(nn.Linear):
     ids=["hook", "pre-hook", "backward hook", "parametrized", "replaced", "compiled", "float64"],
 )
 def test_a_head_that_is_not_plain_any_more_runs_its_own_code(prepare: Any, why: str) -> None:
-    model = kw.kernelize(writer())
+    model = join(writer())
     prepare(model)
     found = model(*batch())
     assert type(found.logits) is Tensor
@@ -581,7 +586,7 @@ def test_a_head_that_is_not_plain_any_more_runs_its_own_code(prepare: Any, why: 
 def test_autocast_inference_mode_and_tracing_run_the_own_code() -> None:
     from torch.utils.flop_counter import FlopCounterMode
 
-    model = kw.kernelize(writer())
+    model = join(writer())
     ids, labels = batch()
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert model(ids, labels).logits.dtype is torch.bfloat16
@@ -654,17 +659,21 @@ def test_ddp_and_fsdp() -> None:
 
 
 def test_it_is_a_layer_with_a_decision_for_each_mode() -> None:
-    model = kw.kernelize(writer())
+    model = join(writer())
     rows = {row.mode: row for row in kw.report(model).rows if row.name == "LinearCrossEntropy"}
     assert {mode: (row.path, row.kernel) for mode, row in rows.items()} == dict.fromkeys(
         ("inference", "training"), ("LinearCrossEntropy", "builtin:LinearCrossEntropy")
     )
-    compiled = kw.plan(model, mode="training+compile").decisions
+    compiled = kw.plan(model, RULE, mode="training+compile", on_miss="keep").decisions
     (reason,) = (d.reason for d in compiled if d.layer.name == "LinearCrossEntropy")
     assert reason == "does not work under torch.compile"
 
 
-def test_a_rule_can_keep_it_out_or_ask_for_it() -> None:
+def test_it_goes_in_only_where_a_rule_asks_for_it() -> None:
+    model = kw.kernelize(writer())
+    assert type(model(*batch()).logits) is Tensor
+    assert "forward" not in model.__dict__
+    kw.unkernelize(model)
     model = kw.kernelize(writer(), {"LinearCrossEntropy": "none"})
     assert type(model(*batch()).logits) is Tensor
     kw.unkernelize(model)
@@ -679,7 +688,7 @@ def test_a_rule_can_keep_it_out_or_ask_for_it() -> None:
 def test_undo_is_exact() -> None:
     model = writer()
     before = Snapshot(model)
-    kw.kernelize(model)
+    join(model)
     model(*batch()).loss.backward()
     model.zero_grad()
     kw.unkernelize(model)
@@ -689,27 +698,27 @@ def test_undo_is_exact() -> None:
 def test_parts_can_be_undone_in_any_order() -> None:
     model = writer().to(torch.bfloat16)
     before = Snapshot(model)
-    kw.kernelize(model)
+    join(model)
     kw.unkernelize(model, paths=["LinearCrossEntropy"])
     assert type(model(*batch()).logits) is Tensor
     kw.unkernelize(model)
     assert before.differences(model) == []
 
-    kw.kernelize(model)
+    join(model)
     kw.unkernelize(model.head)
     assert type(model(*batch()).logits) is Tensor
     kw.unkernelize(model)
     assert before.differences(model) == []
 
-    with kw.kernelized(model):
-        with kw.kernelized(model):
+    with kw.kernelized(model, RULE):
+        with kw.kernelized(model, RULE):
             assert is_lazy(model(*batch()).logits)
         assert is_lazy(model(*batch()).logits)
     assert before.differences(model) == []
 
 
 def test_copies_are_joined_too_and_files_are_clean() -> None:
-    model = kw.kernelize(writer())
+    model = join(writer())
     copied = copy.deepcopy(model)
     kw.unkernelize(model)
     assert type(model(*batch()).logits) is Tensor
@@ -718,7 +727,7 @@ def test_copies_are_joined_too_and_files_are_clean() -> None:
     found.loss.backward()
     assert model.head.weight.grad is None
     assert copied.head.weight.grad is not None
-    with kw.kernelized(copied):
+    with kw.kernelized(copied, RULE):
         pass
     assert is_lazy(copied(*batch()).logits)
     loaded = pickle.loads(pickle.dumps(copied))
@@ -752,7 +761,7 @@ def test_a_head_that_cannot_be_joined_is_listed_with_the_reason() -> None:
     model = writer()
     model.head = Wide(WIDTH, VOCABULARY)
     assert blocked(model) == ["its head head is a Wide, not a plain linear layer"]
-    kw.kernelize(model)
+    kw.kernelize(model, RULE, on_miss="keep")
     assert type(model(*batch()).logits) is Tensor
     model = writer()
     model.second = nn.Linear(WIDTH, VOCABULARY)
@@ -774,7 +783,7 @@ def test_the_trainer_trains_without_logits(tmp_path: Path) -> None:
         torch.manual_seed(0)
         model = tiny_llama()
         if kernelized:
-            kw.kernelize(model)
+            join(model)
         arguments = TrainingArguments(
             str(tmp_path), max_steps=2, per_device_train_batch_size=2, report_to=[], save_strategy="no", use_cpu=True,
             disable_tqdm=True, gradient_accumulation_steps=2,

@@ -14,6 +14,7 @@ from kernelwise._logit_source import KEPT
 pytestmark = pytest.mark.gpu
 
 VOCABULARY, TOKENS = 32064, 2048
+RULE = {"LinearCrossEntropy": "builtin:LinearCrossEntropy"}
 
 
 def build(dtype: torch.dtype, **options: Any) -> Any:
@@ -58,7 +59,7 @@ def test_a_step_is_as_exact_as_without(dtype: torch.dtype, more: dict[str, Any],
     model = build(dtype, tie_word_embeddings=tied)
     own = step(model, **more)
     exact = step(build(dtype, tie_word_embeddings=tied).double(), **more)
-    kw.kernelize(model, {"LinearCrossEntropy": "builtin:LinearCrossEntropy", "RMSNorm": "none", "SwiGLUMLP": "none"})
+    kw.kernelize(model, {**RULE, "RMSNorm": "none", "SwiGLUMLP": "none"})
     found = step(model, **more)
     assert fallbacks(model) == {}
     for name, value in found.items():
@@ -79,13 +80,13 @@ def test_the_logits_take_no_memory() -> None:
 
     in_float32 = VOCABULARY * TOKENS * 4
     assert peak() > 2 * in_float32
-    kw.kernelize(model)
+    kw.kernelize(model, RULE)
     assert peak() < in_float32
 
 
 def test_logits_are_those_of_the_head_when_they_are_read() -> None:
     model = build(torch.bfloat16)
-    kw.kernelize(model, {"LinearCrossEntropy": "builtin:LinearCrossEntropy"})
+    kw.kernelize(model, RULE)
     hidden = model.model(batch()["input_ids"]).last_hidden_state
     expected = model.lm_head(hidden)
     found = model(**batch())
@@ -107,7 +108,7 @@ def test_a_scaler_for_float16_works() -> None:
     model.model.half()
     own = model(**batch()).loss
     (expected,) = torch.autograd.grad(own * 1024, model.lm_head.weight)
-    kw.kernelize(model)
+    kw.kernelize(model, RULE)
     (found,) = torch.autograd.grad(model(**batch()).loss * 1024, model.lm_head.weight)
     assert fallbacks(model) == {}
     assert error(found, expected) < 1e-2
@@ -116,7 +117,7 @@ def test_a_scaler_for_float16_works() -> None:
 def test_compiled_models_run_the_own_code() -> None:
     torch._dynamo.reset()
     model = build(torch.bfloat16)
-    kw.kernelize(model)
+    kw.kernelize(model, RULE)
     found = torch.compile(model, fullgraph=True)(**batch(), use_cache=False)
     assert type(found.logits) is torch.Tensor
     assert error(found.loss, model(**batch()).loss) < 1e-2

@@ -77,7 +77,11 @@ CATALOGUE: tuple[_Entry, ...] = (
         for b in ("cpu", "triton")
     ),
     _Entry("Linear", "linear", "cpu", dtypes=("bfloat16", "float16")),
-    *(_Entry("LinearCrossEntropy", "linear_cross_entropy", b, compiles=False) for b in ("cpu", "triton")),
+    # Not offered unasked: logits that a training loop still holds when the optimizer steps are computed then.
+    *(
+        _Entry("LinearCrossEntropy", "linear_cross_entropy", b, compiles=False, unasked=False)
+        for b in ("cpu", "triton")
+    ),
     # PyTorch's own operators, where models write them out. `torch.compile` finds them by itself.
     _Entry("RMSNorm", "rms_norm", "torch", (("cast", ("before", "after")), ("offset", (0.0,))), unasked=False),
     _Entry("LayerNorm", "layer_norm", "torch", (("offset", (0.0,)), ("dtype", ("own", "float32"))), unasked=False),
