@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import json
 import os
@@ -24,6 +25,7 @@ from kernelwise import _choose, _confirm, _inputs, _trials, _tune
 from kernelwise._cli import main
 from kernelwise._errors import KernelConfigError, PlanError
 from kernelwise._evidence import EAGER, OWN_CODE, Candidate, Comparison, Run, Timing, Tuning, load
+from kernelwise._reference import read_reference
 from kernelwise._register import unregister_op
 
 KERNELS = """
@@ -549,6 +551,72 @@ def test_kinds_of_devices_that_differ_leave_layers_their_own_code():
     assert joined["config"]["kernels"] == {"RMSNorm": "builtin:RMSNorm", "SiLU": "none"}
     assert "SiLU" in joined["evidence"]["notes"][0]
     assert _tune.join({"H100": one}) is one
+
+
+# ------------------------------------------------------------------------------------------- what a result depends on
+
+
+def test_what_runs_depend_on_is_part_of_what_results_stand_under(monkeypatch):
+    def about(model: nn.Module) -> str:
+        return json.dumps(_tune._begin(model, X, "latency", None, False, 10, None, None).about)
+
+    model = Model().eval()
+    torch.set_float32_matmul_precision("highest")
+    first = about(model)
+    assert about(Model().eval()) == first
+    with torch.autocast("cpu", torch.bfloat16):
+        assert about(model) != first
+    torch.set_float32_matmul_precision("medium")
+    try:
+        assert about(model) != first
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert about(model) != first
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert about(model) == first
+    model.head.bias.requires_grad_(False)
+    frozen = about(model)
+    assert frozen != first
+    hook = model.head.register_forward_hook(lambda module, args, output: None)
+    assert about(model) not in (first, frozen)
+    hook.remove()
+    assert about(model) == frozen
+    forward = model.head.forward
+    model.head.forward = lambda x: forward(x)  # type: ignore[method-assign]
+    assert about(model) != frozen
+
+
+def test_a_model_is_tuned_on_its_own_device_and_no_other(monkeypatch):
+    seen: list[str] = []
+    monkeypatch.setattr(_tune, "_place", lambda model: "cuda:1")
+    monkeypatch.setattr(_tune, "environment", lambda device: (seen.append(device), ())[1])
+    monkeypatch.setattr(_tune, "on_device", lambda device: (seen.append(device), contextlib.nullcontext())[1])
+    session = _tune._begin(Model().eval(), X, "latency", None, False, 10, None, None)
+    assert session.device == "cuda:1"
+    assert seen == ["cuda:1", "cuda:1"]
+    monkeypatch.undo()
+    assert _tune._place(Model()) == "cpu"
+    assert _tune._place(nn.ReLU()) == "cpu"
+    spread = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
+    with pytest.raises(PlanError, match="spread over cpu, meta"):
+        _tune._place(spread)
+
+
+def test_quick_candidates_have_their_turn_first():
+    refs = ["builtin:inductor:RMSNorm", "org/repo@v1:Norm", "builtin:torch:RMSNorm", "builtin:RMSNorm", "/a:Norm"]
+    found = [read_reference(ref)[0] for ref in refs]
+    assert [str(ref) for ref in sorted(filter(None, found), key=_tune._turn)] == [refs[i] for i in (3, 2, 1, 4, 0)]
+
+
+def test_notes_say_for_which_mode_layers_were_not_tuned():
+    model = nn.Sequential(SleepyNorm(), nn.GELU()).train()
+    kinds = _tune.kinds_of(model, kw.discover(model), ("inference", "training"))
+    gelu = [kind for kind in kinds if kind.layer.name == "GeLU"]
+    assert _tune._listed(gelu) == "1 (inference, training)"
+    assert _tune._listed(gelu[:1]) == "1 (inference)"
 
 
 # ---------------------------------------------------------------------------------------------------------------- choices

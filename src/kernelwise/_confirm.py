@@ -20,6 +20,7 @@ from torch import nn
 
 from kernelwise import _apply, _results
 from kernelwise._candidates import Kind, mapping_of
+from kernelwise._compare import on_device
 from kernelwise._config import KernelConfig
 from kernelwise._contenders import AND_COMPILED, BUILTIN, COMPILED, compile_limits
 from kernelwise._data import Layer, from_json, to_json
@@ -211,7 +212,7 @@ def _race_all(
         known = all(content for found in kernels.values() for _, _, _, content in found)
         stored = _results.get(key) if known else None
         if stored is None:
-            with compile_limits() if compiled else nullcontext():
+            with on_device(course.device), compile_limits() if compiled else nullcontext():
                 raced = race(made, workload, device=course.device, seconds=min(MOST_S, max(LEAST_S, left)), own=own)
             if known and not any(run.error for run in raced):
                 _results.put(key, to_json(raced))

@@ -16,12 +16,14 @@ from datetime import datetime, timezone
 from typing import Any, get_args
 
 import tomli_w
+import torch
 from torch import nn
 
 from kernelwise import _apply, _prove, _ranks
-from kernelwise._alike import traits_of
+from kernelwise._alike import function_code, traits_of
 from kernelwise._candidates import Given, Kind, kinds_of, offered, read_given
 from kernelwise._choose import choose_all
+from kernelwise._compare import on_device
 from kernelwise._config import KernelConfig
 from kernelwise._confirm import Confirmation, Course, confirm
 from kernelwise._data import KernelRef, Layer, Target
@@ -203,16 +205,18 @@ def _begin(
         )
     began = time.monotonic()
     workloads = workloads_of(model, inputs, [workload] if isinstance(workload, str) else workload)
-    device = model_device(model) or "cpu"
+    device, kind = _place(model), model_device(model) or "cpu"
     eager = dict.fromkeys("training" if one.training else "inference" for one in workloads)
     modes = (*eager, *(f"{mode}+compile" for mode in eager if compile))
     layers = discover(model)
     copied = sharing_copy(model)
+    with on_device(device):
+        target = current_target(kind)
     surroundings = environment(device)
     return _Session(
         model=copied,
         device=device,
-        target=current_target(device),
+        target=target,
         layers=layers,
         kinds=kinds_of(copied, layers, modes),
         modes=modes,
@@ -220,7 +224,7 @@ def _begin(
         objective=objective,  # type: ignore[arg-type]
         environment=surroundings,
         about=[
-            list(map(list, surroundings)),
+            [*map(list, surroundings), *map(list, _settings(device))],
             _hash_of(model),
             [[one.name, one.tokens, looks_of(_named(one.inputs))] for one in workloads],
         ],
@@ -230,12 +234,63 @@ def _begin(
     )
 
 
+def _place(model: nn.Module) -> str:
+    """Return the device that a model is on, with its number: `"cpu"`, `"cuda:1"`."""
+    places = list(dict.fromkeys(str(parameter.device) for parameter in model.parameters()))
+    places = places or [str(buffer.device) for buffer in model.buffers()][:1]
+    if len(places) > 1:
+        raise PlanError(
+            f"the model is spread over {', '.join(places)}, and only a model on one device can be tuned\n"
+            "  go on      tune it with fewer layers on one of them; the config serves the whole model too"
+        )
+    return places[0] if places else "cpu"
+
+
+def _settings(device: str) -> tuple[tuple[str, str], ...]:
+    """What PyTorch is told for all that runs, and what runs depends on: autocast, precision, deterministic algorithms."""
+    kind = device.partition(":")[0]
+    autocast = torch.is_autocast_enabled(kind) and str(torch.get_autocast_dtype(kind))
+    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
+    found = {
+        "autocast": autocast,
+        "float32 products": [_read(torch, "get_float32_matmul_precision"), _read(cuda, "fp32_precision")],
+        "tf32": [_read(cuda, "allow_tf32"), _read(cudnn, "allow_tf32")],
+        "reduced sums": (cuda.allow_fp16_reduced_precision_reduction, cuda.allow_bf16_reduced_precision_reduction),
+        "deterministic": (torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark),
+    }
+    return tuple((name, str(value)) for name, value in found.items())
+
+
+def _read(owner: Any, name: str) -> Any:
+    """Return a setting; None where this PyTorch has none of that name, or it was set by another one."""
+    try:
+        value = getattr(owner, name, None)
+        return value() if callable(value) else value
+    except RuntimeError:
+        return None
+
+
 def _hash_of(model: nn.Module) -> str:
-    """What the time of a whole model depends on: its code, its shapes and the numbers it holds."""
+    """What the time of a whole model depends on: its code, its shapes, the numbers it holds, its hooks, what is trained."""
     traits = [
         trait for trait in traits_of(model, None, {}) if trait[0] != "generation_config"
     ]  # it holds the hash of an object
+    traits += [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
+    traits += [(path, code) for path, module in model.named_modules() for code in _put_on(module)]
     return hashlib.sha256(repr(traits).encode()).hexdigest()
+
+
+def _put_on(module: nn.Module) -> list[str]:
+    """Return the code of what was put on a module: hooks, and a forward of its own."""
+    hooks = (
+        module._forward_pre_hooks,
+        module._forward_hooks,
+        module._backward_pre_hooks,
+        module._backward_hooks,
+    )
+    found = [hook for some in hooks for hook in some.values()]
+    found += [module.__dict__[name] for name in ("forward", "_old_forward") if name in module.__dict__]
+    return [function_code(getattr(one, "__func__", one)) for one in found]
 
 
 def _named(inputs: Any) -> Mapping[str, Any]:
@@ -246,7 +301,7 @@ def _look(session: _Session) -> None:
     """Run every workload, and see how long it takes and what its layers take of it."""
     for workload in session.workloads:
         session.progress(f"where the time goes: {workload.name}", 0.0)
-        with undisturbed(session.model, training=workload.training):
+        with on_device(session.device), undisturbed(session.model, training=workload.training):
             run = run_of(session.model, workload)
             shares, seconds = shares_of(session.model, session.kinds, workload, run, session.device)
         session.shares |= shares
@@ -257,10 +312,10 @@ def _look(session: _Session) -> None:
 
 
 def _try_all(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]], prover: _prove.Prover) -> None:
-    """Try every candidate, what matters most first: what is compiled for seconds comes after all others."""
+    """Try every candidate: those that are quick to check before all others, and of these what matters most first."""
     kinds = _worth_tuning(session)
     tasks = [(kind, ref) for kind in kinds for ref in refs[kind]]
-    tasks.sort(key=lambda task: task[1].location == "inductor")
+    tasks.sort(key=lambda task: _turn(task[1]))
     trials = Trials(
         session.model,
         session.target,
@@ -286,6 +341,13 @@ def _try_all(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]], prover
         session.notes.append(f"not tried within {session.seconds:.0f} s: {shown}; tune again to go on from here")
 
 
+def _turn(ref: KernelRef) -> int:
+    """When a candidate has its turn: builtin kernels, PyTorch's operators, others' kernels, what is compiled for seconds."""
+    if ref.location == "inductor":
+        return 3
+    return 2 if ref.scheme != "builtin" else int(ref.location == "torch")
+
+
 def _worth_tuning(session: _Session) -> list[Kind]:
     """The kinds of layers whose time could be seen in the whole, the most time first; the others are noted."""
     weights: dict[Kind, float] = {}
@@ -301,9 +363,16 @@ def _worth_tuning(session: _Session) -> list[Kind]:
             weights[kind] = max(parts, default=1.0)  # of a function nobody knows
     for kinds, why in ((idle, "no workload calls them"), (small, f"they take less than {NEGLIGIBLE:.1%} of the time")):
         if kinds:
-            paths = ", ".join(dict.fromkeys(kind.layer.path for kind in kinds))
-            session.notes.append(f"not tuned, for {why}: {paths}")
+            session.notes.append(f"not tuned, for {why}: {_listed(kinds)}")
     return sorted(weights, key=weights.__getitem__, reverse=True)
+
+
+def _listed(kinds: Sequence[Kind]) -> str:
+    """Name kinds by the first of their layers, with the modes that this is about."""
+    modes: dict[str, list[str]] = {}
+    for kind in kinds:
+        modes.setdefault(kind.layer.path, []).append(kind.mode)
+    return ", ".join(f"{path} ({', '.join(dict.fromkeys(some))})" for path, some in modes.items())
 
 
 # --------------------------------------------------------------------------------------------------------------- evidence
