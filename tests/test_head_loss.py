@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import gc
 import io
 import pickle
 import threading
+import weakref
 from collections import Counter
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pytest
 import torch
 from exact import assert_as_exact
 from models import Snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
 from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
@@ -450,6 +454,119 @@ def test_the_gradient_of_the_logits_can_be_had() -> None:
     torch.testing.assert_close(gradient, torch.autograd.grad(plain.loss, plain.logits)[0])
 
 
+def test_the_gradient_of_the_logits_can_be_had_from_their_node() -> None:
+    _, own, found = both()
+    (expected,) = torch.autograd.grad(own.loss, torch.autograd.graph.get_gradient_edge(own.logits))
+    (gradient,) = torch.autograd.grad(found.loss, torch.autograd.graph.get_gradient_edge(found.logits))
+    torch.testing.assert_close(gradient, expected)
+
+
+def test_backward_from_the_logits_under_no_grad() -> None:
+    model, own, found = both()
+    upstream = torch.randn_like(own.logits)
+
+    def backward(logits: Tensor) -> dict[str, Tensor]:
+        model.zero_grad()
+        with torch.no_grad():
+            torch.autograd.backward([logits], [upstream])
+        return {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
+
+    assert_same(backward(found.logits), backward(own.logits))
+
+
+class Copied(torch.autograd.Function):
+    """A step that logits stay lazy through, with a gradient of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> Tensor:
+        return grad * 10
+
+
+class Viewed(Copied):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+
+class Same(Copied):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x
+
+
+@pytest.mark.parametrize("function", [Copied, Viewed, Same])
+def test_a_function_with_a_gradient_of_its_own_between_head_and_loss_keeps_it(function: Any) -> None:
+    def loss(logits: Tensor, labels: Tensor, vocab_size: int, **options: Any) -> Tensor:
+        return ForCausalLMLoss(function.apply(logits), labels, vocab_size)
+
+    model = join(writer())
+    model.loss_function = loss
+    ids, labels = batch()
+    found = gradients(model, model(ids, labels).loss)
+    kw.unkernelize(model)
+    assert_same(found, gradients(model, model(ids, labels).loss))
+
+
+def test_logits_of_a_frozen_model_that_are_made_to_need_a_gradient_get_it() -> None:
+    model = writer().requires_grad_(False)
+    labels = batch()[1].view(-1)
+
+    def gradient(logits: Tensor) -> Tensor | None:
+        logits.requires_grad_()
+        F.cross_entropy(logits.view(-1, VOCABULARY), labels).backward()
+        return logits.grad
+
+    torch.manual_seed(1)
+    own = model(*batch())
+    join(model)
+    torch.manual_seed(1)
+    torch.testing.assert_close(gradient(model(*batch()).logits), gradient(own.logits))
+
+
+def test_a_loss_of_logits_that_were_read_is_of_what_they_are() -> None:
+    """What is written to their memory behind autograd's back is not counted as a version."""
+    _, own, found = both()
+    labels = batch()[1].view(-1)
+
+    def loss(logits: Tensor) -> Tensor:
+        rows = logits.view(-1, VOCABULARY)
+        logits.data.mul_(2)
+        return F.cross_entropy(rows, labels)
+
+    torch.testing.assert_close(loss(found.logits), loss(own.logits))
+
+
+@pytest.mark.parametrize("change", [lambda t: t.div_(4), lambda t: t.add_(0.1)], ids=["div", "add"])
+def test_the_loss_can_be_changed_in_place(change: Any) -> None:
+    model, own, found = both()
+    expected = gradients(model, change(own.loss * 1))
+    assert_same(gradients(model, change(found.loss)), expected)
+
+
+def test_a_loss_that_is_kept_after_backward_holds_no_hidden_states() -> None:
+    memory = np.random.default_rng(0).standard_normal((19, WIDTH), np.float32)
+    weight = torch.randn(VOCABULARY, WIDTH, requires_grad=True)
+    logits = lazy_logits(Source(torch.from_numpy(memory), weight, None, F.linear, linear_cross_entropy, Counter()))
+    loss = F.cross_entropy(logits, torch.arange(19))
+    alive = weakref.ref(memory)
+    del memory, logits
+    loss.backward()
+    gc.collect()
+    assert weight.grad is not None
+    assert alive() is None
+
+
+def test_the_address_of_lazy_logits_is_refused() -> None:
+    """DLPack reads it without asking anybody, and would hand on a null pointer."""
+    _, _, found = both()
+    with pytest.raises(RuntimeError, match="data pointer"):
+        torch.utils.dlpack.to_dlpack(found.logits.detach_())
+
+
 def test_second_derivatives_are_those_of_the_own_code() -> None:
     model, own, found = both()
 
@@ -581,6 +698,59 @@ def test_a_head_that_is_not_plain_any_more_runs_its_own_code(prepare: Any, why: 
     assert type(found.logits) is Tensor
     found.loss.backward()
     assert fallbacks(model) == {why: 1}
+
+
+class Checkpointed(Writer):
+    """A model that computes its head anew in backward, or its head and its loss."""
+
+    with_loss, reentrant = False, False
+
+    def forward(self, ids: Tensor, labels: Tensor | None = None, **options: Any) -> Any:
+        def rest(hidden: Tensor) -> tuple[Any, Tensor]:
+            logits = self.head(hidden)
+            if labels is None or not self.with_loss:
+                return None, logits
+            return self.loss_function(logits=logits, labels=labels, vocab_size=VOCABULARY), logits
+
+        hidden = torch.tanh(self.mix(self.embed(ids)))
+        loss, logits = checkpoint(rest, hidden, use_reentrant=self.reentrant)
+        if labels is not None and loss is None:
+            loss = self.loss_function(logits=logits, labels=labels, vocab_size=VOCABULARY)
+        return Output(loss, logits)
+
+
+@pytest.mark.parametrize("with_loss", [False, True], ids=["head", "head and loss"])
+@pytest.mark.parametrize("reentrant", [False, True])
+def test_a_model_that_checkpoints_its_head_trains_as_without(with_loss: bool, reentrant: bool) -> None:
+    model = Checkpointed().train()
+    model.with_loss, model.reentrant = with_loss, reentrant
+    ids, labels = batch()
+    expected = gradients(model, model(ids, labels).loss)
+    join(model)
+    assert_same(gradients(model, model(ids, labels).loss), expected)
+    if not reentrant:
+        assert fallbacks(model) == {_join.SAVED: 1}
+
+
+def test_a_checkpoint_around_the_model_keeps_the_kernel() -> None:
+    model = writer()
+    ids, labels = batch()
+    expected = gradients(model, model(ids, labels).loss)
+    join(model)
+    loss, logits = checkpoint(model, ids, labels, use_reentrant=False)
+    assert is_lazy(logits)
+    assert_same(gradients(model, loss), expected)
+    assert fallbacks(model) == {}
+
+
+def test_a_capture_into_a_cuda_graph_runs_the_own_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = join(writer())
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    found = model(*batch())
+    monkeypatch.undo()
+    assert type(found.logits) is Tensor
+    assert fallbacks(model) == {_join.TRACED: 1}
 
 
 def test_autocast_inference_mode_and_tracing_run_the_own_code() -> None:

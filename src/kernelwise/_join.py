@@ -25,7 +25,10 @@ Call = Callable[..., Any]
 
 INPUT = "the hidden states have a dtype, device or tensor class that the kernel does not take"
 HOOKED = "the head was replaced, hooked, wrapped or sharded since the kernel went in"
-TRACED = "it was called under autocast, in inference mode, or while being traced or transformed"
+TRACED = (
+    "it was called under autocast, in inference mode, or while being traced, transformed or captured in a CUDA graph"
+)
+SAVED = "the head was called under other hooks for saved tensors than the model, as in a checkpoint"
 
 _any_hook: Callable[[], bool] = torch.nn.modules.module._has_any_global_hook
 
@@ -39,6 +42,7 @@ class _Asked:
     dtypes: frozenset[torch.dtype]
     devices: frozenset[str]
     fallbacks: Counter[str]
+    saved_hooks: Any
 
 
 _local = threading.local()
@@ -65,7 +69,7 @@ def around(
             fallbacks[why or HOOKED] += 1
             return inner(self, *args, **kwargs)
         before = getattr(_local, "asked", None)
-        _local.asked = _Asked(module, loss, dtypes, devices, fallbacks)
+        _local.asked = _Asked(module, loss, dtypes, devices, fallbacks, _saved_hooks())
         try:
             return inner(self, *args, **kwargs)
         finally:
@@ -98,6 +102,9 @@ def head_call(inner: Call, product: Call) -> Call:
         ):
             asked.fallbacks[INPUT] += 1
             return inner(self, input)
+        if _saved_hooks() != asked.saved_hooks:  # a checkpoint will call the head by itself, and compare what is saved
+            asked.fallbacks[SAVED] += 1
+            return inner(self, input)
         return lazy_logits(Source(input, weight, bias, product, asked.loss, asked.fallbacks))
 
     return forward
@@ -122,9 +129,25 @@ def why_not(model: nn.Module, head: nn.Module | None) -> str | None:
         or _is_sharded(model, head)
     ):
         return HOOKED
-    if torch.is_autocast_enabled(weight.device.type) or torch.is_inference_mode_enabled() or followed():
+    if (
+        torch.is_autocast_enabled(weight.device.type)
+        or torch.is_inference_mode_enabled()
+        or followed()
+        or _is_captured()
+    ):
         return TRACED
     return None
+
+
+def _is_captured() -> bool:
+    """Whether what runs now goes into a CUDA graph, which would not have what computes logits later."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()  # type: ignore[no-untyped-call]
+
+
+def _saved_hooks() -> Any:
+    """Return the hooks that tensors saved for backward go through now, or None."""
+    top = getattr(torch._C._autograd, "_top_saved_tensors_default_hooks", None)
+    return None if top is None else top(False)
 
 
 def _is_sharded(*modules: nn.Module) -> bool:

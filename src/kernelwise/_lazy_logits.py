@@ -17,7 +17,7 @@ from torch.nn import functional as F
 from torch.utils._pytree import tree_map_only
 
 from kernelwise._fuse import REFUSALS
-from kernelwise._logit_source import Pending, Source, Step, remember
+from kernelwise._logit_source import Pending, Source, Step, computed, remember
 from kernelwise.kernels._autograd import plain_gradients, wants_graph
 
 READ = "the logits were read, so they were computed"
@@ -25,6 +25,8 @@ REFUSED = "the kernel refused the input"
 
 _aten = torch.ops.aten
 _no_subclass = torch._C.DisableTorchFunctionSubclass
+# Makes a tensor raise where C++ code asks for the address of its memory, which for lazy logits would be null.
+_refuse_address = getattr(torch._C, "_set_throw_on_mutable_data_ptr", None)
 
 
 def lazy_logits(source: Source) -> LazyLogits:
@@ -45,6 +47,8 @@ class LazyLogits(Tensor):
             cls, like.shape, strides=like.stride(), dtype=like.dtype, device=device
         )
         made._pending = pending
+        if _refuse_address is not None:
+            _refuse_address(made)
         remember(pending)
         return made
 
@@ -58,7 +62,7 @@ class LazyLogits(Tensor):
             if loss is not None:
                 return loss
         lazy = args[0] if args and isinstance(args[0], LazyLogits) else None
-        if func in _WATCHING or func is torch.autograd.grad:
+        if func in _WATCHING:
             tree_map_only(LazyLogits, _watch, (args, kwargs))
         elif func not in _ABOUT and not (func in _STEPS and lazy is not None and lazy._pending.values is None):
             args, kwargs = tree_map_only(LazyLogits, _plain, (args, kwargs))
@@ -87,7 +91,7 @@ def _plain(lazy: LazyLogits) -> Tensor:
 
 
 def _watch(lazy: LazyLogits) -> LazyLogits:
-    lazy._pending.source.is_watched = True
+    lazy._pending.source.watched.set()
     return lazy
 
 
@@ -98,7 +102,7 @@ _ABOUT = {
     *(
         getattr(_T, name).__get__
         for name in (
-            "shape", "dtype", "device", "layout", "requires_grad", "ndim", "grad_fn", "is_leaf", "_version", "itemsize",
+            "shape", "dtype", "device", "layout", "requires_grad", "ndim", "is_leaf", "_version", "itemsize",
             "nbytes", "is_cpu", "is_cuda", "is_xpu", "is_mps", "is_meta", "is_sparse", "is_quantized", "is_nested",
             "output_nr",
         )
@@ -118,6 +122,12 @@ _WATCHING = {
     _T.register_hook, _T.retain_grad, _T.requires_grad_, _T.detach_, _T.backward,
     _T.register_post_accumulate_grad_hook, _T.grad.__get__, _T.grad.__set__, _T.retains_grad.__get__,
     _T.requires_grad.__set__, _T._backward_hooks.__get__, _T._backward_hooks.__set__, _T.data.__set__,
+    _T.grad_fn.__get__, torch.autograd.grad, torch.autograd.backward,
+}  # fmt: skip
+
+# The nodes of the graph through which the gradient of a loss goes as the kernel computes it: the head, and the steps.
+_NODES = {
+    "_LogitsBackward", "ViewBackward0", "UnsafeViewBackward0", "SliceBackward0", "ToCopyBackward0", "CloneBackward0",
 }  # fmt: skip
 
 # What may leave logits lazy; which of it does, `_step` says.
@@ -193,16 +203,9 @@ def _loss(
     source = logits._pending.source
     inputs = (source.hidden, source.weight, source.bias)
     has_graph = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs)
-    above: LazyLogits | None = logits
-    while (
-        above is not None
-    ):  # somebody may have written to them, or to what they were taken from; or taken it without a graph
-        if above._version or (has_graph and above.grad_fn is None):
-            return None
-        above = above._pending.parent
-    pending = logits._pending
-    if pending.values is not None or source.is_stale():
+    if not _is_untouched(logits, has_graph) or source.is_stale():
         return None
+    pending = logits._pending
     options = {"ignore_index": ignore_index, "label_smoothing": label_smoothing, "reduction": reduction}
     try:
         loss: Tensor = source.loss(
@@ -217,8 +220,26 @@ def _loss(
     if not loss.requires_grad:
         return loss
     steps = tuple(step for step, _ in pending.steps)
-    linked: Tensor = _Link.apply(loss, logits, target, source, steps, options)  # type: ignore[no-untyped-call]
+    linked: Tensor = _Link.apply(loss, logits, target, *source.held, source, steps, options)  # type: ignore[no-untyped-call]
     return linked
+
+
+def _is_untouched(logits: LazyLogits, has_graph: bool) -> bool:
+    """Whether these logits are still what the head gives, and their gradient goes to the head as it is.
+
+    Somebody may have read them, or written to them or to what they were taken from; taken it without a graph; made them need a
+    gradient of their own; or put a function with a backward of its own between.
+    """
+    above: LazyLogits | None = logits
+    with _no_subclass():
+        while above is not None:
+            node = above.grad_fn
+            if above._version or above._pending.values is not None:
+                return False
+            if (has_graph or above.requires_grad) and (node is None or node.name() not in _NODES):
+                return False
+            above = above._pending.parent
+    return True
 
 
 class _Logits(torch.autograd.Function):
@@ -250,7 +271,10 @@ class _Logits(torch.autograd.Function):
 
 
 class _Link(torch.autograd.Function):
-    """Ties a loss to the logits that it was computed without, for whoever asks for the gradient of the logits."""
+    """Ties a loss to the logits that it was computed without, for whoever asks for the gradient of the logits.
+
+    It holds what the logits come from as saved tensors, which are let go after backward though the loss may be kept.
+    """
 
     @staticmethod
     def forward(
@@ -258,30 +282,34 @@ class _Link(torch.autograd.Function):
         loss: Tensor,
         logits: Tensor,
         target: Tensor,
+        hidden: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
         source: Source,
         steps: tuple[Step, ...],
         options: dict[str, Any],
     ) -> Tensor:
-        ctx.save_for_backward(target)
-        ctx.source, ctx.steps, ctx.options = source, steps, options
-        return loss.view_as(loss)
+        ctx.save_for_backward(target, hidden, weight, bias)
+        ctx.watched, ctx.product, ctx.steps, ctx.options = source.watched, source.product, steps, options
+        return loss.clone()
 
     @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        nothing = (None,) * 4
-        if not ctx.source.is_watched:
+        nothing = (None,) * 7
+        if not ctx.watched.is_set():
             return grad, None, *nothing
         if wants_graph():
             raise NotImplementedError(
                 "second derivatives of a loss, of whose logits the gradient is asked for too\n"
                 '  go on      keep the own code there: kernelize(model, {"LinearCrossEntropy": "none"})'
             )
-        values = ctx.source.logits()
+        target, *held = ctx.saved_tensors
+        values = computed(ctx.product, held)
         for step in ctx.steps:
             values = step(values)
         with torch.enable_grad():
             values = values.detach().requires_grad_()
-            loss = F.cross_entropy(values, ctx.saved_tensors[0], **ctx.options)
+            loss = F.cross_entropy(values, target, **ctx.options)
         (found,) = torch.autograd.grad(loss, values, grad)
         return None, found, *nothing
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import threading
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -35,15 +35,15 @@ class Source:
     ) -> None:
         self.hidden, self.weight, self.bias = hidden, weight, bias
         self.product, self.loss, self.fallbacks = product, loss, fallbacks
-        self.is_watched = False  # somebody wants the gradient of the logits
+        self.watched = threading.Event()  # set once somebody wants the gradient of the logits
         self.lock = threading.RLock()
         # The same memory under other names: what is done to `parameter.data` is not done to these.
-        self._held = tuple(None if t is None else t.detach() for t in (hidden, weight, bias))
+        self.held = tuple(None if t is None else t.detach() for t in (hidden, weight, bias))
         self._versions = self._seen()
 
     def _seen(self) -> tuple[tuple[int, bool], ...]:
         """How often each tensor was written to, and whether its memory is there: FSDP and others free it."""
-        return tuple((t._version, t.untyped_storage().nbytes() == 0) for t in self._held if t is not None)
+        return tuple((t._version, t.untyped_storage().nbytes() == 0) for t in self.held if t is not None)
 
     def is_stale(self) -> bool:
         """Whether something was written to what the logits are computed from."""
@@ -58,9 +58,16 @@ class Source:
                 "  go on      read them before the weight changes, or keep the own code there: "
                 'kernelize(model, {"LinearCrossEntropy": "none"})'
             )
-        with torch.no_grad(), torch.inference_mode(False), torch.autocast(self.weight.device.type, enabled=False):
-            logits: Tensor = self.product(*self._held)
-        return logits
+        return computed(self.product, self.held)
+
+
+def computed(product: Call, held: Sequence[Tensor | None]) -> Tensor:
+    """Return the product of hidden states, weight and bias, without a graph and in their own dtype."""
+    hidden, weight, bias = held
+    assert hidden is not None
+    with torch.no_grad(), torch.inference_mode(False), torch.autocast(hidden.device.type, enabled=False):
+        logits: Tensor = product(hidden, weight, bias)
+    return logits
 
 
 class Pending:
