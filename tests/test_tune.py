@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fakehub
@@ -21,7 +22,7 @@ import torch
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import _choose, _confirm, _inputs, _trials, _tune
+from kernelwise import _apply, _choose, _confirm, _inputs, _trials, _tune
 from kernelwise._cli import main
 from kernelwise._errors import KernelConfigError, PlanError
 from kernelwise._evidence import EAGER, OWN_CODE, Candidate, Comparison, Run, Timing, Tuning, load
@@ -224,7 +225,8 @@ def test_tuning_again_measures_nothing(tuned, repository, monkeypatch):
 
 def test_kinds_of_one_name_get_what_is_best_for_each(repository):
     model = Model(widths=(48, 32)).eval()
-    config = _tune.tune(model, X, config={"SleepyNorm@norms.1": f"{repository}:Fast"}, seconds=120)
+    asked = {"SleepyNorm@norms.1": {"inference": f"{repository}:Fast"}}
+    config = _tune.tune(model, X, config=asked, seconds=120)
     assert config.kernel_mapping == {"SleepyNorm@norms.1": {"inference": f"{repository}:Fast"}}
 
 
@@ -321,10 +323,13 @@ def races(monkeypatch, speedups: dict[str, float | str]) -> list[tuple[str, ...]
 
     def race(contenders, workload, *, device, seconds, own=EAGER, progress=None):
         seen.append(tuple(contenders))
+        kernels = _apply.kernelized_paths(contenders["tuned"].model) if "tuned" in contenders else ()
         base = speedups.get(own, 1.0)
         runs = []
         for name in contenders:
             found = speedups.get(name, 1.0)
+            if name == "tuned" and not kernels:
+                found = 1.0  # whatever was planted, this is own code
             if isinstance(found, str):
                 runs.append(Run(name, workload.name, None, 0, found))
             else:
@@ -372,19 +377,22 @@ def test_a_choice_that_computes_something_else_end_to_end_is_taken_back(course_a
 @pytest.mark.parametrize(("builtin", "kept"), [(1.3, False), (1.205, True), (1.1, True)])
 def test_the_defaults_are_the_result_where_they_are_clearly_faster(course_and_choices, monkeypatch, builtin, kept):
     course, chosen = course_and_choices
-    races(monkeypatch, {"builtin": builtin, "SleepyNorm": 1.1, "GeLU": 1.1, "tuned": 1.2})
+    seen = races(monkeypatch, {"builtin": builtin, "SleepyNorm": 1.1, "GeLU": 1.1, "tuned": 1.2})
     found = _confirm.confirm(course, chosen)
-    assert found.chosen == (chosen if kept else {})
+    norm, gelu = chosen
+    assert found.chosen == (chosen if kept else {norm: None, gelu: "builtin:GeLU"})
     assert bool(found.notes) == (not kept)
-    tuned = next(run for run in found.runs if run.contender == "tuned")
-    assert tuned.comparison == ratio(1.2 if kept else builtin)
+    assert seen[-1] == ((EAGER, "builtin", "tuned", "SleepyNorm", "GeLU") if builtin == 1.1 else seen[-1])
+    if not kept:
+        assert seen[-1] == (EAGER, "tuned"), "what was written is raced, and no other run has its name"
+        assert "defaults" in found.taken_back[gelu]
 
 
 def test_where_the_defaults_win_the_evidence_says_what_they_are(monkeypatch):
     races(monkeypatch, {"builtin": 1.5, "tuned": 1.2})
     monkeypatch.setattr("kernelwise.sources._inductor.DEVICES", ())
     config = _tune.tune(nn.Sequential(nn.Linear(48, 48), nn.GELU()).eval(), X, seconds=120)
-    assert config.kernel_mapping == {}
+    assert config.kernel_mapping == {"GeLU": {"inference": "builtin:GeLU"}}
     choice = next(choice for choice in of(config).choices if choice.name == "GeLU")
     assert choice.chosen == "builtin:GeLU"
     assert "defaults" in choice.reason
@@ -400,6 +408,97 @@ def test_what_is_slower_than_eager_leaves_everything_its_own_code(course_and_cho
         "SleepyNorm": {"inference": "none"},
         "GeLU": {"inference": "none"},
     }
+
+
+@pytest.mark.parametrize("planted", [{"builtin": 0.8, "tuned": 0.9}, {"builtin": "it fails", "tuned": "it fails"}])
+def test_where_eager_wins_no_kernel_goes_in_unasked(repository, monkeypatch, planted):
+    seen = races(monkeypatch, planted)
+    monkeypatch.setattr(_tune, "NEGLIGIBLE", 0.2)  # of the activation, which gets a kernel by default
+    model = nn.Sequential(SleepyNorm(), nn.GELU()).eval()
+    config = _tune.tune(model, X, candidates={"SleepyNorm": f"{repository}:Fast"}, seconds=60)
+    assert config.kernel_mapping == {"SleepyNorm": {"inference": "none"}, "GeLU": {"inference": "none"}}
+    assert {(choice.name, choice.chosen) for choice in of(config).choices} == {
+        ("SleepyNorm", OWN_CODE),
+        ("GeLU", OWN_CODE),
+    }
+    assert not any(row.kernel for row in kw.report(kw.kernelize(model, config, mode="inference")).rows)
+    assert seen[-1] == (EAGER, "tuned")
+    assert next(run for run in of(config).runs if run.contender == "tuned").comparison == ratio(1.0)
+
+
+def scored(monkeypatch, course, speedups, peaks):
+    """Plant how much memory contenders need, besides their speed, and confirm for memory."""
+    races(monkeypatch, speedups)
+    real = _confirm.race
+
+    def race(contenders, workload, **options):
+        own = peaks.get(options.get("own", EAGER), 1000)
+        return tuple(
+            replace(run, comparison=replace(run.comparison, own_peak=own, peak=peaks.get(run.contender, 1000)))
+            for run in real(contenders, workload, **options)
+        )
+
+    monkeypatch.setattr(_confirm, "race", race)
+    return replace(course, objective="memory")
+
+
+def test_what_saves_memory_holds_end_to_end_though_it_is_slower(course_and_choices, monkeypatch):
+    course, chosen = course_and_choices
+    course = scored(
+        monkeypatch, course, {"tuned": 0.5, "SleepyNorm": 0.5}, {"tuned": 500, "SleepyNorm": 600, "GeLU": 800}
+    )
+    assert _confirm.confirm(course, chosen).chosen == chosen
+
+
+def test_what_needs_more_memory_end_to_end_is_taken_back(course_and_choices, monkeypatch):
+    course, chosen = course_and_choices
+    course = scored(
+        monkeypatch, course, {"tuned": 2.0, "SleepyNorm": 2.0}, {"tuned": 800, "SleepyNorm": 1200, "GeLU": 800}
+    )
+    norm, gelu = chosen
+    assert _confirm.confirm(course, chosen).chosen == {norm: None, gelu: "builtin:GeLU"}
+
+
+def test_for_throughput_a_workload_counts_as_much_as_it_takes(course_and_choices):
+    course, _ = course_and_choices
+    long, short = (Comparison(own, own / by, by, by, by, 9) for own, by in ((1e6, 1.1), (1e3, 0.5)))
+    runs = [Run("tuned", "prefill", long), Run("tuned", "decode", short)]
+    assert _confirm._score(replace(course, objective="throughput"), runs, "tuned") > 0
+    assert _confirm._score(course, runs, "tuned") < 0
+
+
+# ----------------------------------------------------------------------------------------------------- the user's config
+
+
+def test_what_the_user_keeps_out_stays_out_and_all_other_rules_stay(repository, monkeypatch):
+    monkeypatch.setattr("kernelwise.sources._inductor.DEVICES", ())
+    model = nn.Sequential(SleepyNorm(), nn.GELU(), nn.Linear(48, 48)).eval()
+    asked = kw.KernelConfig(
+        {
+            "SleepyNorm": f"{repository}:Fast",
+            "GeLU": None,
+            "Linear": {"inference": "none", "training": "builtin:Linear"},
+        },
+        inherit_mapping=False,
+        on_miss="keep",
+    )
+    config = _tune.tune(model, X, config=asked, seconds=60)
+    assert config == kw.KernelConfig(
+        {
+            "GeLU": None,
+            "Linear": {"inference": "none", "training": "builtin:Linear"},
+            "SleepyNorm": f"{repository}:Fast",  # tuned for inference; for all other modes as it was asked
+        },
+        inherit_mapping=False,
+        on_miss="keep",
+    )
+    assert [choice.name for choice in of(config).choices] == ["SleepyNorm"]
+
+
+def test_a_rule_whose_kernel_is_out_is_not_in_the_result(repository):
+    config = _tune.tune(Model().eval(), X, config={"SleepyNorm": {"inference": f"{repository}:Wrong"}}, seconds=60)
+    assert config.kernel_mapping == {"SleepyNorm": {"inference": "none"}}
+    assert next(run for run in of(config).runs if run.contender == "tuned").error is None
 
 
 # -------------------------------------------------------------------------------------------------------------- arguments
@@ -558,7 +657,7 @@ def test_kinds_of_devices_that_differ_leave_layers_their_own_code():
 
 def test_what_runs_depend_on_is_part_of_what_results_stand_under(monkeypatch):
     def about(model: nn.Module) -> str:
-        return json.dumps(_tune._begin(model, X, "latency", None, False, 10, None, None).about)
+        return json.dumps(_tune._begin(model, X, "latency", None, False, 10, None, None, kw.KernelConfig()).about)
 
     model = Model().eval()
     torch.set_float32_matmul_precision("highest")
@@ -594,7 +693,7 @@ def test_a_model_is_tuned_on_its_own_device_and_no_other(monkeypatch):
     monkeypatch.setattr(_tune, "_place", lambda model: "cuda:1")
     monkeypatch.setattr(_tune, "environment", lambda device: (seen.append(device), ())[1])
     monkeypatch.setattr(_tune, "on_device", lambda device: (seen.append(device), contextlib.nullcontext())[1])
-    session = _tune._begin(Model().eval(), X, "latency", None, False, 10, None, None)
+    session = _tune._begin(Model().eval(), X, "latency", None, False, 10, None, None, kw.KernelConfig())
     assert session.device == "cuda:1"
     assert seen == ["cuda:1", "cuda:1"]
     monkeypatch.undo()

@@ -10,8 +10,8 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass, field, replace
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass, field
 from itertools import product
 from typing import Any
 
@@ -23,10 +23,12 @@ from kernelwise._candidates import Kind, mapping_of
 from kernelwise._compare import on_device
 from kernelwise._config import KernelConfig
 from kernelwise._contenders import AND_COMPILED, BUILTIN, COMPILED, compile_limits
-from kernelwise._data import Layer, from_json, to_json
+from kernelwise._data import MODES, Layer, to_json
 from kernelwise._decide import decide
 from kernelwise._errors import KernelwiseError
-from kernelwise._evidence import EAGER, Run
+from kernelwise._evidence import EAGER, Comparison, Objective, Run
+from kernelwise._mapping import read_keys
+from kernelwise._plan import choose_rule
 from kernelwise._race import Contender, race, said, sharing_copy
 from kernelwise._workload import Workload
 
@@ -51,7 +53,7 @@ Chosen = dict[Kind, str | None]
 
 @dataclass(slots=True)
 class Confirmation:
-    """What is left of the choices, and all runs that led there. `taken_back` says why a kind has its own code again."""
+    """What is left of the choices, and all runs that led there. `taken_back` says why a choice was changed."""
 
     chosen: Chosen
     runs: list[Run] = field(default_factory=list)
@@ -72,10 +74,48 @@ class Course:
     seconds: Mapping[str, float]  # of one run of the model's own code, by workload
     until: float
     step: Callable[[str], object]
+    objective: Objective = "latency"
+    asked: KernelConfig = field(default_factory=KernelConfig)
 
     def config(self, chosen: Mapping[Kind, str | None]) -> KernelConfig:
-        """Write choices as a config. Layers that nobody has tuned get what they get by default."""
-        return KernelConfig(mapping_of(chosen, self.layers, self.modes))
+        """Write choices as a config, over the user's own. Layers of which neither speaks get what they get by default."""
+        options = {name: getattr(self.asked, name) for name in ("inherit_mapping", "on_miss", "verify")}
+        return KernelConfig(_merged(self.asked, chosen, self.layers, self.modes), **options)
+
+
+def _merged(
+    asked: KernelConfig, chosen: Mapping[Kind, str | None], layers: Sequence[Layer], modes: Sequence[str]
+) -> dict[Any, Any]:
+    """Put choices into the user's mapping. Where a name has both, each layer gets its choice, else what the rules say."""
+    tuned, rules = {kind.layer.name for kind in chosen}, asked.rules()
+    both = tuned & {rule.layer for rule in rules if not rule.fuses}
+    keys = zip(asked.kernel_mapping.items(), read_keys(asked.kernel_mapping), strict=True)
+    mapping = {key: value for (key, value), read in keys if read.fuses or read.layer not in tuned}
+    mapping |= mapping_of({kind: ref for kind, ref in chosen.items() if kind.layer.name not in both}, layers, modes)
+    if not both:
+        return mapping
+    here = {kind: ref for kind, ref in chosen.items() if kind.layer.name in both}
+    done = {(path, kind.layer.function, kind.mode) for kind in here for path in kind.paths}
+    for layer, mode in product([layer for layer in layers if layer.name in both], MODES):
+        rule = choose_rule(layer, rules, device=layer.device, mode=mode)
+        if rule is not None and (layer.path, layer.function, mode) not in done:
+            here[Kind(layer, (layer.path,), mode, "")] = None if rule.ref is None else str(rule.ref)
+    return mapping | mapping_of(here, layers, MODES)
+
+
+@dataclass(frozen=True, slots=True)
+class _Raced:
+    """The runs of a race, and how many seconds its rounds were allowed."""
+
+    runs: tuple[Run, ...]
+    seconds: float
+
+    def could_say_more(self, names: Sequence[str], own: str, seconds: float) -> bool:
+        """Whether the race must be run again: it had no more than half the time, or it is not one of these contenders."""
+        if [run.contender for run in self.runs] != names or any(run.comparison is None for run in self.runs):
+            return True
+        found = [run.comparison for run in self.runs if run.comparison is not None and run.contender != own]
+        return seconds >= 2 * self.seconds and any(one.in_a_hurry for one in found)
 
 
 def confirm(course: Course, chosen: Chosen) -> Confirmation:
@@ -86,7 +126,7 @@ def confirm(course: Course, chosen: Chosen) -> Confirmation:
     of_mode = {mode: [run for run in runs if (run.workload == "training") == (mode == "training")] for mode in _EAGER}
     for name, (mode, those) in product(alone, of_mode.items()):
         failed = next((run.error for run in those if run.contender == name and run.error), None)
-        if failed is not None or _score(those, name) < 0:
+        if failed is not None or _score(course, those, name) < 0:
             why = f"it fails end to end: {failed}" if failed else f"the whole model with it is {_figures(those, name)}"
             gone = [kind for kind in found.chosen if (kind.layer.name, kind.mode) == (name, mode)]
             _take_back(found, gone, f"taken back: {why}")
@@ -125,41 +165,104 @@ def _take_back(found: Confirmation, kinds: Iterable[Kind], why: str) -> None:
 def _best_of(course: Course, found: Confirmation, runs: list[Run], alone: Mapping[str, KernelConfig]) -> list[Run]:
     """Where one contender is clearly faster than all choices together, take it instead. Returns the runs with that result."""
     rivals = {EAGER: None, BUILTIN: KernelConfig(), **alone}
-    rivals = {name: config for name, config in rivals.items() if not _failed(runs, name)}
+    kept_out = not course.asked.inherit_mapping or any(rule.ref is None for rule in course.asked.rules())
+    rivals = {
+        name: config
+        for name, config in rivals.items()
+        if not _failed(runs, name) and not (name == BUILTIN and kept_out)  # the user does not want all of it
+    }
     if not rivals:
         return runs
-    best = max(rivals, key=lambda name: _median(runs, name))
+    best = max(rivals, key=lambda name: _rank(course, runs, name))
     if _failed(runs, TUNED):
         why = next(run.error for run in runs if run.contender == TUNED and run.error)
     else:
-        if _median(runs, best) - _median(runs, TUNED) < _WORTH_A_LOOK:
+        if not _seems_better(course, runs, best, TUNED):
             return runs
         direct = _race_all(course, {TUNED: course.config(found.chosen), best: rivals[best]}, own=TUNED)
-        if _score(direct, best) <= 0:
+        if _score(course, direct, best) <= 0:
             return runs
         why = f"{best} is {_figures(direct, best)} than all choices together".replace("times as fast", "times faster")
     found.notes.append(f"all choices together did not hold end to end, {best} is the result: {why}")
     eager = [kind for kind in found.chosen if kind.mode in _EAGER]
     _take_back(found, [kind for kind in eager if kind.layer.name != best], f"taken back: {why}")
+    if best == EAGER:
+        _turn_off(course, found, _EAGER, why)
     if best == BUILTIN:
-        found.chosen = {kind: ref for kind, ref in found.chosen.items() if kind not in eager}
-    kept = [run for run in runs if run.contender != TUNED]
-    return kept + [replace(run, contender=TUNED) for run in kept if run.contender == best]
+        _take_defaults(course, found, eager)
+    again = _race_all(course, {EAGER: None, TUNED: course.config(found.chosen)})
+    return [run for run in runs if run.contender != TUNED] + [run for run in again if run.contender == TUNED]
+
+
+def _turn_off(course: Course, found: Confirmation, modes: Sequence[str], why: str) -> None:
+    """Choose own code for what still gets a kernel by default in these modes: kinds that nobody has tuned."""
+    for mode in (mode for mode in course.modes if mode in modes):
+        alike: dict[tuple[str, str, str | None], list[Layer]] = {}
+        with suppress(KernelwiseError):  # what the user asks for cannot be put in: the race of it has said so
+            for one in decide(course.model, course.config(found.chosen), mode=mode).decisions:
+                if one.kernel is not None and one.asked_by == "default":
+                    layer = one.layer
+                    alike.setdefault((layer.name, layer.class_name, layer.function), []).append(layer)
+        for layers in alike.values():
+            kind = Kind(layers[0], tuple(layer.path for layer in layers), mode, "")
+            found.chosen[kind], found.taken_back[kind] = None, f"turned off: {why}"
+
+
+def _take_defaults(course: Course, found: Confirmation, kinds: Sequence[Kind]) -> None:
+    """Choose for each kind what it gets by default."""
+    for mode in dict.fromkeys(kind.mode for kind in kinds):
+        goes_in = {(d.layer.path, d.layer.function): d.kernel for d in decide(course.model, mode=mode).decisions}
+        for kind in (kind for kind in kinds if kind.mode == mode):
+            kernel = goes_in.get((kind.layer.path, kind.layer.function))
+            found.chosen[kind] = None if kernel is None else str(kernel.ref)
+            found.taken_back[kind] = "the builtin defaults together are faster than all choices together"
 
 
 def _failed(runs: Sequence[Run], name: str) -> bool:
     return not any(run.contender == name for run in runs) or any(run.contender == name and run.error for run in runs)
 
 
-def _score(runs: Sequence[Run], name: str) -> float:
-    """The logarithm of how much faster a contender is over all workloads, where it is clear; 0 where nobody can say."""
-    found = [run.comparison for run in runs if run.contender == name and run.comparison is not None]
-    return sum(math.log(one.speedup) for one in found if one.verdict != "no clear difference")
+def _score(course: Course, runs: Sequence[Run], name: str) -> float:
+    """By how much a contender is better over all workloads, as a logarithm; 0 where nobody can say.
+
+    For memory that is what it needs at its peak; where that is the same, time decides.
+    """
+    return _memory(course, runs, name) or _time(course, runs, name, clear=True)
 
 
-def _median(runs: Sequence[Run], name: str) -> float:
-    found = [run.comparison for run in runs if run.contender == name and run.comparison is not None]
-    return sum(math.log(one.speedup) for one in found) / max(len(found), 1)
+def _rank(course: Course, runs: Sequence[Run], name: str) -> tuple[float, float]:
+    """What contenders are put in order by, clear or not: memory, where that is the objective, then time."""
+    return _memory(course, runs, name), _time(course, runs, name, clear=False)
+
+
+def _seems_better(course: Course, runs: Sequence[Run], name: str, other: str) -> bool:
+    """Whether a contender is so far ahead of another, as far as races against own code show, that a direct race is due."""
+    ahead = [ours - theirs for ours, theirs in zip(_rank(course, runs, name), _rank(course, runs, other), strict=True)]
+    return next((by for by in ahead if abs(by) >= _WORTH_A_LOOK), 0.0) > 0
+
+
+def _compared(runs: Sequence[Run], name: str) -> list[Comparison]:
+    return [run.comparison for run in runs if run.contender == name and run.comparison is not None]
+
+
+def _time(course: Course, runs: Sequence[Run], name: str, *, clear: bool) -> float:
+    """How much faster a contender is: each workload counts as much as another, for throughput as much as it takes."""
+    found = [
+        (one.own_us, one.speedup if not clear or one.verdict != "no clear difference" else 1.0)
+        for one in _compared(runs, name)
+    ]
+    if course.objective == "throughput" and found:
+        return math.log(sum(own for own, _ in found) / sum(own / speedup for own, speedup in found))
+    return sum(math.log(speedup) for _, speedup in found) / max(len(found), 1)
+
+
+def _memory(course: Course, runs: Sequence[Run], name: str) -> float:
+    """How much less memory a contender needs at its peak, in the worst workload; within a hundredth, or not counted: 0."""
+    if course.objective != "memory":
+        return 0.0
+    found = [math.log(one.own_peak / one.peak) for one in _compared(runs, name) if one.own_peak and one.peak]
+    least = min(found, default=0.0)
+    return least if abs(least) > 0.01 else 0.0
 
 
 def _figures(runs: Sequence[Run], name: str) -> str:
@@ -175,11 +278,15 @@ def _compiled(course: Course, found: Confirmation) -> list[Run]:
     builtin, tuned = BUILTIN + AND_COMPILED, TUNED + AND_COMPILED
     contenders = {EAGER: None, COMPILED: None, builtin: KernelConfig(), tuned: course.config(found.chosen)}
     runs = _race_all(course, contenders, compiled=(COMPILED, builtin, tuned))
-    slower = not _failed(runs, COMPILED) and _median(runs, tuned) - _median(runs, COMPILED) < -_WORTH_A_LOOK
+    slower = not _failed(runs, COMPILED) and _seems_better(course, runs, COMPILED, tuned)
     if _failed(runs, tuned) or slower:
-        why = next((run.error for run in runs if run.contender == tuned and run.error), None)
-        gone = [kind for kind in found.chosen if kind.mode.endswith(AND_COMPILED)]
-        _take_back(found, gone, f"taken back: {why or 'torch.compile alone is faster end to end'}")
+        error = next((run.error for run in runs if run.contender == tuned and run.error), None)
+        why = error or "torch.compile alone is better end to end"
+        modes = [mode for mode in course.modes if mode.endswith(AND_COMPILED)]
+        _take_back(found, [kind for kind in found.chosen if kind.mode in modes], f"taken back: {why}")
+        _turn_off(course, found, modes, why)
+        again = _race_all(course, {EAGER: None, tuned: course.config(found.chosen)}, compiled=(tuned,))
+        runs = [run for run in runs if run.contender != tuned] + [run for run in again if run.contender == tuned]
     return [run for run in runs if run.contender != EAGER]
 
 
@@ -210,14 +317,15 @@ def _race_all(
         left = (course.until - time.monotonic()) / (len(course.workloads) - index + 1)
         key = ["race", course.about, workload.name, workload.tokens, own, [[name, kernels[name]] for name in made]]
         known = all(content for found in kernels.values() for _, _, _, content in found)
-        stored = _results.get(key) if known else None
-        if stored is None:
+        seconds = min(MOST_S, max(LEAST_S, left))
+        stored = _results.recall(key, _Raced) if known else None
+        if stored is None or stored.could_say_more(list(made), own, seconds):
             with on_device(course.device), compile_limits() if compiled else nullcontext():
-                raced = race(made, workload, device=course.device, seconds=min(MOST_S, max(LEAST_S, left)), own=own)
+                raced = race(made, workload, device=course.device, seconds=seconds, own=own)
             if known and not any(run.error for run in raced):
-                _results.put(key, to_json(raced))
+                _results.put(key, to_json(_Raced(raced, seconds)))
         else:
-            raced = tuple(from_json(Run, run) for run in stored)
+            raced = stored.runs
         runs += raced
     return runs
 

@@ -30,9 +30,10 @@ from kernelwise._data import KernelRef, Layer, Target
 from kernelwise._decide import Config, current_target, decide
 from kernelwise._discover import discover, model_device
 from kernelwise._environment import environment
-from kernelwise._errors import PlanError
+from kernelwise._errors import KernelwiseError, PlanError
 from kernelwise._evidence import OWN_CODE, Candidate, Choice, Objective, Tuning
-from kernelwise._race import sharing_copy
+from kernelwise._plan import choose_rule
+from kernelwise._race import said, sharing_copy
 from kernelwise._reference import did_you_mean
 from kernelwise._shares import Share, shares_of
 from kernelwise._trials import OutOfTimeError, Trials, looks_of
@@ -87,14 +88,14 @@ def tune(
     name: str | None = None,
 ) -> KernelConfig:
     """Tune in this process alone; `kernelwise.tune` says what the arguments are."""
-    session = _begin(model, inputs, objective, workload, compile, seconds, progress, name)
     asked = config if isinstance(config, KernelConfig) else KernelConfig(config)  # type: ignore[arg-type]
-    asked.sanitize_kernel_mapping(model, layers=session.layers)
+    session = _begin(model, inputs, objective, workload, compile, seconds, progress, name, asked)
     refs = {kind: offered(kind, asked.rules(), read_given(candidates)) for kind in session.kinds}
     _look(session)
     with _prove.Prover(seconds=limit_s) as prover:
         _try_all(session, refs, prover)
         chosen, reasons = choose_all(session.tried, session.objective, session.run_s, notes=session.notes)
+        chosen |= dict.fromkeys(_asked_and_out(session, asked, chosen))
         course = Course(
             session.model,
             session.layers,
@@ -105,6 +106,8 @@ def tune(
             session.run_s,
             session.began + seconds,
             lambda what: session.progress(what, 0.7),
+            session.objective,
+            asked,
         )
         found = confirm(course, chosen)
     session.progress("done", 1.0)
@@ -182,6 +185,7 @@ def _begin(
     seconds: float,
     progress: Progress | None,
     name: str | None,
+    asked: KernelConfig,
 ) -> _Session:
     """Check what was given, all before the first layer is looked at."""
     if not isinstance(model, nn.Module):
@@ -209,6 +213,7 @@ def _begin(
     eager = dict.fromkeys("training" if one.training else "inference" for one in workloads)
     modes = (*eager, *(f"{mode}+compile" for mode in eager if compile))
     layers = discover(model)
+    asked.sanitize_kernel_mapping(model, layers=layers)
     copied = sharing_copy(model)
     with on_device(device):
         target = current_target(kind)
@@ -218,7 +223,7 @@ def _begin(
         device=device,
         target=target,
         layers=layers,
-        kinds=kinds_of(copied, layers, modes),
+        kinds=_to_tune(copied, layers, modes, asked),
         modes=modes,
         workloads=workloads,
         objective=objective,  # type: ignore[arg-type]
@@ -232,6 +237,26 @@ def _begin(
         seconds=seconds,
         progress=progress or (lambda what, part: None),
     )
+
+
+def _to_tune(model: nn.Module, layers: Sequence[Layer], modes: Sequence[str], asked: KernelConfig) -> tuple[Kind, ...]:
+    """Group layers, without those for which the user's config has None: they keep their own code."""
+    found: list[Kind] = []
+    for mode in modes:
+        claims = [choose_rule(layer, asked.rules(), device=layer.device, mode=mode) for layer in layers]
+        wanted = [layer for layer, rule in zip(layers, claims, strict=True) if rule is None or rule.ref is not None]
+        found += kinds_of(model, wanted, (mode,))
+    return tuple(found)
+
+
+def _asked_and_out(session: _Session, asked: KernelConfig, chosen: Mapping[Kind, str | None]) -> list[Kind]:
+    """The kinds for which nothing could be chosen and what the user's config names is out: its rule would fail there."""
+    named = {(rule.layer, str(rule.ref)) for rule in asked.rules() if rule.ref is not None}
+    return [
+        kind
+        for kind, tried in session.tried.items()
+        if kind not in chosen and any(one.out and (kind.layer.name, one.kernel) in named for one in tried)
+    ]
 
 
 def _place(model: nn.Module) -> str:
@@ -378,22 +403,29 @@ def _listed(kinds: Sequence[Kind]) -> str:
 # --------------------------------------------------------------------------------------------------------------- evidence
 
 
-def _defaults(session: _Session) -> dict[tuple[str, str], str]:
-    """Return the kernel that each layer gets in each mode where no config speaks of it."""
-    decisions = [d for mode in session.modes for d in decide(session.model, None, mode=mode).decisions]
-    return {(d.layer.path, d.mode): str(d.kernel.ref) for d in decisions if d.kernel is not None}
+def _goes_in(session: _Session, tuned: KernelConfig) -> dict[tuple[str, str | None, str], str]:
+    """Return the kernel that really goes into each layer in each mode."""
+    found: dict[tuple[str, str | None, str], str] = {}
+    for mode in session.modes:
+        try:
+            decisions = decide(session.model, tuned, mode=mode).decisions
+        except KernelwiseError as error:
+            session.notes.append(f"the config cannot be put in for {mode}: {said(error)}")
+            continue
+        found |= {(d.layer.path, d.layer.function, mode): str(d.kernel.ref) for d in decisions if d.kernel is not None}
+    return found
 
 
 def _evidence(
     session: _Session, found: Confirmation, reasons: Mapping[Kind, str], tuned: KernelConfig, name: str
 ) -> Tuning:
     choices = []
-    defaults = _defaults(session)
-    for kind, tried in session.tried.items():
+    goes_in = _goes_in(session, tuned)
+    for kind in dict.fromkeys([*session.tried, *found.chosen]):
         kernel, reason = found.chosen.get(kind), found.taken_back.get(kind, reasons.get(kind, ""))
-        if kind not in found.chosen and any(candidate.timings for candidate in tried):
-            kernel = defaults.get((kind.layer.path, kind.mode))
-            reason = "the builtin defaults together are faster than all choices together"
+        if kind not in found.chosen:
+            kernel = goes_in.get((kind.layer.path, kind.layer.function, kind.mode))
+            reason += "; it gets what it gets by default" if kernel else ""
         choices.append(
             Choice(
                 kind.layer.path,
@@ -404,7 +436,7 @@ def _evidence(
                 kind.mode,
                 kernel or OWN_CODE,
                 reason,
-                tuple(tried),
+                tuple(session.tried.get(kind, ())),
             )
         )
     return Tuning(
