@@ -78,7 +78,7 @@ class ModuleState:
         self.found: Any = None  # the forward that stood on the instance before ours
         self.installed = False  # whether our dispatcher was put on the instance
         self.entries: list[Entry] = []
-        self.joined: list[Token] = []  # kernelizations of a model whose head this is, with its loss
+        self.joined: tuple[Token, ...] = ()  # kernelizations of a model whose head this is, with its loss
         self.plans: dict[Token, Plan] = {}
         self.attributes: dict[str, Any] = {}  # what stood in attributes that `set_attribute` changed
         self.fallbacks: dict[str, int] = {}
@@ -133,7 +133,7 @@ class ModuleState:
         copied = ModuleState()
         copied.found, copied.installed = copy.deepcopy(self.found, memo), self.installed
         copied.entries, copied.plans = list(self.entries), dict(self.plans)
-        copied.joined = list(self.joined)
+        copied.joined = self.joined
         copied.attributes = copy.deepcopy(self.attributes, memo)
         copied.pins = copy.deepcopy(self.pins, memo)
         copied.inference, copied.training = self.inference, self.training
@@ -375,7 +375,7 @@ def _put_in(module: nn.Module, entry: Entry) -> None:
         head = module._modules[_head_of(entry.layer)]
         assert head is not None
         of_head = _state_of(head)
-        of_head.joined.append(entry.token)
+        of_head.joined = (*of_head.joined, entry.token)
         _install(head, of_head)
 
 
@@ -412,7 +412,7 @@ def _part(head: nn.Module | None, token: Token | None) -> None:
     """Take a head apart from the loss of its model, for one kernelization or (None) for all."""
     state: ModuleState | None = None if head is None else head.__dict__.get(STATE)
     if head is not None and state is not None and state.joined:
-        state.joined = [other for other in state.joined if token is not None and other is not token]
+        state.joined = tuple(other for other in state.joined if token is not None and other is not token)
         state.refresh(head)
         if not state.entries:
             _restore(head, state)
