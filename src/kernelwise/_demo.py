@@ -100,7 +100,7 @@ def run(
     *,
     console: Console,
     continues: str = "",
-    seconds: float = 150.0,
+    seconds: float = 90.0,
     folder: Path | None = None,
 ) -> Outcome:
     """Show all stages on a causal language model in float32 on the CPU; afterwards it is in bfloat16, without kernels.
