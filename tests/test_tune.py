@@ -24,8 +24,9 @@ from torch import nn
 import kernelwise as kw
 from kernelwise import _apply, _choose, _confirm, _inputs, _trials, _tune
 from kernelwise._cli import main
+from kernelwise._config_file import tomllib
 from kernelwise._errors import KernelConfigError, PlanError
-from kernelwise._evidence import EAGER, OWN_CODE, Candidate, Comparison, Run, Timing, Tuning, load
+from kernelwise._evidence import EAGER, OWN_CODE, Candidate, Choice, Comparison, Run, Timing, Tuning, load
 from kernelwise._reference import read_reference
 from kernelwise._register import unregister_op
 
@@ -641,15 +642,65 @@ def test_all_ranks_take_the_same_decision_or_all_raise(tmp_path):
     assert not (tmp_path / "1").exists(), "one rank measures"
 
 
-def test_kinds_of_devices_that_differ_leave_layers_their_own_code():
-    def result(mapping):
-        return {"config": {"kernels": mapping}, "evidence": {"notes": []}}
+def found_on(chosen: dict[tuple[str, str], str], kernels: dict[str, object]) -> dict[str, object]:
+    """What tuning gives on one kind of device: choices by name and mode, and the rules of its config."""
+    choices = [
+        Choice(name.lower(), (name.lower(),), name, f"x.{name}", "", mode, ref, "it is fast")
+        for (name, mode), ref in chosen.items()
+    ]
+    names = (EAGER, "builtin", "tuned", "tuned+compile", *dict.fromkeys(name for name, _ in chosen))
+    runs = [Run(name, "prefill", ratio(1.5)) for name in names]
+    evidence = Tuning("m", kw.Target("cuda"), "latency", ("prefill",), tuple(choices), tuple(runs))
+    return {"config": {"kernels": kernels, "on_miss": "keep"}, "evidence": evidence.to_json()}
 
-    one, other = result({"RMSNorm": "builtin:RMSNorm", "SiLU": "a/b:C"}), result({"RMSNorm": "builtin:RMSNorm"})
+
+def test_kinds_of_devices_that_differ_leave_layers_their_own_code():
+    modes = ("inference", "training")
+    one = found_on(
+        {**{("RMSNorm", mode): "builtin:RMSNorm" for mode in modes}, **{("SiLU", mode): "a/b@v1:C" for mode in modes}},
+        {"RMSNorm": "builtin:RMSNorm", "SiLU": "a/b@v1:C", "GeLU": "none"},
+    )
+    other = found_on(
+        {
+            **{("RMSNorm", mode): "builtin:RMSNorm" for mode in modes},
+            ("SiLU", "inference"): "a/b@v1:C",
+            ("SiLU", "training"): "own code",
+        },
+        {"RMSNorm": "builtin:RMSNorm", "SiLU": {"inference": "a/b@v1:C", "training": "none"}, "GeLU": "none"},
+    )
     joined = _tune.join({"H100": one, "A100": other})
-    assert joined["config"]["kernels"] == {"RMSNorm": "builtin:RMSNorm", "SiLU": "none"}
-    assert "SiLU" in joined["evidence"]["notes"][0]
+    assert joined["config"] == {
+        "kernels": {
+            "RMSNorm": "builtin:RMSNorm",
+            "SiLU": {"inference": "a/b@v1:C", "training": "none"},
+            "GeLU": "none",
+        },
+        "on_miss": "keep",
+    }
+    evidence = Tuning.from_json(joined["evidence"])
+    chosen = {(choice.name, choice.mode): choice.chosen for choice in evidence.choices}
+    assert chosen == {
+        ("RMSNorm", "inference"): "builtin:RMSNorm",
+        ("RMSNorm", "training"): "builtin:RMSNorm",
+        ("SiLU", "inference"): "a/b@v1:C",
+        ("SiLU", "training"): OWN_CODE,
+    }
+    assert "devices differ" in next(choice.reason for choice in evidence.choices if choice.chosen == OWN_CODE)
+    assert [run.contender for run in evidence.runs] == [EAGER, "builtin"], "nobody has run the joined config"
+    assert "SiLU (training)" in evidence.notes[0]
+    assert tomllib.loads(evidence.config) == joined["config"]
     assert _tune.join({"H100": one}) is one
+
+
+def test_modes_that_nobody_tuned_are_not_turned_off_where_devices_differ():
+    one = found_on({("RMSNorm", "inference"): "builtin:RMSNorm"}, {"RMSNorm": {"inference": "builtin:RMSNorm"}})
+    other = found_on(
+        {("RMSNorm", "inference"): "a/b@v1:N"},
+        {"RMSNorm@layers.*": {"inference": "a/b@v1:N"}, "RMSNorm@norm": {"inference": "none"}},
+    )
+    joined = _tune.join({"H100": one, "A100": other})
+    assert joined["config"]["kernels"] == {"RMSNorm": {"inference": "none"}}
+    assert [choice["chosen"] for choice in joined["evidence"]["choices"]] == [OWN_CODE]
 
 
 # ------------------------------------------------------------------------------------------- what a result depends on
