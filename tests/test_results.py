@@ -16,7 +16,9 @@ import pytest
 
 from kernelwise import _results
 from kernelwise._cli import main
+from kernelwise._data import to_json
 from kernelwise._errors import KernelwiseError
+from kernelwise._evidence import Comparison
 
 KEY = {"kernel": "sha256:1", "device": ("H100", "570.1"), "versions": [["torch", "2.13"]], "calls": 3, "none": None}
 
@@ -221,3 +223,28 @@ def test_the_proofs_of_the_worker_are_what_is_counted(directory: Path) -> None:
         _prove._write(_prove._file(folder, ["a"]), [])
         assert _results.size(folder)[0] == 1
         assert _results.clear(folder) == 1
+
+
+def test_a_noun_is_recalled_and_nothing_that_only_has_its_place(caplog: pytest.LogCaptureFixture) -> None:
+    comparison = Comparison(2.0, 1.0, 2.0, 1.9, 2.1, 9)
+    assert _results.recall(KEY, Comparison) is None
+    _results.put(KEY, to_json(comparison))
+    assert _results.recall(KEY, Comparison) == comparison
+    with caplog.at_level(logging.WARNING, "kernelwise"):
+        for spoilt in (
+            {},
+            [],
+            3,
+            {"checks": []},
+            {**to_json(comparison), "us": "1"},
+            {**to_json(comparison), "new": 1},
+        ):
+            _results.put(KEY, spoilt)
+            assert _results.recall(KEY, Comparison) is None
+    assert len(caplog.records) == 1
+
+
+def test_results_of_another_format_are_as_good_as_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    _results.put(KEY, 1)
+    monkeypatch.setattr(_results, "FORMAT", _results.FORMAT + 1)
+    assert _results.get(KEY) is None

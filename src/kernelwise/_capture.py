@@ -205,7 +205,14 @@ def _capture(
         if outputs is not None and layer.path in samples and layer.path not in outputs:
             outputs[layer.path] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
 
+    def forget() -> None:
+        """Let go of what was seen: the code that is compiled for a function that records is kept, with that function."""
+        nonlocal outputs
+        samples.clear()
+        outputs = None
+
     with ExitStack() as stack:
+        stack.callback(forget)
         stack.enter_context(user_random_state())
         functions = []
         for found in groups:
@@ -233,7 +240,7 @@ def _capture(
             with torch.no_grad():
                 for buffer, before in buffers:
                     buffer.copy_(before)  # running means and the like
-    return samples, later, never
+        return dict(samples), later, never
 
 
 def _cut_to(arguments: dict[str, Any], layer: Layer, rows: int | None, memory: int) -> tuple[dict[str, Any], int]:

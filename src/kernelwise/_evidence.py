@@ -26,6 +26,9 @@ OWN_CODE = "own code"
 EAGER = "eager"
 TUNED = "tuned"
 
+FEW_ROUNDS = 6
+"""With fewer rounds than these, the bounds of a comparison are hardly known."""
+
 Verdict = Literal["faster", "slower", "no clear difference"]
 Objective = Literal["latency", "throughput", "memory"]
 
@@ -58,6 +61,11 @@ class Comparison:
         if self.high < 1.0 and self.speedup < 0.99:
             return "slower"
         return "no clear difference"
+
+    @property
+    def in_a_hurry(self) -> bool:
+        """Whether more time could say more: nothing is clear yet, or the rounds are too few for bounds that hold."""
+        return self.verdict == "no clear difference" or self.rounds < FEW_ROUNDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -180,7 +188,7 @@ class Tuning:
             found = from_json(cls, data)
         except (TypeError, KeyError) as error:
             raise KernelwiseError(f"this is no evidence of a tuning: {error}\n{_GO_ON}") from None
-        wrong = next(_misfits(found, cls, cls.__name__), None)
+        wrong = next(misfits(found, cls, cls.__name__), None)
         if wrong is not None:
             raise KernelwiseError(f"this is no evidence of a tuning: {wrong}\n{_GO_ON}")
         return found
@@ -274,16 +282,16 @@ def _choices_table(choices: tuple[Choice, ...]) -> str:
     return render(headers, rows)
 
 
-def _misfits(value: Any, hint: Any, where: str) -> Iterator[str]:
+def misfits(value: Any, hint: Any, where: str) -> Iterator[str]:
     """Say where a value that was read is not of the type that its field has; nouns and their tuples were seen to already."""
     origin, args = typing.get_origin(hint), typing.get_args(hint)
     if is_dataclass(value):
         hints = typing.get_type_hints(type(value))
         for item in fields(value):
-            yield from _misfits(getattr(value, item.name), hints[item.name], f"{where}.{item.name}")
+            yield from misfits(getattr(value, item.name), hints[item.name], f"{where}.{item.name}")
     elif origin is tuple:
         for index, item in enumerate(value):
-            yield from _misfits(item, args[0] if args[-1] is Ellipsis else args[index], f"{where}[{index}]")
+            yield from misfits(item, args[0] if args[-1] is Ellipsis else args[index], f"{where}[{index}]")
     elif origin is Literal:
         if value not in args:
             yield f"{where} is {value!r}, not one of {', '.join(args)}"

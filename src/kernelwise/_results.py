@@ -16,10 +16,12 @@ import re
 import secrets
 from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kernelwise._cache import cache_directory
+from kernelwise._data import from_json
 from kernelwise._errors import KernelwiseError
+from kernelwise._evidence import misfits
 
 FOLDERS: dict[str, str] = {
     "results": "timings of kernels and models",
@@ -30,6 +32,11 @@ FOLDERS: dict[str, str] = {
 
 _OURS = re.compile(r"[0-9a-f]{64}\.(json|[0-9a-z.]+)")
 """The names of files that were written here: the cache directory may be one that has other files too."""
+
+FORMAT = 2
+"""How values are written. Results of another format are as good as none."""
+
+Noun = TypeVar("Noun")
 
 _log = logging.getLogger("kernelwise")
 _told: set[str] = set()
@@ -50,6 +57,22 @@ def get(key: Any) -> Any | None:
         _tell("cannot be read", file, error)
     except (ValueError, TypeError, KeyError) as error:
         _tell("does not hold a result any more and will be written again", file, error)
+    return None
+
+
+def recall(key: Any, cls: type[Noun]) -> Noun | None:
+    """Return the noun that was put under a key as plain data; None where there is nothing, or something else."""
+    value = get(key)
+    if value is None:
+        return None
+    try:
+        found = from_json(cls, value)
+        wrong = next(misfits(found, cls, cls.__name__), None)
+    except (TypeError, KeyError, ValueError, AttributeError) as error:
+        wrong = str(error)
+    if wrong is None:
+        return found
+    _tell("does not hold a result any more and will be written again", _file(_canonical(key)), ValueError(wrong))
     return None
 
 
@@ -98,7 +121,7 @@ def clear(folder: str = "results") -> int:
 
 
 def _canonical(key: Any) -> str:
-    return json.dumps(key, sort_keys=True, separators=(",", ":"))
+    return json.dumps([FORMAT, key], sort_keys=True, separators=(",", ":"))
 
 
 def _file(text: str) -> Path:

@@ -11,6 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -20,13 +21,14 @@ from torch.utils._pytree import tree_leaves
 from kernelwise import _prove, _results, sources
 from kernelwise._candidates import Kind
 from kernelwise._capture import Group, capture
-from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Target, from_json, to_json
+from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Target, to_json
 from kernelwise._errors import KernelLoadError
 from kernelwise._evidence import Candidate, Timing
 from kernelwise._inputs import Sample
 from kernelwise._measure import measure_group
 from kernelwise._plan import reasons_against
 from kernelwise._shares import Share
+from kernelwise._units import size
 from kernelwise._verify import Options, check_group
 from kernelwise._workload import Workload, undisturbed
 
@@ -41,6 +43,22 @@ TIMING_S = 1.0
 
 MEMORY = 4 << 30
 """Bytes of whole inputs that are held at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Checked:
+    """The checks of a kernel on a kind of layers; `done` says whether all cases were tried."""
+
+    checks: tuple[Check, ...]
+    done: bool
+
+
+@dataclass(frozen=True, slots=True)
+class _Timed:
+    """A timing, and how many seconds its rounds were allowed."""
+
+    timing: Timing
+    seconds: float
 
 
 class OutOfTimeError(Exception):
@@ -65,7 +83,7 @@ class Trials:
     shares: Mapping[tuple[str, tuple[str, str, str]], Share] = field(default_factory=dict)
     _kernels: dict[tuple[KernelRef, str], Kernel | str] = field(default_factory=dict)
     _inputs: dict[tuple[str, bool], dict[str, Sample]] = field(default_factory=dict)
-    _checked: dict[tuple[Any, ...], tuple[list[Check], bool]] = field(default_factory=dict)
+    _checked: dict[tuple[Any, ...], _Checked] = field(default_factory=dict)
 
     def candidate(self, kind: Kind, ref: KernelRef) -> Candidate:
         """Try one candidate for one kind of layers.
@@ -81,14 +99,15 @@ class Trials:
         if reasons:
             return Candidate(str(ref), out="; ".join(reasons))
         try:
-            checks, done = self._check(kind, kernel)
+            checked = self._check(kind, kernel)
         except KernelLoadError as error:  # there is no process to check it in
             return Candidate(str(ref), out=error.reason)
+        checks = checked.checks
         errors = [check.ratio for check in checks if check.ratio is not None]
         found = Candidate(
             str(ref),
             out=None
-            if done or not _prove.needs_proof(ref)
+            if checked.done or not _prove.needs_proof(ref)
             else f"not everything could be checked within {CHECK_S:.0f} s",
             error=max(errors, default=None),
             checks=sum(check.status == "passed" for check in checks),
@@ -102,11 +121,20 @@ class Trials:
             return found
         timings: list[Timing] = []
         for workload in self.workloads:
-            if self._of(kind, workload).calls:
-                timing = self._time(kind, kernel, workload)
-                if isinstance(timing, str):
-                    return replace(found, out=f"it cannot be timed in {workload.name}: {timing}")
-                timings.append(timing)
+            if not self._of(kind, workload).calls:
+                continue
+            sample = self._samples(workload, whole=True).get(kind.layer.path) or self._one_sample(kind, workload)
+            if sample is None:
+                why = "what the layer is given there is too large to be held"
+                return replace(found, out=f"it cannot be timed in {workload.name}: {why}")
+            if _prove.needs_proof(ref):
+                wrong = self._wrong_at_size(kind, kernel, sample)
+                if wrong is not None:
+                    return replace(found, out=f"on all that the layer is given in {workload.name}: {wrong}")
+            timing = self._time(kind, kernel, workload, sample)
+            if isinstance(timing, str):
+                return replace(found, out=f"it cannot be timed in {workload.name}: {timing}")
+            timings.append(timing)
         return replace(found, timings=tuple(timings))
 
     def load(self, ref: KernelRef, device: str) -> Kernel | str:
@@ -130,7 +158,7 @@ class Trials:
 
     # ------------------------------------------------------------------------------------------------------- checking
 
-    def _check(self, kind: Kind, kernel: Kernel) -> tuple[list[Check], bool]:
+    def _check(self, kind: Kind, kernel: Kernel) -> _Checked:
         """Check a kernel for all modes in which the layers compute the same, once; say whether all cases were tried."""
         alike = [
             other
@@ -145,65 +173,82 @@ class Trials:
         key = ["check", *self._key(kind, kernel), modes, looks_of(sample.arguments if sample else {})]
         known = (kernel, kind.layer.path, modes)
         if known not in self._checked:
-            stored = _results.get(key) if kernel.content_hash else None
-            if stored is not None:
-                self._checked[known] = [from_json(Check, check) for check in stored["checks"]], stored["done"]
-            else:
-                self._checked[known] = checks, done = self._run_checks(kind, kernel, modes, sample)
-                final = done or any(check.failed for check in checks) or not _prove.needs_proof(kernel.ref)
-                if kernel.content_hash and final and not any(check.status in _PASSING for check in checks):
-                    _results.put(key, {"checks": to_json(checks), "done": done})
-            self._remember(kind, kernel, modes, *self._checked[known])
+            options = Options(compile=kind.mode.endswith("+compile"))
+            found = self._recalled_checks(key, kind, kernel, modes, sample, options)
+            self._checked[known] = found
+            self._remember(kind, kernel, modes, found)
         return self._checked[known]
 
+    def _wrong_at_size(self, kind: Kind, kernel: Kernel, sample: Sample) -> str | None:
+        """Check a kernel once on whole inputs, as it may be wrong only where there are many rows; say what is wrong."""
+        cut = self._samples(self.workloads[0], whole=False).get(kind.layer.path)
+        if cut is not None and looks_of(cut.arguments) == looks_of(sample.arguments):
+            return None  # all of it was checked
+        need, free = _needed(sample), _free_memory()
+        if kind.layer.device == "cpu" and free is not None and need > free:
+            return f"skipped, as float64 of it takes about {size(need)} and {size(free)} of memory is free"
+        key = ["whole check", *self._key(kind, kernel), kind.mode, looks_of(sample.arguments)]
+        found = self._recalled_checks(key, kind, kernel, (kind.mode,), sample, Options(as_given=True))
+        if found.checks and found.checks[0].status == "passed":
+            return None
+        return str(found.checks[0]) if found.checks else f"no result within {CHECK_S:.0f} s"
+
+    def _recalled_checks(
+        self, key: Any, kind: Kind, kernel: Kernel, modes: tuple[str, ...], sample: Sample | None, options: Options
+    ) -> _Checked:
+        found = _results.recall(key, _Checked) if kernel.content_hash else None
+        if found is None:
+            found = self._run_checks(kind, kernel, modes, sample, options)
+            final = found.done or any(c.failed for c in found.checks) or not _prove.needs_proof(kernel.ref)
+            if kernel.content_hash and final and not any(check.status in _PASSING for check in found.checks):
+                _results.put(key, to_json(found))
+        return found
+
     def _run_checks(
-        self, kind: Kind, kernel: Kernel, modes: tuple[str, ...], sample: Sample | None
-    ) -> tuple[list[Check], bool]:
+        self, kind: Kind, kernel: Kernel, modes: tuple[str, ...], sample: Sample | None, options: Options
+    ) -> _Checked:
         foreign = _prove.needs_proof(kernel.ref)
         began = time.monotonic()
         end = began + (CHECK_S if foreign else BUILTIN_CHECK_S)
         worker = self.prover.worker(kernel, kind.layer.device)
         worker.until = min(end, self.until)
         found = Group(Decision(kind.layer, kind.mode, kernel, "tune"), kind.paths, modes)
-        options = Options(compile=kind.mode.endswith("+compile"))
         checks: list[Check] = []
         running = check_group(self.model, found, sample, options, worker)
         try:
             for check in running:
                 if check.status == "timed_out" and time.monotonic() >= worker.until:
                     self._in_time()
-                    return checks, False
+                    return _Checked(tuple(checks), False)
                 checks.append(check)
                 if check.failed:
-                    return checks, True
+                    return _Checked(tuple(checks), True)
                 self._in_time()
                 if time.monotonic() > end:
-                    return checks, False
+                    return _Checked(tuple(checks), False)
         finally:
             running.close()
             worker.until = None
-        return checks, True
+        return _Checked(tuple(checks), True)
 
-    def _remember(self, kind: Kind, kernel: Kernel, modes: Sequence[str], checks: Sequence[Check], done: bool) -> None:
+    def _remember(self, kind: Kind, kernel: Kernel, modes: Sequence[str], found: _Checked) -> None:
         """Let what was shown here count as proof when the kernel is put in, for each of the modes and for all of them."""
-        if not done or not _prove.needs_proof(kernel.ref):
+        if not found.done or not _prove.needs_proof(kernel.ref):
             return
         places = [replace(kind.layer, path=path, paths=(path,)) for path in kind.paths]
         for some in dict.fromkeys([tuple(modes), *((mode,) for mode in modes)]):
             decisions = tuple(Decision(layer, mode, kernel, "tune") for layer in places for mode in some)
-            _prove.remember(self.model, Plan(self.target, decisions), checks)
+            _prove.remember(self.model, Plan(self.target, decisions), found.checks)
 
     # --------------------------------------------------------------------------------------------------------- timing
 
-    def _time(self, kind: Kind, kernel: Kernel, workload: Workload) -> Timing | str:
-        sample = self._samples(workload, whole=True).get(kind.layer.path) or self._one_sample(kind, workload)
-        if sample is None:
-            return "what the layer is given there is too large to be held"
+    def _time(self, kind: Kind, kernel: Kernel, workload: Workload, sample: Sample) -> Timing | str:
         share = self._of(kind, workload)
         key = ["timing", *self._key(kind, kernel), kind.mode, workload.name, looks_of(sample.arguments)]
-        stored = _results.get(key) if kernel.content_hash else None
-        if stored is not None:
-            return replace(from_json(Timing, stored), layer=kind.layer.path, paths=kind.paths, calls=share.calls)
+        seconds = min(TIMING_S, max(0.05, self.until - time.monotonic()))
+        stored = _results.recall(key, _Timed) if kernel.content_hash else None
+        if stored is not None and not (stored.timing.comparison.in_a_hurry and seconds >= 2 * stored.seconds):
+            return replace(stored.timing, layer=kind.layer.path, paths=kind.paths, calls=share.calls)
         self._in_time()
         found = measure_group(
             self.model,
@@ -212,11 +257,11 @@ class Trials:
             kernel,
             mode=kind.mode,
             workload=workload.name,
-            seconds=min(TIMING_S, max(0.05, self.until - time.monotonic())),
+            seconds=seconds,
             calls=share.calls,
         )
         if kernel.content_hash and isinstance(found, Timing):
-            _results.put(key, to_json(found))
+            _results.put(key, to_json(_Timed(found, seconds)))
         return found
 
     def _key(self, kind: Kind, kernel: Kernel) -> list[Any]:
@@ -255,6 +300,22 @@ class Trials:
 
 _PASSING = ("timed_out", "out_of_memory")
 """What a busy or full machine does to any kernel: it says nothing about the next time."""
+
+
+def _needed(sample: Sample) -> int:
+    """About how many bytes it takes to compute a layer in float64: what it is given, its weights, gradients, results."""
+    tensors = [leaf for leaf in tree_leaves(sample.arguments) if isinstance(leaf, torch.Tensor)]
+    tensors += [] if sample.module is None else sample.module.parameters()
+    return 4 * 8 * sum(tensor.numel() for tensor in tensors)
+
+
+def _free_memory() -> int | None:
+    """Bytes that this machine has left; None where it does not tell."""
+    try:
+        lines = dict(line.split(":", 1) for line in Path("/proc/meminfo").read_text().splitlines())
+        return int(lines["MemAvailable"].split()[0]) << 10
+    except (OSError, KeyError, ValueError):
+        return None
 
 
 def looks_of(arguments: Mapping[str, Any]) -> list[Any]:

@@ -1,0 +1,220 @@
+"""What is known of candidates: checked at the size that they are for, remembered in a form that holds, and then let go of."""
+
+from __future__ import annotations
+
+import gc
+import json
+import time
+import weakref
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import fakehub
+import pytest
+import torch
+from torch import nn
+
+import kernelwise as kw
+from kernelwise import _capture, _confirm, _inputs, _prove, _trials, _tune
+from kernelwise._candidates import kinds_of
+from kernelwise._evidence import EAGER, Candidate, Comparison, Run, Timing
+from kernelwise._reference import read_reference
+from kernelwise._shares import Share
+from kernelwise._trials import Trials
+from kernelwise._workload import workloads_of
+
+KERNELS = """
+import torch
+from torch import nn
+
+
+def norm(x, weight, eps):
+    return weight * x / torch.sqrt(torch.mean(x * x, -1, keepdim=True) + eps) + torch.tanh(x)
+
+
+class Right(nn.Module):
+    def forward(self, hidden_states):
+        return norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class WrongLarge(nn.Module):
+    def forward(self, hidden_states):
+        out = norm(hidden_states, self.weight, self.variance_epsilon)
+        return out * 1.02 if hidden_states.numel() > 2000 * 48 else out
+"""
+
+
+class Dozing(nn.Module):
+    """A norm of no known kind."""
+
+    def __init__(self, width: int = 48) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, width))
+        self.variance_epsilon = 1e-6
+
+    def forward(self, hidden_states):
+        rms = torch.sqrt(torch.mean(hidden_states * hidden_states, -1, keepdim=True) + self.variance_epsilon)
+        return self.weight * hidden_states / rms + torch.tanh(hidden_states)
+
+
+class Model(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = Dozing()
+
+    def forward(self, x):
+        return self.norm(x)
+
+
+kw.register_layer(Dozing, "Dozing")
+
+
+@pytest.fixture(autouse=True)
+def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KERNELWISE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(_inputs, "_SIZES", ())
+    monkeypatch.setattr(_inputs, "_MANY_ROWS", {**_inputs._MANY_ROWS, "S": 101})
+    monkeypatch.setattr(_trials, "TIMING_S", 0.1)
+    monkeypatch.setattr(_confirm, "MOST_S", 1.0)
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("kernels") / "planted"
+    for name, data in fakehub.kernel_files("planted", layers=KERNELS).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_bytes(data)
+    return str(folder)
+
+
+@pytest.fixture
+def prover() -> Iterator[_prove.Prover]:
+    with _prove.Prover() as found:
+        yield found
+
+
+def trials(model: nn.Module, x: torch.Tensor, prover: _prove.Prover, seconds: float = 100.0) -> Trials:
+    layers, workloads = kw.discover(model), workloads_of(model, x, None)
+    kinds = kinds_of(model, layers, ("inference",))
+    shares = {(one.name, kind.key): Share(calls=1) for one in workloads for kind in kinds}
+    target = kw.plan(model, mode="inference").target
+    return Trials(model, target, workloads, kinds, prover, ["here"], time.monotonic() + seconds, shares)
+
+
+def tried(given: Trials, text: str) -> Candidate:
+    ref = read_reference(text)[0]
+    assert ref is not None
+    return given.candidate(given.kinds[0], ref)
+
+
+# --------------------------------------------------------------------------------------------------------------- checking
+
+
+def test_a_kernel_that_is_wrong_at_the_size_of_the_model_only_is_out(repository, prover):
+    model, x = Model().eval().bfloat16(), torch.randn(8, 500, 48).bfloat16()
+    found = tried(trials(model, x, prover), f"{repository}:WrongLarge")
+    assert "on all that the layer is given in forward" in (found.out or "")
+    assert "wrong_values" in (found.out or "")
+    assert found.timings == ()
+    found = tried(trials(model, x, prover), f"{repository}:Right")
+    assert found.out is None
+    assert len(found.timings) == 1
+
+
+def test_what_does_not_fit_in_memory_as_float64_is_skipped_with_the_reason(repository, prover, monkeypatch):
+    monkeypatch.setattr(_trials, "_free_memory", lambda: 1 << 20)
+    model, x = Model().eval(), torch.randn(8, 500, 48)
+    found = tried(trials(model, x, prover), f"{repository}:Right")
+    assert "skipped, as float64 of it takes about" in (found.out or "")
+    assert tried(trials(model, x[:1, :8], prover), f"{repository}:Right").out is None  # all of it was checked before
+
+
+# ------------------------------------------------------------------------------------------------------------- remembered
+
+
+def test_spoilt_results_are_measured_again(tmp_path):
+    norm = nn.ModuleList([nn.LayerNorm(64), nn.LayerNorm(32)])
+
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norms = norm
+
+        def forward(self, x):
+            return self.norms[1](self.norms[0](x)[..., :32])
+
+    model, x = Two().eval(), torch.randn(4, 8, 64)
+    tuned = _tune.tune(model, x, seconds=60)
+    files = [*(tmp_path / "cache" / "results").glob("*.json")]
+    assert files
+    for file in files:
+        file.write_text(json.dumps({**json.loads(file.read_text()), "value": {}}))
+    again = _tune.tune(model, x, seconds=60)
+    assert tuned.evidence is not None
+    assert again.evidence is not None
+    assert [len(c.candidates) for c in again.evidence.choices] == [len(c.candidates) for c in tuned.evidence.choices]
+
+
+UNCLEAR = Comparison(2.0, 1.9, 1.05, 0.9, 1.2, 20)
+CLEAR = replace(UNCLEAR, low=1.04, high=1.06)
+SHORT = replace(CLEAR, rounds=5)
+
+
+@pytest.mark.parametrize(("found", "times"), [(UNCLEAR, 2), (SHORT, 2), (CLEAR, 1)])
+def test_a_timing_in_a_hurry_is_taken_again_where_there_is_twice_the_time(
+    found, times, repository, prover, monkeypatch
+):
+    measured: list[float] = []
+
+    def measure(model, group, sample, kernel, *, mode, workload, seconds, calls):
+        measured.append(seconds)
+        return Timing(group.decision.layer.path, group.paths, str(kernel.ref), mode, workload, found, calls)
+
+    monkeypatch.setattr(_trials, "measure_group", measure)
+    for seconds in (0.1, 0.15, 0.3, 0.35):
+        monkeypatch.setattr(_trials, "TIMING_S", seconds)
+        assert tried(trials(Model().eval(), torch.randn(2, 8, 48), prover), f"{repository}:Right").out is None
+    assert measured == [0.1, 0.3][:times]
+
+
+@pytest.mark.parametrize(("found", "times"), [(UNCLEAR, 2), (SHORT, 2), (CLEAR, 1)])
+def test_a_race_in_a_hurry_is_run_again_where_there_is_twice_the_time(found, times, monkeypatch):
+    raced: list[float] = []
+
+    def race(contenders, workload, *, device, seconds, own=EAGER):
+        raced.append(seconds)
+        return tuple(Run(name, workload.name, CLEAR if name == own else found) for name in contenders)
+
+    monkeypatch.setattr(_confirm, "race", race)
+    model = Model().eval()
+    workloads = workloads_of(model, torch.randn(2, 8, 48), None)
+    for seconds in (1.0, 1.5, 3.0, 3.5):
+        monkeypatch.setattr(_confirm, "MOST_S", seconds)
+        until = time.monotonic() + 100
+        course = _confirm.Course(
+            model, kw.discover(model), ("inference",), workloads, "cpu", "here", {}, until, lambda what: None
+        )
+        _confirm._race_all(course, {EAGER: None, "builtin": kw.KernelConfig()})
+    assert raced == [1.0, 3.0][:times]
+
+
+# ------------------------------------------------------------------------------------------------------------------- memory
+
+
+def test_inputs_that_were_captured_are_let_go_of():
+    """A function that is recorded is put in as kernels are, and the code that is compiled for those is remembered."""
+    transformers = pytest.importorskip("transformers")
+    config = transformers.LlamaConfig(
+        hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, vocab_size=50
+    )
+    model = transformers.LlamaForCausalLM(config).eval()
+    kinds = kinds_of(model, kw.discover(model), ("inference",))
+    assert any(kind.layer.function for kind in kinds)
+    ids = torch.randint(50, (2, 8))
+    samples = _capture.capture(model, [k.group() for k in kinds], {"input_ids": ids, "labels": ids}, rows=None)
+    kept = [weakref.ref(v) for s in samples.values() for v in s.arguments.values() if isinstance(v, torch.Tensor)]
+    assert kept
+    del samples
+    gc.collect()
+    assert [ref for ref in kept if ref() is not None] == []
