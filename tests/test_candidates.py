@@ -12,7 +12,7 @@ from exact import assert_as_exact
 from torch import nn
 
 import kernelwise as kw
-from kernelwise._candidates import Kind, kinds_of, mapping_of, offered, patterns, read_given
+from kernelwise._candidates import Kind, kinds_of, mapping_of, offered, patterns, read_given, with_trust
 from kernelwise._data import KernelRef, Layer
 from kernelwise._errors import KernelConfigError, KernelLoadError
 from kernelwise.ops import OPERATIONS
@@ -125,10 +125,80 @@ def test_choices_become_the_shortest_mapping_that_says_the_same():
 
 
 def test_a_pattern_matches_no_layer_that_is_not_meant():
-    named = ["a.0.norm", "a.1.norm", "a.2.norm", "a.0.b.0.norm"]
+    named = {path: [path] for path in ("a.0.norm", "a.1.norm", "a.2.norm", "a.0.b.0.norm")}
     assert patterns(["a.0.norm", "a.1.norm"], named) == ("a.0.norm", "a.1.norm")
     assert patterns(["a.0.b.0.norm"], named) == ("a.*.b.*.norm",)
-    assert patterns(named[:3], named) == ("a.0.norm", "a.1.norm", "a.2.norm")  # `*` crosses dots
+    assert patterns([*named][:3], named) == ("a.0.norm", "a.1.norm", "a.2.norm")  # `*` crosses dots
+
+
+class Norm(nn.Module):
+    def __init__(self, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.weight, self.variance_epsilon = nn.Parameter(torch.ones(8)), eps
+
+    def forward(self, hidden_states):
+        dtype, hidden_states = hidden_states.dtype, hidden_states.to(torch.float32)
+        variance = hidden_states.pow(2).mean(-1, keepdim=True)
+        hidden_states = hidden_states * torch.rsqrt(variance + self.variance_epsilon)
+        return self.weight * hidden_states.to(dtype)
+
+
+class Places(nn.Module):
+    """Norms at places of a model, run one after the other."""
+
+    def __init__(self, **places: nn.Module) -> None:
+        super().__init__()
+        for name, module in places.items():
+            self.add_module(name, module)
+
+    def forward(self, x):
+        for module in self.children():
+            for norm in module.values() if isinstance(module, nn.ModuleDict) else module:
+                x = norm(x)
+        return x
+
+
+def shared() -> nn.Module:
+    norm = Norm()
+    return Places(x=nn.ModuleList([norm, Norm()]), y=nn.ModuleList([Norm(1e-5), norm]))
+
+
+def odd_names() -> nn.Module:
+    return Places(d=nn.ModuleDict({"a[0]": Norm(), "a0": Norm(1e-5), "a*": Norm(1e-4)}))
+
+
+@pytest.mark.parametrize("make", [shared, odd_names])
+def test_a_mapping_gives_each_layer_what_was_chosen_wherever_else_it_stands(make):
+    model = make().eval()
+    layers = kw.discover(model)
+    kinds = kinds_of(model, layers, ("inference",))
+    assert len(kinds) == len({kind.layer.path for kind in kinds}) > 1
+    for chosen in kinds:
+        refs = {kind: "builtin:torch:RMSNorm" if kind is chosen else None for kind in kinds}
+        decided = kw.plan(model, mapping_of(refs, layers, ("inference",)), mode="inference").decisions
+        assert {d.layer.path for d in decided if d.kernel is not None} == set(chosen.paths)
+
+
+def test_a_rule_for_any_place_of_a_layer_offers_its_kernel():
+    model = shared().eval()
+    first, _ = kinds_of(model, kw.discover(model), ("inference",))
+    assert "y.1" not in first.paths
+    rules = kw.KernelConfig({"RMSNorm@y.1": "/kernels/mine:Norm"}).rules()
+    assert next(str(found) for found in offered(first, rules, {})) == "/kernels/mine:Norm"
+
+
+@pytest.mark.parametrize("pin", [{"version": 2}, {"revision": "some/branch"}])
+def test_what_is_trusted_stays_trusted(pin):
+    leaf = ("org/repo:Norm", {**pin, "trust_remote_code": True})
+    for given in (leaf, [leaf], {"RMSNorm": leaf}, {"RMSNorm": [leaf]}):
+        ((ref,),) = read_given(given).values()
+        assert ref.trust_remote_code
+        mapping = {"RMSNorm": {"inference": str(ref), "training": "builtin:RMSNorm"}, "SiLU": str(ref)}
+        config = kw.KernelConfig(with_trust(mapping, {str(ref): ref}))
+        assert [rule.ref == ref for rule in config.rules()] == [True, False, True]
+        assert kw.KernelConfig.from_dict(config.to_dict()) == config
+    with pytest.raises(KernelConfigError, match="version"):
+        read_given([("org/repo:Norm", {"trust_remote_code": True})])
 
 
 # --------------------------------------------------------------------------------------------------------------- backends

@@ -11,6 +11,7 @@ import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
+from glob import escape
 from typing import Any
 
 from torch import nn
@@ -21,7 +22,7 @@ from kernelwise._capture import Group, module_of
 from kernelwise._data import Decision, Kernel, KernelRef, Layer
 from kernelwise._errors import KernelConfigError, Problem
 from kernelwise._mapping import Rule
-from kernelwise._reference import read_reference, show
+from kernelwise._reference import read_metadata, read_reference, show
 from kernelwise._verify import own_code
 
 PACKAGES: dict[str, tuple[str, ...]] = {
@@ -40,12 +41,16 @@ Given = Mapping[str, Any] | Sequence[Any]
 
 @dataclass(frozen=True, slots=True)
 class Kind:
-    """Alike layers in one mode. `layer` is the first of those at `paths`; `traits` say what they have in common."""
+    """Alike layers in one mode. `layer` is the first of those at `paths`; `traits` say what they have in common.
+
+    `aliases` are all places at which the model has them, as one layer may stand at several.
+    """
 
     layer: Layer
     paths: tuple[str, ...]
     mode: str
     traits: str
+    aliases: tuple[str, ...] = ()
 
     @property
     def op(self) -> str:
@@ -91,9 +96,19 @@ def kinds_of(model: nn.Module, layers: Iterable[Layer], modes: Sequence[str]) ->
             )
             found.setdefault(key, []).append(layer)
     return tuple(
-        Kind(alike[0], tuple(dict.fromkeys(layer.path for layer in alike)), key[-2], key[-1])
+        Kind(
+            alike[0],
+            tuple(dict.fromkeys(layer.path for layer in alike)),
+            key[-2],
+            key[-1],
+            tuple(dict.fromkeys(place for layer in alike for place in _places(layer))),
+        )
         for key, alike in found.items()
     )
+
+
+def _places(layer: Layer) -> tuple[str, ...]:
+    return layer.paths or (layer.path,)
 
 
 def offered(
@@ -112,7 +127,7 @@ def offered(
         and rule.layer == layer.name
         and rule.device in (None, layer.device)
         and rule.mode in (None, kind.mode)
-        and (rule.path is None or any(fnmatchcase(path, rule.path) for path in kind.paths))
+        and (rule.path is None or any(fnmatchcase(path, rule.path) for path in kind.aliases or kind.paths))
     ]
     named = [*asked, *given.get(layer.name, ()), *given.get(None, ())]
     ours = [ref for ref in sources.every_builtin_ref(kind.op, layer.name, device=layer.device) if _is_for(kind, ref)]
@@ -138,7 +153,8 @@ def _of_packages(op: str, device: str) -> tuple[KernelRef, ...]:
 def read_given(candidates: Given) -> dict[str | None, tuple[KernelRef, ...]]:
     """Read the kernels that a caller names: references or strings, or a dict from layer name to one or several of them.
 
-    The key None holds those that are for every layer that they fit.
+    A tuple of a string and its metadata, as in a mapping, is one of them too. The key None holds those that are for every
+    layer that they fit.
 
     Raises:
         KernelConfigError: one of them is no reference. It lists all that are not.
@@ -148,7 +164,7 @@ def read_given(candidates: Given) -> dict[str | None, tuple[KernelRef, ...]]:
     found: dict[str | None, tuple[KernelRef, ...]] = {}
     for name, several in by_name.items():
         refs: list[KernelRef] = []
-        for item in [several] if isinstance(several, (str, KernelRef)) else several:
+        for item in [several] if isinstance(several, (str, KernelRef)) or _is_pinned(several) else several:
             ref, faults = (item, []) if isinstance(item, KernelRef) else _read(item)
             problems += [Problem(f"candidates{f' for {name}' if name else ''}", *fault) for fault in faults]
             refs += [ref] if ref is not None else []
@@ -158,7 +174,15 @@ def read_given(candidates: Given) -> dict[str | None, tuple[KernelRef, ...]]:
     return found
 
 
+def _is_pinned(item: object) -> bool:
+    return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], dict)
+
+
 def _read(item: object) -> tuple[KernelRef | None, list[tuple[str, str]]]:
+    if isinstance(item, tuple) and _is_pinned(item):
+        ref, faults = read_reference(item[0])
+        ref, more = read_metadata(item[1], ref, pinned_by_name="@" in item[0])
+        return ref, [*faults, *more]
     if not isinstance(item, str):
         return None, [
             (f"is {show(item)}, which names no kernel", 'write "org/repo@v1:Layer", "/path:Layer" or a KernelRef')
@@ -181,7 +205,7 @@ def mapping_of(chosen: Mapping[Kind, str | None], layers: Sequence[Layer], modes
             places.setdefault(kind.layer.name, {}).setdefault(path, {})[kind.mode] = ref or "none"
     mapping: dict[str, Any] = {}
     for name, by_path in places.items():
-        named = [layer.path for layer in layers if layer.name == name]
+        named = {layer.path: _places(layer) for layer in layers if layer.name == name}
         alike: dict[tuple[tuple[str, str], ...], list[str]] = {}
         for path, by_mode in by_path.items():
             alike.setdefault(tuple(sorted(by_mode.items())), []).append(path)
@@ -201,20 +225,37 @@ def _value(by_mode: Mapping[str, str], modes: Sequence[str]) -> Any:
     return dict(by_mode)
 
 
-def patterns(paths: Sequence[str], named: Sequence[str]) -> tuple[str, ...]:
-    """Return globs that match exactly these paths among all that are named; no path is matched by two of them.
+def patterns(paths: Sequence[str], named: Mapping[str, Sequence[str]]) -> tuple[str, ...]:
+    """Return globs that match exactly these layers among all that are named; no layer is matched by two of them.
 
-    >>> patterns(["layers.0.norm", "layers.1.norm"], ["layers.0.norm", "layers.1.norm", "norm"])
+    `named` has all places of each layer: a rule is for a layer if it matches one of them.
+
+    >>> patterns(["layers.0.norm", "layers.1.norm"], {path: [path] for path in ("layers.0.norm", "layers.1.norm", "norm")})
     ('layers.*.norm',)
     """
-    wanted, found, left = set(paths), [], list(paths)
+    found, left = [], list(paths)
     for pattern in dict.fromkeys(_without_numbers(path) for path in paths):
-        matched = {path for path in named if fnmatchcase(path, pattern)}
-        if "*" in pattern and matched <= wanted and matched <= set(left):
+        matched = {path for path, places in named.items() if any(fnmatchcase(place, pattern) for place in places)}
+        if pattern not in map(escape, paths) and matched <= set(left):
             found.append(pattern)
             left = [path for path in left if path not in matched]
-    return (*found, *left)
+    return (*found, *map(escape, left))
 
 
 def _without_numbers(path: str) -> str:
-    return ".".join("*" if part.isdigit() else part for part in path.split("."))
+    return ".".join("*" if part.isdigit() else escape(part) for part in path.split("."))
+
+
+def with_trust(mapping: Mapping[str, Any], trusted: Mapping[str, KernelRef]) -> dict[str, Any]:
+    """Write out the metadata of the kernels of a mapping that are trusted to run code from the Hub: their strings do not."""
+    found: dict[str, Any] = {}
+    for key, value in mapping.items():
+        ref = trusted.get(value) if isinstance(value, str) else None
+        if isinstance(value, dict):
+            found[key] = with_trust(value, trusted)
+        elif ref is None:
+            found[key] = value
+        else:
+            pin = {"version": ref.version} if ref.version is not None else {"revision": ref.revision}
+            found[key] = f"{ref.location}:{ref.layer}", {**pin, "trust_remote_code": True}
+    return found
