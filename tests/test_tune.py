@@ -496,6 +496,14 @@ def test_what_the_user_keeps_out_stays_out_and_all_other_rules_stay(repository, 
     assert [choice.name for choice in of(config).choices] == ["SleepyNorm"]
 
 
+def test_kernels_that_are_trusted_to_run_code_stay_trusted(course_and_choices):
+    course, chosen = course_and_choices
+    ref = kw.KernelRef("hub", "org/repo", "Norm", version=1, trust_remote_code=True)
+    kinds = dict.fromkeys(chosen, str(ref))
+    written = course.config(kinds).rules(), replace(course, trusted={str(ref): ref}).config(kinds).rules()
+    assert [{rule.ref.trust_remote_code for rule in rules if rule.ref} for rules in written] == [{False}, {True}]
+
+
 def test_a_rule_whose_kernel_is_out_is_not_in_the_result(repository):
     config = _tune.tune(Model().eval(), X, config={"SleepyNorm": {"inference": f"{repository}:Wrong"}}, seconds=60)
     assert config.kernel_mapping == {"SleepyNorm": {"inference": "none"}}

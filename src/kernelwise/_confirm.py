@@ -19,11 +19,11 @@ import torch
 from torch import nn
 
 from kernelwise import _apply, _results
-from kernelwise._candidates import Kind, mapping_of
+from kernelwise._candidates import Kind, mapping_of, with_trust
 from kernelwise._compare import on_device
 from kernelwise._config import KernelConfig
 from kernelwise._contenders import AND_COMPILED, BUILTIN, COMPILED, compile_limits
-from kernelwise._data import MODES, Layer, to_json
+from kernelwise._data import MODES, KernelRef, Layer, to_json
 from kernelwise._decide import decide
 from kernelwise._errors import KernelwiseError
 from kernelwise._evidence import EAGER, Comparison, Objective, Run
@@ -76,31 +76,31 @@ class Course:
     step: Callable[[str], object]
     objective: Objective = "latency"
     asked: KernelConfig = field(default_factory=KernelConfig)
+    trusted: Mapping[str, KernelRef] = field(default_factory=dict)  # by their strings, which do not say so
 
     def config(self, chosen: Mapping[Kind, str | None]) -> KernelConfig:
         """Write choices as a config, over the user's own. Layers of which neither speaks get what they get by default."""
         options = {name: getattr(self.asked, name) for name in ("inherit_mapping", "on_miss", "verify")}
-        return KernelConfig(_merged(self.asked, chosen, self.layers, self.modes), **options)
+        return KernelConfig(_merged(self, chosen), **options)
 
 
-def _merged(
-    asked: KernelConfig, chosen: Mapping[Kind, str | None], layers: Sequence[Layer], modes: Sequence[str]
-) -> dict[Any, Any]:
+def _merged(course: Course, chosen: Mapping[Kind, str | None]) -> dict[Any, Any]:
     """Put choices into the user's mapping. Where a name has both, each layer gets its choice, else what the rules say."""
+    asked, layers = course.asked, course.layers
     tuned, rules = {kind.layer.name for kind in chosen}, asked.rules()
     both = tuned & {rule.layer for rule in rules if not rule.fuses}
     keys = zip(asked.kernel_mapping.items(), read_keys(asked.kernel_mapping), strict=True)
     mapping = {key: value for (key, value), read in keys if read.fuses or read.layer not in tuned}
-    mapping |= mapping_of({kind: ref for kind, ref in chosen.items() if kind.layer.name not in both}, layers, modes)
-    if not both:
-        return mapping
+    alone = {kind: ref for kind, ref in chosen.items() if kind.layer.name not in both}
+    mapping |= with_trust(mapping_of(alone, layers, course.modes), course.trusted)
     here = {kind: ref for kind, ref in chosen.items() if kind.layer.name in both}
     done = {(path, kind.layer.function, kind.mode) for kind in here for path in kind.paths}
     for layer, mode in product([layer for layer in layers if layer.name in both], MODES):
         rule = choose_rule(layer, rules, device=layer.device, mode=mode)
         if rule is not None and (layer.path, layer.function, mode) not in done:
             here[Kind(layer, (layer.path,), mode, "")] = None if rule.ref is None else str(rule.ref)
-    return mapping | mapping_of(here, layers, MODES)
+    mapping |= with_trust(mapping_of(here, layers, MODES), course.trusted)
+    return mapping
 
 
 @dataclass(frozen=True, slots=True)

@@ -96,6 +96,7 @@ def tune(
         _try_all(session, refs, prover)
         chosen, reasons = choose_all(session.tried, session.objective, session.run_s, notes=session.notes)
         chosen |= dict.fromkeys(_asked_and_out(session, asked, chosen))
+        named = {rule.ref for rule in asked.rules() if rule.ref is not None}.union(*refs.values())
         course = Course(
             session.model,
             session.layers,
@@ -108,6 +109,7 @@ def tune(
             lambda what: session.progress(what, 0.7),
             session.objective,
             asked,
+            {str(ref): ref for ref in named if ref.trust_remote_code},
         )
         found = confirm(course, chosen)
     session.progress("done", 1.0)
