@@ -22,7 +22,7 @@ import torch
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import _apply, _choose, _confirm, _inputs, _trials, _tune
+from kernelwise import _apply, _choose, _confirm, _inputs, _ranks, _trials, _tune
 from kernelwise._cli import main
 from kernelwise._config_file import tomllib
 from kernelwise._errors import KernelConfigError, PlanError
@@ -676,7 +676,7 @@ def test_kinds_of_devices_that_differ_leave_layers_their_own_code():
         },
         {"RMSNorm": "builtin:RMSNorm", "SiLU": {"inference": "a/b@v1:C", "training": "none"}, "GeLU": "none"},
     )
-    joined = _tune.join({"H100": one, "A100": other})
+    joined = _ranks.join({"H100": one, "A100": other})
     assert joined["config"] == {
         "kernels": {
             "RMSNorm": "builtin:RMSNorm",
@@ -697,7 +697,7 @@ def test_kinds_of_devices_that_differ_leave_layers_their_own_code():
     assert [run.contender for run in evidence.runs] == [EAGER, "builtin"], "nobody has run the joined config"
     assert "SiLU (training)" in evidence.notes[0]
     assert tomllib.loads(evidence.config) == joined["config"]
-    assert _tune.join({"H100": one}) is one
+    assert _ranks.join({"H100": one}) is one
 
 
 def test_modes_that_nobody_tuned_are_not_turned_off_where_devices_differ():
@@ -706,7 +706,7 @@ def test_modes_that_nobody_tuned_are_not_turned_off_where_devices_differ():
         {("RMSNorm", "inference"): "a/b@v1:N"},
         {"RMSNorm@layers.*": {"inference": "a/b@v1:N"}, "RMSNorm@norm": {"inference": "none"}},
     )
-    joined = _tune.join({"H100": one, "A100": other})
+    joined = _ranks.join({"H100": one, "A100": other})
     assert joined["config"]["kernels"] == {"RMSNorm": {"inference": "none"}}
     assert [choice["chosen"] for choice in joined["evidence"]["choices"]] == [OWN_CODE]
 

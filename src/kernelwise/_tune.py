@@ -31,7 +31,7 @@ from kernelwise._decide import Config, current_target, decide
 from kernelwise._discover import discover, model_device
 from kernelwise._environment import environment
 from kernelwise._errors import KernelwiseError, PlanError
-from kernelwise._evidence import OWN_CODE, TUNED, Candidate, Choice, Objective, Tuning
+from kernelwise._evidence import OWN_CODE, Candidate, Choice, Objective, Tuning
 from kernelwise._plan import choose_rule
 from kernelwise._race import said, sharing_copy
 from kernelwise._reference import did_you_mean
@@ -146,7 +146,7 @@ def tune_together(model: nn.Module, inputs: Any, *, seconds: float = 300.0, **op
         assert config.evidence is not None
         return {"config": config.to_dict(), "evidence": config.evidence.to_json()}
 
-    found = _ranks.decide_together(prepare, decide, seconds=seconds, join=join)
+    found = _ranks.decide_together(prepare, decide, seconds=seconds, join=_ranks.join)
     config = KernelConfig.from_dict(found["config"])
     config.evidence = Tuning.from_json(found["evidence"])
     return config
@@ -158,75 +158,6 @@ def _is_split(module: nn.Module) -> bool:
     names |= {type(parameter).__name__ for parameter in module._parameters.values()}
     names |= {type(parameter.data).__name__ for parameter in module._parameters.values() if parameter is not None}
     return bool(names & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DTensor"})
-
-
-def join(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
-    """Make one result of those of several kinds of devices: where they differ, layers keep their own code.
-
-    They differ in a mode where they have not the same kernels for layers of one name. Modes that nobody tuned are left as
-    they are. The evidence is that of the first kind, without what is not true of the joined config.
-    """
-    first, *others = found.values()
-    if not others:
-        return first
-    choices = [choice for one in found.values() for choice in one["evidence"]["choices"]]
-    modes = tuple(dict.fromkeys(choice["mode"] for choice in choices))
-    by_name = [_by_name(one["config"]["kernels"]) for one in found.values()]
-    agreed: dict[str, Any] = {}
-    differ: list[tuple[str, str]] = []
-    for name in dict.fromkeys(name for one in by_name for name in one):
-        rules = [one.get(name, {}) for one in by_name]
-        if all(one == rules[0] for one in rules):
-            agreed |= rules[0]
-            continue
-        for mode in modes:
-            of_mode = [{key: ref for key, value in one.items() if (ref := _in_mode(value, mode))} for one in rules]
-            same = all(one == of_mode[0] for one in of_mode)
-            for key, ref in (of_mode[0] if same else {name: "none"}).items():
-                agreed.setdefault(key, {})[mode] = ref
-            differ += [] if same else [(name, mode)]
-    shown = ", ".join(f"{name} ({mode})" for name, mode in differ) or "nowhere"
-    note = f"{len(found)} kinds of devices, measured on one of each; own code where their choices differ: {shown}"
-    config = {**first["config"], "kernels": agreed}
-    evidence = {
-        **first["evidence"],
-        "choices": [_agreed(choice, differ) for choice in _first_of_each(choices)],
-        "runs": [run for run in first["evidence"]["runs"] if not differ or not _is_of_choices(run, choices)],
-        "notes": [*first["evidence"]["notes"], note],
-        "config": tomli_w.dumps(config),
-    }
-    return {"config": config, "evidence": evidence}
-
-
-def _by_name(kernels: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-    """Group the rules of a config by the name of the layer that they are for."""
-    found: dict[str, dict[str, Any]] = {}
-    for key, value in kernels.items():
-        found.setdefault(key.partition("@")[0], {})[key] = value
-    return found
-
-
-def _in_mode(value: Any, mode: str) -> Any:
-    return value.get(mode) if isinstance(value, Mapping) else value
-
-
-def _first_of_each(choices: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Of the choices of several kinds of devices for the same layers, keep the first."""
-    found: dict[tuple[str, str, str], dict[str, Any]] = {}
-    for choice in choices:
-        found.setdefault((choice["layer"], choice["name"], choice["mode"]), choice)
-    return list(found.values())
-
-
-def _agreed(choice: dict[str, Any], differ: Sequence[tuple[str, str]]) -> dict[str, Any]:
-    if (choice["name"], choice["mode"]) not in differ:
-        return choice
-    return {**choice, "chosen": OWN_CODE, "reason": f"devices differ; on one of them: {choice['chosen']}"}
-
-
-def _is_of_choices(run: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether a run is one of the choices of one kind of device, alone or all together."""
-    return run["contender"].partition("+")[0] in {TUNED, *(choice["name"] for choice in choices)}
 
 
 def _begin(
