@@ -16,8 +16,9 @@ import torch
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import _capture, _confirm, _inputs, _prove, _trials, _tune
+from kernelwise import _capture, _confirm, _inputs, _prove, _trials
 from kernelwise._candidates import kinds_of
+from kernelwise._data import Check
 from kernelwise._evidence import EAGER, Candidate, Comparison, Run, Timing
 from kernelwise._reference import read_reference
 from kernelwise._shares import Share
@@ -133,27 +134,28 @@ def test_what_does_not_fit_in_memory_as_float64_is_skipped_with_the_reason(repos
 # ------------------------------------------------------------------------------------------------------------- remembered
 
 
-def test_spoilt_results_are_measured_again(tmp_path):
-    norm = nn.ModuleList([nn.LayerNorm(64), nn.LayerNorm(32)])
-
-    class Two(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.norms = norm
-
-        def forward(self, x):
-            return self.norms[1](self.norms[0](x)[..., :32])
-
-    model, x = Two().eval(), torch.randn(4, 8, 64)
-    tuned = _tune.tune(model, x, seconds=60)
-    files = [*(tmp_path / "cache" / "results").glob("*.json")]
-    assert files
-    for file in files:
-        file.write_text(json.dumps({**json.loads(file.read_text()), "value": {}}))
-    again = _tune.tune(model, x, seconds=60)
-    assert tuned.evidence is not None
-    assert again.evidence is not None
-    assert [len(c.candidates) for c in again.evidence.choices] == [len(c.candidates) for c in tuned.evidence.choices]
+def test_spoilt_results_are_measured_again(tmp_path, prover):
+    model, x = nn.Sequential(nn.LayerNorm(64)).eval(), torch.randn(4, 8, 64)
+    course = _confirm.Course(
+        model,
+        kw.discover(model),
+        ("inference",),
+        workloads_of(model, x, None),
+        "cpu",
+        "here",
+        {},
+        0.0,
+        lambda what: None,
+    )
+    for _ in range(2):
+        assert len(tried(trials(model, x, prover), "builtin:torch:LayerNorm").timings) == 1
+        assert [run.error for run in _confirm._race_all(course, {EAGER: None, "builtin": kw.KernelConfig()})] == [
+            None
+        ] * 2
+        files = [*(tmp_path / "cache" / "results").glob("*.json")]
+        assert len(files) == 3
+        for file in files:
+            file.write_text(json.dumps({**json.loads(file.read_text()), "value": {}}))
 
 
 UNCLEAR = Comparison(2.0, 1.9, 1.05, 0.9, 1.2, 20)
@@ -171,7 +173,11 @@ def test_a_timing_in_a_hurry_is_taken_again_where_there_is_twice_the_time(
         measured.append(seconds)
         return Timing(group.decision.layer.path, group.paths, str(kernel.ref), mode, workload, found, calls)
 
+    def checked(model, group, sample, options, worker):
+        yield Check(group.decision.layer.path, group.paths, "", group.modes, "as given", "passed")
+
     monkeypatch.setattr(_trials, "measure_group", measure)
+    monkeypatch.setattr(_trials, "check_group", checked)
     for seconds in (0.1, 0.15, 0.3, 0.35):
         monkeypatch.setattr(_trials, "TIMING_S", seconds)
         assert tried(trials(Model().eval(), torch.randn(2, 8, 48), prover), f"{repository}:Right").out is None

@@ -12,12 +12,11 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
-import os
 import platform
 import sys
 import time
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
@@ -27,6 +26,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from kernelwise import _results
 from kernelwise._alike import function_code, traits_of
 from kernelwise._cache import cache_directory
 from kernelwise._capture import Group
@@ -436,10 +436,5 @@ def _versions(requires: tuple[str, ...]) -> tuple[str, ...]:
 
 def _write(file: Path, data: Any) -> None:
     """Write a file, whole or not at all. A cache that cannot be written costs the next run its time and nothing else."""
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial = file.with_suffix(f".{os.getpid()}")
-        partial.write_text(json.dumps(data))
-        partial.replace(file)
-    except OSError:
-        pass
+    with suppress(OSError):
+        _results.write(file, data)

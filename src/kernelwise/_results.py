@@ -80,16 +80,28 @@ def put(key: Any, value: Any) -> None:
     """Remember a value, plain data too, under a key, in place of the one before. None is as good as nothing."""
     text = _canonical(key)
     file = _file(text)
-    partial = file.with_suffix(f".{secrets.token_hex(8)}.part")
-    data = json.dumps({"key": json.loads(text), "value": value})
     try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        partial.write_text(data)
-        partial.replace(file)
+        write(file, {"key": json.loads(text), "value": value})
     except OSError as error:
         _tell("cannot be written", file, error)
+
+
+def write(file: Path, data: Any) -> None:
+    """Write plain data to a file as JSON, whole or not at all, whoever else writes it.
+
+    Raises:
+        OSError: it cannot be written. Nothing of it stays behind.
+    """
+    partial = file.with_suffix(f".{secrets.token_hex(8)}.part")
+    text = json.dumps(data)
+    try:
+        file.parent.mkdir(parents=True, exist_ok=True)
+        partial.write_text(text)
+        partial.replace(file)
+    except OSError:
         with suppress(OSError):
             partial.unlink(missing_ok=True)
+        raise
 
 
 def size(folder: str = "results") -> tuple[int, int]:
