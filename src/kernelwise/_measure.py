@@ -97,7 +97,9 @@ def measure_group(
     with on_device(device), user_random_state(), torch.set_grad_enabled(training):
         own_step = own_call(layer, own)
         try:
-            given = _rotation(layer, sample, _alike(model, found, sample), own_step, mode)
+            # What is compiled may hold on to the weights it was compiled with, and stops after a few recompilations.
+            modules = [sample.module] if compiled else _alike(model, found, sample)
+            given = _rotation(layer, sample, modules, own_step, mode)
         except Exception as error:
             return f"the layer's own code fails on this sample: {said(error)}"
         turn = cycle(given)  # for both: whoever calls next gets what has been out of use longest

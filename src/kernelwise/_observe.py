@@ -325,8 +325,10 @@ def _dtype_of(case: Case) -> torch.dtype:
 def _run(call: Call, case: Case, given: _Given) -> Observed:
     grad = case.grad != "none"
     if case.reused:
+        states = random_states()  # what the first call draws, the second is to draw again
         with torch.no_grad(), given.other_values():
             call(given.module, **given.for_call())
+        draw_from(states)
     with torch.set_grad_enabled(grad):
         found = call(given.module, **given.for_call())
     leaves, spec = tree_flatten(found)
