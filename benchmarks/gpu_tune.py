@@ -41,7 +41,7 @@ def main() -> None:
         began = time.perf_counter()
         last = [0.0]
 
-        def told(part: float, what: str, began: float = began, last: list[float] = last) -> None:
+        def told(what: str, part: float, began: float = began, last: list[float] = last) -> None:
             if time.perf_counter() - last[0] > 10:
                 last[0] = time.perf_counter()
                 print(f"  {last[0] - began:5.0f} s {part:.2f} {what}", flush=True)
