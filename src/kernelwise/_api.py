@@ -196,7 +196,7 @@ def tune(
             needs the least at its peak, where the device counts that.
         workload: one or several of `"forward"`, `"prefill"`, `"decode"` and `"training"`. None: prefill and decode for a
             causal language model, else forward; and training where the model is in training mode or has labels.
-        config: whose kernels are tried too.
+        config: whose kernels are tried too. Layers with None in it are not tuned; its options and its other rules stay.
         candidates: kernels to try besides those that are offered anyway: references, for all layers that they fit, or a dict
             from layer name to one or several. An operator of PyTorch and what Inductor compiles are tried by themselves.
         seconds: how long it may take, about. What could not be tried stands in `config.evidence.notes`.
@@ -204,8 +204,8 @@ def tune(
         progress: called with what comes next, and the part that is done, 0 to 1.
 
     Raises:
-        PlanError: an argument is wrong, the model has kernels already or is on the meta device, or (under torch.distributed)
-            a rank failed. KernelConfigError: `config` or `candidates` are wrong.
+        PlanError: an argument is wrong, the model has kernels already, is on the meta device or on several devices, or (under
+            torch.distributed) a rank failed. KernelConfigError: `config` or `candidates` are wrong.
     """
     run = _tune.tune_together if _ranks.several() else _tune.tune
     return run(
