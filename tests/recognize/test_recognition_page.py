@@ -14,14 +14,18 @@ PAGE = Path(__file__).parents[2] / "docs" / "recognition.md"
 
 def test_examples_print_what_the_page_says():
     blocks = re.findall(r"```(python|text)\n(.*?)```", PAGE.read_text(), re.DOTALL)
-    assert [kind for kind, _ in blocks] == ["python", "text"] * 3
+    assert sum(kind == "text" for kind, _ in blocks) == 3
     space: dict[str, object] = {"__name__": "recognition_page"}
     try:
-        for (_, code), (_, expected) in zip(blocks[::2], blocks[1::2], strict=True):
-            printed = io.StringIO()
-            with contextlib.redirect_stdout(printed):
-                exec(compile(code, str(PAGE), "exec"), space)
-            assert printed.getvalue() == expected
+        printed = ""
+        for kind, block in blocks:
+            if kind == "text":
+                assert printed == block
+                continue
+            out = io.StringIO()
+            with contextlib.redirect_stdout(out):
+                exec(compile(block, str(PAGE), "exec"), space)
+            printed = out.getvalue()
     finally:
         ops.unregister_op("scaled_tanh")
 
