@@ -125,6 +125,17 @@ def test_exact_in_chunks_of_any_size(dtype, rows_at_once, with_bias):
 
 
 @DTYPES
+@pytest.mark.parametrize("rows", [64, 1000])
+def test_exact_where_many_rows_share_a_label(dtype, rows):
+    """The gradient of the bias is a long sum of numbers of one sign there."""
+    torch.manual_seed(0)
+    labels = torch.full((rows,), 7)
+    labels[::5] = 3
+    hidden, weight, bias = (torch.randn(*shape, dtype=dtype) for shape in ((rows, 24), (50, 24), (50,)))
+    check_hidden(hidden, weight / 4, labels, bias, scales=(0.1, 1.0), chunk_bytes=128 * 50 * 4)
+
+
+@DTYPES
 def test_exact_where_the_weight_takes_more_than_one_block(dtype):
     """Half-precision weights are made float32 in blocks of 2^20 numbers."""
     torch.manual_seed(0)

@@ -163,7 +163,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   const bool kept = need_weight && !wide && total > chunk;
   const Scratch logits(chunk * classes), wide_h(chunk * in), wide_w(wide ? 0 : block * in),
       dh_sum(need_hidden ? chunk * in : 0), dw_sum(need_weight && !wide ? (kept ? classes : block) * in : 0);
-  std::vector<float> db_sum(need_bias ? classes : 0, 0.0f);
+  std::vector<double> db_sum(need_bias ? classes : 0, 0.0);  // rows that share a label add up a number near -1 again and again
   float* dw_wide = wide && need_weight ? static_cast<float*>(dw.data_ptr()) : dw_sum.data;
   if (need_weight && total == 0) std::memset(dw.data_ptr(), 0, classes * in * size);
   std::vector<int64_t> chunk_labels(chunk);
@@ -218,10 +218,15 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
         narrow(dh_sum.data + i * in, nullptr, dh_data + counted[m + i] * in * size, in);
     }
     if (need_bias)
-      for (int64_t i = 0; i < rows; i++)
-        for (int64_t j = 0; j < classes; j++) db_sum[j] += logits.data[i * classes + j];
+      each_row(classes, rows, [&](int64_t begin, int64_t end) {
+        for (int64_t i = 0; i < rows; i++)
+          for (int64_t j = begin; j < end; j++) db_sum[j] += logits.data[i * classes + j];
+      });
   }
-  if (need_bias) kernels().narrow(dtype)(db_sum.data(), nullptr, db.data_ptr(), classes);
+  if (need_bias) {
+    const std::vector<float> sums(db_sum.begin(), db_sum.end());
+    kernels().narrow(dtype)(sums.data(), nullptr, db.data_ptr(), classes);
+  }
   return {losses, dh, dw, db};
 }
 
