@@ -22,13 +22,14 @@ from kernelwise._data import Binding, Kernel, Layer, Limits, Parameter, Recognit
 from kernelwise._discover import STATE, mark_dispatcher, wrapping
 from kernelwise._errors import ApplyError
 from kernelwise._fuse import REFUSALS, Passing, first
-from kernelwise._recognize import kinds_of
+from kernelwise._recognize import condition, kinds_of
 from kernelwise._signature import bind, source
 
 Call = Callable[..., Any]
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
 INPUT = "the input has a dtype, device or tensor class that the kernel does not take"
+UNPROVEN = "its arguments do not fit together as those that the recognition was proven with"
 MORE = "it was called with a keyword that only its decorator takes"
 CHANGED = "what decides the computation was replaced or hooked since the kernel went in; kernelize again"
 REFUSED = "the kernel refused the input"
@@ -248,6 +249,9 @@ def _compile(
         guard = _plain_guard(layer, parameters)
     if guard:
         lines += [f"    if not ({guard}):", run_own("_kw_INPUT")]
+    fits = condition(recognition) if recognition is not None else None
+    if fits:
+        lines += [f"    if not ({fits}):", run_own("_kw_UNPROVEN")]
     if recognition is not None and has_self:
         for name in recognition.depends:
             if name in children:  # by far the most frequent case, without a call
@@ -309,6 +313,7 @@ def _compile(
         "_kw_CHANGED": CHANGED,
         "_kw_REFUSED": REFUSED,
         "_kw_INPUT": INPUT,
+        "_kw_UNPROVEN": UNPROVEN,
         "_kw_MORE": MORE,
         "_kw_NO_BACKWARD": NO_BACKWARD,
         "_kw_LOST_GRADIENT": LOST_GRADIENT,

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from kernelwise._data import Binding, Recognition
-from kernelwise._recognize import Unknown, recognize, recognize_functions
+from kernelwise._recognize import Unknown, condition, recognize, recognize_functions
+from kernelwise._recognize._fit import PLAIN
 
 
 class Norm(nn.Module):
@@ -892,6 +893,13 @@ def test_groups_of_a_gated_norm():
     answer = recognize(IgnoresItsGate())
     assert isinstance(answer, Unknown)
     assert "not without gate" in answer.reason
+
+
+def test_a_gate_that_does_not_fit_gets_the_layers_own_code():
+    fits = condition(recognize(Grouped()))
+    x = torch.ones(2, 24)
+    for gate, expected in ((None, True), (x, True), (x.half(), False), (x[:1], False)):
+        assert eval(fits, {PLAIN: {Tensor}, "x": x, "gate": gate}) is expected
 
 
 class OnGpuOtherwise(Norm):

@@ -50,6 +50,19 @@ def test_a_size_that_code_names_is_tried(forward: Callable[..., Any]):
     assert "in bfloat16, but not on inputs" in reason(with_forward(Norm, forward))
 
 
+def doubled_for_one_row(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if x.dim() == 1 else x, self.weight, self.eps)
+
+
+def doubled_in_many_dimensions(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if len(x.shape) > 4 else x, self.weight, self.eps)
+
+
+@pytest.mark.parametrize("forward", [doubled_for_one_row, doubled_in_many_dimensions])
+def test_ranks_are_tried_where_code_decides_by_sizes(forward: Callable[..., Any]):
+    assert "in bfloat16, but not on inputs of" in reason(with_forward(Norm, forward))
+
+
 def layer_doubled_at_one_length(self: Any, x: Tensor, mask: Any = None) -> Tensor:
     x = x + self.attention(self.norm(x), mask=mask)[0]
     return (x * 2 if x.shape[1] == 128 else x) + self.mlp(self.norm2(x))

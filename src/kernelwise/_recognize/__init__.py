@@ -21,6 +21,7 @@ from kernelwise._recognize._children import find
 from kernelwise._recognize._code import global_names
 from kernelwise._recognize._compare import forget_references
 from kernelwise._recognize._explain import NearMiss, near_miss
+from kernelwise._recognize._fit import condition
 from kernelwise._recognize._memory import Entry, modes
 from kernelwise._recognize._reach import is_library, not_only_of_its_inputs, plain_function
 from kernelwise._recognize._reads import OF_THE_MODULE, SCALARS, Reads, is_child_token
@@ -231,6 +232,7 @@ __all__ = [
     "NearMiss",
     "Recognizer",
     "Unknown",
+    "condition",
     "kinds_of",
     "near_miss",
     "plain_function",

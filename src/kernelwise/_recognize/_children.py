@@ -13,13 +13,14 @@ from dataclasses import replace
 from torch import nn
 
 from kernelwise._data import Binding, Recognition
-from kernelwise._recognize._compare import FIRST, ROUNDS, bindings, compare, may_be, prove, rounds_at
+from kernelwise._recognize._compare import bindings, compare, may_be, prove
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound
 from kernelwise._recognize._passing import LENGTHS, ChildCall, LayerTrace, traces
 from kernelwise._recognize._reach import sizes_in
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Failed, Source, Untraceable
+from kernelwise._recognize._rounds import FIRST, ROUNDS, rounds_of_modules
 from kernelwise._recognize._search import Finding, find_module
 from kernelwise.ops import OPERATIONS, Operation, Variant
 
@@ -155,7 +156,7 @@ def _compare(op: Operation, variant: Variant, graph: Graph, trace: LayerTrace) -
         return f"looks like {op.name} without {trace.refused}, and does something else with it"
     layer = trace.layer
     named = sizes_in(layer.reads, (layer.forward,), type(layer.module))
-    problem = prove(op, variant, {}, trace.candidate, found.roles, (*ROUNDS, *rounds_at(named)))
+    problem = prove(op, variant, {}, trace.candidate, found.roles, (*ROUNDS, *rounds_of_modules(named)))
     problem = problem or _prove_without(op, variant, trace, found.roles)
     if problem is not None:
         return problem

@@ -79,9 +79,10 @@ def looks_on_its_class(code: types.CodeType) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def sizes_named(code: types.CodeType) -> frozenset[int]:
-    """Whole numbers in code that looks at sizes and decides something: a branch on one size has to name it."""
-    return frozenset(n for part in inner(code) if _decides_by_size(part) for n in _numbers(part))
+def sizes_named(code: types.CodeType) -> frozenset[int] | None:
+    """Whole numbers in code that looks at sizes and decides something: a branch on one size has to name it. None elsewhere."""
+    deciding = [part for part in inner(code) if _decides_by_size(part)]
+    return frozenset(n for part in deciding for n in _numbers(part)) if deciding else None
 
 
 def _decides_by_size(code: types.CodeType) -> bool:

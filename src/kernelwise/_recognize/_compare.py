@@ -8,7 +8,7 @@ where changing the attribute changes the number.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,79 +19,11 @@ from kernelwise._data import Binding
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound, Match, markers, match
 from kernelwise._recognize._reads import Reads
-from kernelwise._recognize._record import Failed, Recorder, Source, Untraceable, Widths
+from kernelwise._recognize._record import Failed, Recorder, Source, Untraceable
+from kernelwise._recognize._rounds import FIRST, SIZE_NAMES, Round, arguments_of, dtype_of, sizes_of
 from kernelwise._recognize._stand_in import Stage
 from kernelwise._recognize._trace import trace
-from kernelwise.ops import OPERATIONS, Operation, Role, Variant
-
-BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
-
-
-@dataclass(frozen=True, slots=True)
-class Round:
-    """One way to trace: the leading dimensions of the inputs, the dtypes, and the arguments that are None.
-
-    `width` is the last dimension of a module's inputs, where that is not the one it was first traced with; `sizes` are
-    sizes of an operation's arguments (D: the width of a head) that are not the usual ones.
-    """
-
-    lead: tuple[int, ...]
-    widths: Widths
-    absent: frozenset[str] = frozenset()
-    width: int | None = None
-    sizes: tuple[tuple[str, int], ...] = ()
-
-    @property
-    def batch(self) -> int:
-        """Number of sequences."""
-        return self.lead[0]
-
-    @property
-    def length(self) -> int:
-        """Number of positions."""
-        return self.lead[-1]
-
-    @property
-    def before(self) -> int:
-        """Number of positions in front of those, where an operation has some: there may be none."""
-        return 6 if self.length > 1 else 0
-
-
-# Primes that no width of a model is: a leading dimension is never mistaken for another one.
-FIRST = Round((11, 13), Widths(BF16, BF16))
-ROUNDS = (
-    Round((1031, 8209), Widths(BF16, BF16)),
-    Round((1, 1), Widths(F16, F16)),
-    Round((17,), Widths(F32, F32)),
-    Round((7, 19, 23), Widths(F32, F32)),
-    Round((11, 13), Widths(BF16, F32)),
-    Round((11, 13), Widths(F32, BF16)),
-    Round((11, 13), Widths(F16, F16)),
-    Round((11, 13), Widths(BF16, BF16, F32)),
-)
-
-
-def rounds_at(sizes: Iterable[int]) -> tuple[Round, ...]:
-    """Rounds in which every leading dimension is one of these sizes, one less, or one more."""
-    return tuple(Round((number, number), FIRST.widths) for number in _near(sizes))
-
-
-def rounds_of_widths(widths: Iterable[int]) -> tuple[Round, ...]:
-    """Rounds in which the inputs of a module have these widths, and near ones; one that takes one width alone fails there."""
-    return tuple(replace(FIRST, width=width) for width in _near(widths))
-
-
-def _near(sizes: Iterable[int]) -> list[int]:
-    return sorted({number for size in sizes for number in (size - 1, size, size + 1)} - {1})
-
-
-def rounds_of_heads(widths: Iterable[int]) -> tuple[Round, ...]:
-    """Rounds in which heads have another width, of which half or all may be turned."""
-    even = dict.fromkeys(width for width in widths if width % 4 == 0)
-    return tuple(replace(FIRST, sizes=(("D", width), ("R", width // 2))) for width in even)
-
-
-_DEFAULT_SIZES = {"B": 11, "S": 13, "H": 34, "I": 58, "D": 46, "R": 28, "Hq": 3, "Hk": 5}
+from kernelwise.ops import OPERATIONS, Operation, Variant
 
 
 @dataclass(slots=True)
@@ -114,10 +46,6 @@ class Candidate:
             for path, value in stage.reads.tokens.items():
                 if not overrides or path[0] not in overrides:
                     self.reads.tokens.setdefault(path, value)
-
-
-def arguments_of(op: Operation) -> list[Role]:
-    return [role for role in op.roles if role.kind == "argument"]
 
 
 def reference_graphs(num_arguments: int) -> Iterator[tuple[Operation, Variant, Graph]]:
@@ -158,7 +86,7 @@ def compare(
 def fits(op: Operation, variant: Variant, fixed: dict[str, int], graph: Graph, roles: dict[str, Bound]) -> bool:
     """Whether tensors of the first round have the sizes that the operation says: a weight of one element would broadcast."""
     usual = sizes_of(FIRST, variant, fixed)
-    names = {value: name for name, value in usual.items() if name in _DEFAULT_SIZES}
+    names = {value: name for name, value in usual.items() if name in SIZE_NAMES}
     found: dict[str, int] = {}
     shapes = dict(_shapes_of(graph, roles))
     for role in op.roles:
@@ -245,26 +173,6 @@ def forget_references() -> None:
     _reference_graph.cache_clear()
 
 
-def sizes_of(at: Round, variant: Variant, fixed: dict[str, int]) -> dict[str, Any]:
-    return {
-        **_DEFAULT_SIZES,
-        **dict(at.sizes),
-        "lead": at.lead,
-        "B": at.batch,
-        "S": at.length,
-        "P": at.before,
-        **dict(variant.options),
-        **fixed,
-    }
-
-
-def dtype_of(role: Role, at: Round) -> torch.dtype:
-    if role.follows == "complex":
-        return torch.complex64
-    wide = role.kind == "attribute" or role.follows == "parameters"
-    return at.widths.parameters if wide else at.widths.activations
-
-
 class _RoleChild:
     """A child of a reference: called, it is a leaf; its weight has a dtype and nothing else."""
 
@@ -302,18 +210,13 @@ def prove(
         try:
             graph = candidate.graph(at)
         except Untraceable as reason:
-            if op.any_rank and at.width is None:
+            if op.any_rank and at.width is None and not at.sizes:
                 return f"is {op.name} in some shapes, but not on {len(at.lead)} leading dimensions: {reason}"
             if not isinstance(reason, Failed):
                 return f"is {op.name} {dict(variant.options)} in bfloat16, but not always: {reason}"
             continue  # it cannot be called this way, so nothing is lost there
         if compare(op, variant, fixed, graph, at, roles) is None:
-            a, p = (str(d).removeprefix("torch.") for d in (at.widths.activations, at.widths.parameters))
-            where = f"on inputs of {len(at.lead) + 1} dimensions {at.lead} in {a}, parameters in {p}"
-            where += ", children that give another dtype" if at.widths.leaves else ""
-            where += f", {at.width} elements wide" if at.width else ""
-            where += "".join(f", {name} {size}" for name, size in at.sizes)
-            return f"is {op.name} {dict(variant.options)} in bfloat16, but not {where}"
+            return f"is {op.name} {dict(variant.options)} in bfloat16, but not {at}"
     return None
 
 

@@ -21,10 +21,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from kernelwise._recognize._code import class_asked_for, only_passes_on
-from kernelwise._recognize._compare import FIRST, Candidate, Round
+from kernelwise._recognize._compare import Candidate
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._reads import Reads, is_function
 from kernelwise._recognize._record import Failed, Refused, Source, Untraceable
+from kernelwise._recognize._rounds import FIRST, Round
 from kernelwise._recognize._search import widths_of
 from kernelwise._recognize._stand_in import Child, Stage, make_stand_in, run
 from kernelwise._recognize._trace import innermost_forward

@@ -309,12 +309,14 @@ def looks_into_keywords(function: Callable[..., Any]) -> bool:
     return False
 
 
-def sizes_in(reads: Reads, functions: Iterable[Any], cls: type | None = None) -> tuple[int, ...]:
-    """The whole numbers that code names next to sizes: where it may do something else than at other sizes."""
-    found: set[int] = set()
-    for function in _reached((*functions, *methods(reads)), cls):
-        found |= sizes_named(function.__code__)
-    return tuple(sorted(found)[:_MOST_SIZES])
+def sizes_in(reads: Reads, functions: Iterable[Any], cls: type | None = None) -> tuple[int, ...] | None:
+    """The whole numbers that code names next to sizes: where it may do something else than at other sizes.
+
+    None where no code looks at sizes and decides something.
+    """
+    named = [sizes_named(function.__code__) for function in _reached((*functions, *methods(reads)), cls)]
+    found = [numbers for numbers in named if numbers is not None]
+    return tuple(sorted(frozenset().union(*found))[:_MOST_SIZES]) if found else None
 
 
 def methods(reads: Reads) -> list[Any]:

@@ -20,29 +20,26 @@ from torch import nn
 
 from kernelwise._data import Binding, Recognition
 from kernelwise._recognize._code import numbers_in
-from kernelwise._recognize._compare import (
-    FIRST,
-    ROUNDS,
-    Candidate,
-    Round,
-    arguments_of,
-    bindings,
-    compare,
-    dtype_of,
-    fits,
-    may_be,
-    prove,
-    prove_without,
-    rounds_at,
-    rounds_of_heads,
-    rounds_of_widths,
-    sizes_of,
-)
+from kernelwise._recognize._compare import Candidate, bindings, compare, fits, may_be, prove, prove_without
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound
 from kernelwise._recognize._reach import sizes_in
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Failed, Source, Untraceable
+from kernelwise._recognize._rounds import (
+    FIRST,
+    ROUNDS,
+    ROUNDS_OF_FUNCTIONS,
+    Round,
+    arguments_of,
+    dtype_of,
+    rounds_at,
+    rounds_of_heads,
+    rounds_of_modules,
+    rounds_of_widths,
+    shape_of,
+    sizes_of,
+)
 from kernelwise._recognize._stand_in import Stage, make_stand_in
 from kernelwise._recognize._trace import innermost_forward, parameters_of, trace
 from kernelwise.ops import OPERATIONS, Operation, Role, Variant
@@ -94,7 +91,11 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
             problem = problem or prove_without(op, variant, fixed, candidate, found.roles, optional)
             if problem is None:
                 named = sizes_in(reads, (forward,), type(module))
-                elsewhere = (*rounds_at(named), replace(FIRST, width=OTHER_WIDTH), *rounds_of_widths(named))
+                elsewhere = (
+                    *rounds_of_modules(named),
+                    replace(FIRST, width=OTHER_WIDTH),
+                    *rounds_of_widths(named or ()),
+                )
                 problem = prove(op, variant, fixed, candidate, found.roles, elsewhere)
             if problem is None and not fits(op, variant, fixed, graph, found.roles):
                 problem = f"looks like {op.name}, but the sizes of its tensors only fit by broadcasting"
@@ -245,10 +246,9 @@ class _TracedFunction:
 
     def _candidate(self, arguments: list[Role], variant: Variant, fixed: dict[str, int]) -> Candidate:
         def run(stage: Stage, at: Round) -> Graph:
-            sizes = sizes_of(at, variant, fixed)
             given = []
             for role, name in zip(arguments, self._needed, strict=True):
-                tensor = stage.fake(role.shape(sizes), dtype_of(role, at))
+                tensor = stage.fake(shape_of(role, at, variant, fixed), dtype_of(role, at))
                 given.append(stage.recorder.input(tensor, Source("argument", name)))
             extra = {} if self.choice is None else {self.choice: next(iter(fixed.values()))}
             return trace(stage, self._function, tuple(given), extra)
@@ -274,9 +274,9 @@ class _TracedFunction:
         if found is None:
             return ""
         problem = prove(op, variant, fixed, candidate, found.roles, ROUNDS)
-        named = sizes_in(Reads(), (self._function,))
+        named = sizes_in(Reads(), (self._function,)) or ()
         elsewhere = (*rounds_at(named), *rounds_of_heads((OTHER_HEAD, *named)))
-        problem = problem or prove(op, variant, fixed, candidate, found.roles, elsewhere)
+        problem = problem or prove(op, variant, fixed, candidate, found.roles, (*elsewhere, *ROUNDS_OF_FUNCTIONS))
         if problem is None and self._takes_more(arguments, variant, fixed):
             problem = f"is {op.name} {dict(variant.options)}, but also takes more elements or tokens than it turns"
         return dict(found.roles) if problem is None else problem

@@ -1,0 +1,152 @@
+"""Rounds: the ways in which a layer or a function is traced, so that a branch on a size or a dtype shows.
+
+The first one finds what fills each role; the others prove it: more ranks, sizes and dtypes, sizes that code names, sizes that
+are the same. What no round can be about, arguments that do not fit together, is looked at by every call (`_fit`).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from kernelwise._recognize._record import Widths
+from kernelwise.ops import Operation, Role, Variant
+
+BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+
+
+@dataclass(frozen=True, slots=True)
+class Round:
+    """One way to trace: the leading dimensions of the inputs, the dtypes, and the arguments that are None.
+
+    `width` is the last dimension of a module's inputs, where that is not the one it was first traced with; `sizes` are
+    sizes of an operation's arguments (D: the width of a head) that are not the usual ones. `shared`: angles have a batch
+    of one and broadcast.
+    """
+
+    lead: tuple[int, ...]
+    widths: Widths
+    absent: frozenset[str] = frozenset()
+    width: int | None = None
+    sizes: tuple[tuple[str, int], ...] = ()
+    shared: bool = False
+
+    @property
+    def batch(self) -> int:
+        """Number of sequences."""
+        return self.lead[0] if self.lead else 1
+
+    @property
+    def length(self) -> int:
+        """Number of positions."""
+        return self.lead[-1] if self.lead else 1
+
+    @property
+    def before(self) -> int:
+        """Number of positions in front of those, where an operation has some: there may be none."""
+        return 6 if self.length > 1 else 0
+
+    def __str__(self) -> str:
+        activations, parameters = (
+            str(d).removeprefix("torch.") for d in (self.widths.activations, self.widths.parameters)
+        )
+        where = f"on inputs of {len(self.lead) + 1} dimensions {self.lead} in {activations}, parameters in {parameters}"
+        where += ", children that give another dtype" if self.widths.leaves else ""
+        where += f", {self.width} elements wide" if self.width else ""
+        where += "".join(f", {name} {size}" for name, size in self.sizes)
+        return where + (", one sequence of angles for all" if self.shared else "")
+
+
+# Primes that no width of a model is: a leading dimension is never mistaken for another one.
+FIRST = Round((11, 13), Widths(BF16, BF16))
+ROUNDS = (
+    Round((1031, 8209), Widths(BF16, BF16)),
+    Round((1, 1), Widths(F16, F16)),
+    Round((17,), Widths(F32, F32)),
+    Round((7, 19, 23), Widths(F32, F32)),
+    Round((11, 13), Widths(BF16, F32)),
+    Round((11, 13), Widths(F32, BF16)),
+    Round((11, 13), Widths(F16, F16)),
+    Round((11, 13), Widths(BF16, BF16, F32)),
+)
+# For code that looks at sizes and decides something: it may ask for a rank, without a number to be found.
+ROUNDS_OF_RANKS = (Round((), FIRST.widths), Round((2, 3, 5, 7), FIRST.widths))
+
+
+def rounds_at(sizes: Iterable[int]) -> tuple[Round, ...]:
+    """Rounds in which every leading dimension is one of these sizes, one less, or one more."""
+    return tuple(Round((number, number), FIRST.widths) for number in _near(sizes))
+
+
+def rounds_of_modules(sizes: Iterable[int] | None) -> tuple[Round, ...]:
+    """Rounds for a module whose code names these sizes, or looks at none and decides nothing by them (None)."""
+    return (*ROUNDS_OF_RANKS, *rounds_at(sizes)) if sizes is not None else ()
+
+
+def rounds_of_widths(widths: Iterable[int]) -> tuple[Round, ...]:
+    """Rounds in which the inputs of a module have these widths, and near ones; one that takes one width alone fails there."""
+    return tuple(replace(FIRST, width=width) for width in _near(widths))
+
+
+def _near(sizes: Iterable[int]) -> list[int]:
+    return sorted({number for size in sizes for number in (size - 1, size, size + 1)} - {1})
+
+
+def rounds_of_heads(widths: Iterable[int]) -> tuple[Round, ...]:
+    """Rounds in which heads have another width, of which half or all may be turned."""
+    even = dict.fromkeys(width for width in widths if width % 4 == 0)
+    return tuple(replace(FIRST, sizes=(("D", width), ("R", width // 2))) for width in even)
+
+
+# Sizes that are the same where a function may ask: as many heads of keys as of queries, one head, all of a head turned;
+# and the angles of one sequence for all.
+ROUNDS_OF_FUNCTIONS = (
+    *(replace(FIRST, sizes=sizes) for sizes in ((("Hk", 3),), (("Hk", 1),), (("Hq", 1), ("Hk", 1)), (("R", 46),))),
+    replace(FIRST, shared=True),
+)
+
+
+_DEFAULT_SIZES = {"B": 11, "S": 13, "H": 34, "I": 58, "D": 46, "R": 28, "Hq": 3, "Hk": 5}
+SIZE_NAMES = frozenset(_DEFAULT_SIZES)
+
+
+def arguments_of(op: Operation) -> list[Role]:
+    """The roles of an operation that are filled by what a layer is called with."""
+    return [role for role in op.roles if role.kind == "argument"]
+
+
+def sizes_of(at: Round, variant: Variant, fixed: dict[str, int]) -> dict[str, Any]:
+    """The sizes of an operation's tensors in one round, and what else their shapes depend on."""
+    return {
+        **_DEFAULT_SIZES,
+        **dict(at.sizes),
+        "lead": at.lead,
+        "B": at.batch,
+        "S": at.length,
+        "P": at.before,
+        **dict(variant.options),
+        **fixed,
+    }
+
+
+def shape_of(role: Role, at: Round, variant: Variant, fixed: dict[str, int]) -> tuple[int, ...]:
+    """The shape of an argument in one round."""
+    sizes = sizes_of(at, variant, fixed)
+    shape = role.shape(sizes)
+    return (1, *shape[1:]) if at.shared and is_shared(role, shape, sizes) else shape
+
+
+def is_shared(role: Role, shape: tuple[int, ...], sizes: Mapping[str, Any]) -> bool:
+    """Whether a role is one of the angles that may be those of one sequence for all."""
+    return role.follows in ("parameters", "complex") and len(shape) > 2 and shape[0] == sizes["B"]
+
+
+def dtype_of(role: Role, at: Round) -> torch.dtype:
+    """The dtype of what fills a role in one round."""
+    if role.follows == "complex":
+        return torch.complex64
+    wide = role.kind == "attribute" or role.follows == "parameters"
+    return at.widths.parameters if wide else at.widths.activations
