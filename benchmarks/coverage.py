@@ -218,13 +218,14 @@ def page(count: Count, by_type: str) -> str:
 
 def by_model_type(results: list[tuple[str, list[tuple[str, str | None, bool]], str | None]]) -> str:
     liger = json.loads(LISTS.read_text())["Liger"]
-    built = [(name, rows) for name, rows, error in results if error is None]
+    built = [(name, rows) for name, rows, error in results if error is None or error.startswith(models.CRASHED)]
+    crashes = sum((error or "").startswith(models.CRASHED) for _, _, error in results)
     lines = [
         _BY_TYPE,
         "",
-        f"{len(built)} of {len(results)} model types could be built in the last run over all of them. Columns count the",
-        "classes and functions that are recognised, `tags` those that transformers registers for kernels; `Liger` says",
-        f"whether Liger {liger['version']} patches the model type.",
+        f"{len(built)} of {len(results)} model types could be built in the last run over all of them; recognition failed",
+        f"with an error in {crashes or 'none'}. Columns count the classes and functions that are recognised, `tags` those that",
+        f"transformers registers for kernels; `Liger` says whether Liger {liger['version']} patches the model type.",
         "",
         "| model type | RMSNorm | gated MLP | rotary | layer | LayerNorm | MLP | activation | linear | tags | Liger |",
         "|---|---|---|---|---|---|---|---|---|---|---|",
@@ -345,6 +346,8 @@ def cover(types: dict[str, tuple[str, ...]], jobs: int, *, summary: bool) -> Non
         {kind: [len(count.found[kind]), len(names)] for kind, names in lists.items()},
     )
     print("\n".join(count.table()))
+    crashed = [f"{name}: {error}" for name, _, error in results if error and error.startswith(models.CRASHED)]
+    print(f"{len(crashed)} crashes in {len(results)} models", *crashed, sep="\n")
     if here:
         kept = _BY_TYPE + PAGE.read_text().partition(_BY_TYPE)[2]
         PAGE.write_text(page(count, kept if summary else by_model_type(results)))

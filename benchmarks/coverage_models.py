@@ -41,7 +41,7 @@ HEADS = (
     "MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES", "MODEL_FOR_MASKED_LM_MAPPING_NAMES",
     "MODEL_FOR_SPEECH_SEQ_2_SEQ_MAPPING_NAMES", "MODEL_FOR_PRETRAINING_MAPPING_NAMES", "MODEL_MAPPING_NAMES",
 )  # fmt: skip
-SECONDS = 90  # for one model type
+SECONDS = 300  # for one model type
 LARGEST = 4_000_000  # parameters of a layer that is run
 
 
@@ -121,12 +121,19 @@ def name_of(module: str, name: str) -> str:
     return f"{module.rpartition('.')[2].removeprefix('modeling_')}.{name}"
 
 
+CRASHED = "recognition failed: "
+
+
 def look(model_type: str, class_names: tuple[str, ...]) -> tuple[str, list[tuple[str, str | None, bool]], str | None]:
     torch.set_num_threads(1)
+    begun = ""
     try:
-        return model_type, list(rows_of(build(model_type, class_names))), None
+        model = build(model_type, class_names)
+        begun = CRASHED
+        return model_type, list(rows_of(model)), None
     except Exception as error:
-        return model_type, [], f"{type(error).__name__}: {str(error).splitlines()[0][:100] if str(error) else ''}"
+        first = str(error).splitlines()[0][:100] if str(error) else ""
+        return model_type, [], f"{begun}{type(error).__name__}: {first}"
 
 
 def classes_alone(names: list[str]) -> dict[str, str | None]:
