@@ -223,23 +223,25 @@ def _prepare(model: nn.Module, plan: Plan, token: Token) -> list[tuple[nn.Module
         if not has_kernel and STATE not in module.__dict__:
             continue
         key = _what_binds(module, layer, decisions)
-        if key not in bound:
-            bound[key] = _bind(module, layer, decisions)
-        prepared.append((module, Entry(token, layer, tuple(decisions), *bound[key])))
+        calls = bound.get(key)
+        if calls is None:
+            calls = bound[key] = _bind(module, layer, decisions)
+        prepared.append((module, Entry(token, layer, tuple(decisions), *calls)))
     return prepared
 
 
 def _what_binds(module: nn.Module, layer: Layer, decisions: Sequence[Decision]) -> tuple[Any, ...]:
     """Everything that the calls of a layer depend on; what `discover` shares between layers stands by its identity."""
+    held = module.__dict__
     return (
         id(own_forward(module)),
         id(layer.signature),
         id(layer.recognition),
         id(layer.recognition_in_training),
         layer.function,
-        *module._parameters,
-        *module._modules,
-        *[(id(d.kernel), d.mode, d.asked_by) for d in decisions],
+        *held["_parameters"],
+        *held["_modules"],
+        *[part for d in decisions for part in (id(d.kernel), d.mode, d.asked_by)],
     )
 
 

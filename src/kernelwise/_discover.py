@@ -145,6 +145,7 @@ class _Class:
     shared: str | None
     condition: Callable[[nn.Module], Any] | None
     functions: tuple[tuple[str, Recognition], ...]
+    takes_labels: bool
     kinds: list[_Kind]
 
 
@@ -163,6 +164,7 @@ def _facts_of(module: nn.Module) -> _Class:
         shared=_shared_function(module),
         condition=getattr(cls, "kernel_condition", None),
         functions=recognize_functions(module),
+        takes_labels=any(parameter.name == LABELS for parameter in parameters),
         kinds=[],
     )
 
@@ -209,21 +211,22 @@ class _Look:
             self.layers.append(layer.at(paths))
         if facts.functions or "_kernel_funcs" in d or "_hidden_kernels" in d:
             self._add_functions(module, facts, paths, replaced)
-        if any(parameter.name == LABELS for parameter in facts.signature):
+        if facts.takes_labels:
             self._add_head(module, facts, paths, replaced)
 
     def _alike(self, module: nn.Module, facts: _Class) -> Layer | None:
         """Return what is known of a module of this class that is like this one, or find it out."""
         for kind in facts.kinds:
-            if kind.inference.holds(module) and (kind.training is kind.inference or kind.training.holds(module)):
-                if kind.layer is None:
+            inference, training, layer = kind.inference, kind.training, kind.layer
+            if inference.holds(module) and (training is inference or training.holds(module)):
+                if layer is None:
                     return None
                 if (
                     kind.names == _names(module)
                     and kind.tensors == self._tensors(module)
                     and (facts.condition is None or kind.excluded == _condition(module))
                 ):
-                    return kind.layer
+                    return layer
         kind = self._kind(module, facts, None)
         facts.kinds.insert(0, kind)
         del facts.kinds[_MOST_KINDS:]
@@ -260,9 +263,11 @@ class _Look:
         dtypes: tuple[torch.dtype, ...] = ()
         for parameter in d["_parameters"].values():
             if parameter is not None:
-                device = device or _device_name(parameter.device)
-                if parameter.dtype not in dtypes:
-                    dtypes += (parameter.dtype,)
+                dtype = parameter.dtype
+                if device is None:
+                    device, dtypes = _device_name(parameter.device), (dtype,)
+                elif dtype not in dtypes:
+                    dtypes += (dtype,)
         if not d["_modules"]:
             return (model_device(module) if device is None or device == "meta" else device), dtypes
         known = self._known_tensors.get(module)
@@ -534,8 +539,9 @@ def globals_called(forward: Callable[..., Any]) -> dict[str, Any]:
 
 def _names(module: nn.Module) -> tuple[str, ...]:
     """Return the names of what stands on a module itself, and nothing of ours."""
-    names = (*module.__dict__, *module._parameters, *module._buffers, *module._modules)
-    return tuple(name for name in names if name not in OURS) if STATE in module.__dict__ else names
+    d = module.__dict__
+    names = (*d, *d["_parameters"], *d["_buffers"], *d["_modules"])
+    return tuple(name for name in names if name not in OURS) if STATE in d else names
 
 
 def _attributes(module: nn.Module) -> frozenset[str]:
