@@ -149,7 +149,7 @@ def test_spoilt_results_are_measured_again(tmp_path, prover):
     )
     for _ in range(2):
         assert len(tried(trials(model, x, prover), "builtin:torch:LayerNorm").timings) == 1
-        assert [run.error for run in _confirm._race_all(course, {EAGER: None, "builtin": kw.KernelConfig()})] == [
+        assert [run.error for run in _confirm.race_all(course, {EAGER: None, "builtin": kw.KernelConfig()})] == [
             None
         ] * 2
         files = [*(tmp_path / "cache" / "results").glob("*.json")]
@@ -201,7 +201,7 @@ def test_a_race_in_a_hurry_is_run_again_where_there_is_twice_the_time(found, tim
         course = _confirm.Course(
             model, kw.discover(model), ("inference",), workloads, "cpu", "here", {}, until, lambda what: None
         )
-        _confirm._race_all(course, {EAGER: None, "builtin": kw.KernelConfig()})
+        _confirm.race_all(course, {EAGER: None, "builtin": kw.KernelConfig()})
     assert raced == [1.0, 3.0][:times]
 
 

@@ -108,6 +108,7 @@ def few_sizes() -> Iterator[None]:
         patch.setattr(_inputs, "_MANY_ROWS", {**_inputs._MANY_ROWS, "S": 101})
         patch.setattr(_confirm, "MOST_S", 1.0)
         patch.setattr(_trials, "TIMING_S", 0.2)
+        patch.setattr(_tune, "_rivals_of", lambda model: ())  # compiling takes seconds
         yield
 
 
@@ -259,7 +260,7 @@ def sorting(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
 
 def straight(x: torch.Tensor, weight: torch.Tensor, eps: float) -> torch.Tensor:
     if torch.compiler.is_compiling():
-        for _ in range(8):
+        for _ in range(40):  # so slow that it shows on a busy machine
             x = x + 0 * torch.sort(x, dim=-1).values
     return weight * x / torch.sqrt(torch.mean(x * x, -1, keepdim=True) + eps) + torch.tanh(x)
 
@@ -543,7 +544,7 @@ TUNING = """
     import torch
     sys.path.insert(0, {tests!r})
     from test_tune import Sorting, _confirm, _inputs, _trials, _tune, kw, nn, register_sorting
-    _inputs._SIZES, _confirm.MOST_S, _trials.TIMING_S = (), 1.0, 0.2
+    _inputs._SIZES, _confirm.MOST_S, _trials.TIMING_S, _tune._rivals_of = (), 1.0, 0.2, lambda model: ()
     import kernelwise.sources._inductor as inductor
     inductor.DEVICES = ()
     register_sorting()
@@ -607,12 +608,12 @@ RANKS = """
     except kw.KernelwiseError as error:
         print("failed:", str(error))
     _tune.kinds_of = kinds_of
-    _tune._hash_of, hash_of = (lambda model: 1 / 0) if rank == 1 else _tune._hash_of, _tune._hash_of
+    _tune.hash_of, hash_of = (lambda model: 1 / 0) if rank == 1 else _tune.hash_of, _tune.hash_of
     try:
         kw.tune(model, x, seconds=100)
     except kw.KernelwiseError as error:
         print("lost:", str(error))
-    _tune._hash_of = hash_of
+    _tune.hash_of = hash_of
     config = kw.tune(model, x, seconds=100)
     print("chosen:", json.dumps([config.to_dict(), config.evidence.to_json()], sort_keys=True))
     dist.destroy_process_group()
@@ -714,9 +715,14 @@ def test_modes_that_nobody_tuned_are_not_turned_off_where_devices_differ():
 # ------------------------------------------------------------------------------------------- what a result depends on
 
 
+def begin(model: nn.Module) -> _tune._Session:
+    request = _tune._Request("latency", None, kw.KernelConfig(), (), (), 16, 10, False, 60, None)
+    return _tune._begin(model, X, request, lambda what, part: None)
+
+
 def test_what_runs_depend_on_is_part_of_what_results_stand_under(monkeypatch):
     def about(model: nn.Module) -> str:
-        return json.dumps(_tune._begin(model, X, "latency", None, False, 10, None, None, kw.KernelConfig()).about)
+        return json.dumps(begin(model).about)
 
     model = Model().eval()
     torch.set_float32_matmul_precision("highest")
@@ -749,18 +755,18 @@ def test_what_runs_depend_on_is_part_of_what_results_stand_under(monkeypatch):
 
 def test_a_model_is_tuned_on_its_own_device_and_no_other(monkeypatch):
     seen: list[str] = []
-    monkeypatch.setattr(_tune, "_place", lambda model: "cuda:1")
+    monkeypatch.setattr(_tune, "place", lambda model: "cuda:1")
     monkeypatch.setattr(_tune, "environment", lambda device: (seen.append(device), ())[1])
     monkeypatch.setattr(_tune, "on_device", lambda device: (seen.append(device), contextlib.nullcontext())[1])
-    session = _tune._begin(Model().eval(), X, "latency", None, False, 10, None, None, kw.KernelConfig())
+    session = begin(Model().eval())
     assert session.device == "cuda:1"
     assert seen == ["cuda:1", "cuda:1"]
     monkeypatch.undo()
-    assert _tune._place(Model()) == "cpu"
-    assert _tune._place(nn.ReLU()) == "cpu"
+    assert _tune.place(Model()) == "cpu"
+    assert _tune.place(nn.ReLU()) == "cpu"
     spread = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     with pytest.raises(PlanError, match="spread over cpu, meta"):
-        _tune._place(spread)
+        _tune.place(spread)
 
 
 def test_quick_candidates_have_their_turn_first():

@@ -5,7 +5,7 @@ config → discover → plan → verify → apply → report
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -13,14 +13,14 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from kernelwise import _apply, _discover, _prove, _ranks, _tune, _verify
+from kernelwise import _apply, _discover, _prove, _verify
 from kernelwise._capture import group
-from kernelwise._config import KernelConfig
 from kernelwise._data import Checks, Kernel, Plan, Target
 from kernelwise._decide import Config, decide, make_plan
 from kernelwise._errors import ApplyError, PlanError
 from kernelwise._progress import OnCheck, progress_of
 from kernelwise._report import Report, make_row
+from kernelwise._tune import tune as tune
 from kernelwise.sources.registered import is_registered
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -168,57 +168,6 @@ def verify(
         checks = _verify.verify_plan(model, decided, inputs, options=options, on_check=on_check)
     _prove.remember(model, decided, checks.checks)
     return checks
-
-
-def tune(
-    model: nn.Module,
-    inputs: Any,
-    *,
-    objective: str = "latency",
-    workload: str | Sequence[str] | None = None,
-    config: Config = None,
-    candidates: Mapping[str, Any] | Sequence[Any] = (),
-    seconds: float = 300.0,
-    compile: bool = False,
-    progress: Callable[[str, float], object] | None = None,
-) -> KernelConfig:
-    """Find the fastest kernels that are right for a model on this machine, and return them as a config. Nothing is put in.
-
-    Every kernel that is offered for a kind of layers is checked and timed on what the model gives these layers. The best are
-    raced on the whole model, alone and together, and what does not hold there is taken back. `config.evidence` has all that
-    was found; it prints as tables. What was measured is remembered: tuning again goes on where it was interrupted.
-
-    Under torch.distributed every rank must call it: one for each kind of device measures, and all get the same config.
-
-    Args:
-        inputs: what the model is called with (a dict, a tuple, or one argument). Shapes decide what is fast.
-        objective: `"latency"` counts every workload the same, `"throughput"` by the time it takes; `"memory"` takes what
-            needs the least at its peak, where the device counts that.
-        workload: one or several of `"forward"`, `"prefill"`, `"decode"` and `"training"`. None: prefill and decode for a
-            causal language model, else forward; and training where the model is in training mode or has labels.
-        config: whose kernels are tried too. Layers with None in it are not tuned; its options and its other rules stay.
-        candidates: kernels to try besides those that are offered anyway: references, for all layers that they fit, or a dict
-            from layer name to one or several. An operator of PyTorch and what Inductor compiles are tried by themselves.
-        seconds: how long it may take, about. What could not be tried stands in `config.evidence.notes`.
-        compile: tune for `torch.compile` too: what is chosen then goes in with `mode="inference+compile"`.
-        progress: called with what comes next, and the part that is done, 0 to 1.
-
-    Raises:
-        PlanError: an argument is wrong, the model has kernels already, is on the meta device or on several devices, or (under
-            torch.distributed) a rank failed. KernelConfigError: `config` or `candidates` are wrong.
-    """
-    run = _tune.tune_together if _ranks.several() else _tune.tune
-    return run(
-        model,
-        inputs,
-        objective=objective,
-        workload=workload,
-        config=config,
-        candidates=candidates,
-        seconds=seconds,
-        compile=compile,
-        progress=progress,
-    )
 
 
 def unkernelize(model: Model, *, paths: Sequence[str] | None = None) -> Model:

@@ -16,8 +16,9 @@ from torch import nn
 
 from kernelwise import _apply
 from kernelwise._config import KernelConfig
-from kernelwise._contenders import AND_COMPILED, COMPILED, CONTENDERS, check_names, compile_limits, contender
+from kernelwise._contenders import CONTENDERS, caveats, check_names, compile_limits, contender
 from kernelwise._decide import Config, current_target
+from kernelwise._device_lock import alone_on
 from kernelwise._discover import model_device
 from kernelwise._errors import KernelwiseError, PlanError
 from kernelwise._evidence import EAGER, Run, Tuning
@@ -80,6 +81,9 @@ def bench(
             if (name, workload.training) not in built:
                 built[name, workload.training] = _build(base, name, workload.training, configs)
 
+        def waits(what: str, number: int = number) -> None:
+            tell(what, number / len(wanted))
+
         def first_call(name: str, number: int = number, workload: Workload = workload) -> None:
             tell(f"{workload.name}: first call of {name}", number / len(wanted))
 
@@ -88,7 +92,7 @@ def bench(
 
         there = {name: built[name, workload.training] for name in names}
         ready = {name: found for name, found in there.items() if isinstance(found, Contender)}
-        with compile_limits():
+        with alone_on(device, waits), compile_limits():
             raced = race(ready, workload, device=device, seconds=seconds, begin=first_call, progress=turns)
         ran = {run.contender: run for run in raced}
         for name, found in there.items():
@@ -121,9 +125,6 @@ def evidence(
 ) -> Tuning:
     """Return runs as the evidence that reports show and JSON holds: without choices, as nothing was tuned."""
     kind = model_device(model) or "cpu"
-    compiled = [run for run in runs if run.contender == COMPILED or run.contender.endswith(AND_COMPILED)]
-    if any(run.workload == "decode" and run.comparison is not None for run in compiled):
-        notes = (*notes, "in decode, torch.compile has transformers' static cache; the others have the growing one")
     return Tuning(
         model=name,
         target=current_target(kind),
@@ -132,7 +133,7 @@ def evidence(
         choices=(),
         runs=tuple(runs),
         environment=environment(_device_of(model)),
-        notes=tuple(notes),
+        notes=(*notes, *caveats(runs)),
         date=datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         seconds=seconds,
     )

@@ -18,6 +18,7 @@ import typer
 
 from kernelwise._data import DEVICE_TYPES, MODES, Decision, Layer, Plan, Target, to_json
 from kernelwise._errors import KernelwiseError
+from kernelwise._evidence import Tuning
 from kernelwise._mapping import DEVICE_HINTS, MISS_HINTS, MODE_HINTS
 from kernelwise._models import DTYPES, NamedModel, load_model
 from kernelwise._reference import did_you_mean, nearest
@@ -50,6 +51,34 @@ DtypeOption = Annotated[
     typer.Option("--dtype", metavar="DTYPE", callback=_one_of(DTYPES), help=f"Build it in {', '.join(DTYPES)}."),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+ConfigOption = Annotated[
+    Path | None, typer.Option("--config", metavar="FILE", help="A kernel mapping in TOML or JSON.")
+]
+
+# Of the commands that run a model.
+RunDeviceOption = Annotated[
+    str | None,
+    typer.Option("--device", metavar="DEVICE", help="Where to run it. Default: the accelerator, else cpu."),
+]
+FullOption = Annotated[bool, typer.Option("--full", help="Build a model type in the sizes of its defaults, not small.")]
+LayersOption = Annotated[
+    int | None, typer.Option("--layers", metavar="N", min=1, help="Build it with N hidden layers.")
+]
+TokensOption = Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Length of the prompt.")]
+BatchOption = Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Rows of the inputs.")]
+NewTokensOption = Annotated[
+    int, typer.Option("--new-tokens", metavar="N", min=1, help="Tokens that a run of decode computes for each row.")
+]
+InputsOption = Annotated[
+    str | None,
+    typer.Option("--inputs", metavar="MODULE:FACTORY", help="What gives the inputs. Default: random ones."),
+]
+WorkloadOption = Annotated[
+    list[str] | None,
+    typer.Option("--workload", metavar="NAME", help="forward, prefill, decode or training. Can be given again."),
+]
+JsonFileOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write what was found as JSON.")]
+HtmlFileOption = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write what was found as a page.")]
 
 
 @app.command("layers")
@@ -68,9 +97,7 @@ def layers_command(model: ModelArgument, dtype: DtypeOption = None, as_json: Jso
 @app.command("plan")
 def plan_command(
     model: ModelArgument,
-    config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="A kernel mapping in TOML or JSON.")
-    ] = None,
+    config: ConfigOption = None,
     device: Annotated[
         str | None,
         typer.Option(
@@ -140,9 +167,7 @@ def plan_command(
 @app.command("verify")
 def verify_command(
     model: Annotated[str | None, typer.Argument(metavar="[MODEL]", help=_MODEL_HELP)] = None,
-    config: Annotated[
-        Path | None, typer.Option("--config", metavar="FILE", help="A kernel mapping in TOML or JSON.")
-    ] = None,
+    config: ConfigOption = None,
     kernel: Annotated[
         str | None,
         typer.Option(
@@ -231,30 +256,15 @@ def cache_clear_command(
 @app.command("bench")
 def bench_command(
     model: ModelArgument,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", metavar="DEVICE", help="Where to run it. Default: the accelerator, else cpu."),
-    ] = None,
+    device: RunDeviceOption = None,
     dtype: DtypeOption = None,
-    full: Annotated[
-        bool, typer.Option("--full", help="Build a model type in the sizes of its defaults, not small.")
-    ] = False,
-    layers: Annotated[
-        int | None, typer.Option("--layers", metavar="N", min=1, help="Build it with N hidden layers.")
-    ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Length of the prompt.")] = 128,
-    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Rows of the inputs.")] = 1,
-    new_tokens: Annotated[
-        int, typer.Option("--new-tokens", metavar="N", min=1, help="Tokens that a run of decode computes for each row.")
-    ] = 16,
-    inputs: Annotated[
-        str | None,
-        typer.Option("--inputs", metavar="MODULE:FACTORY", help="What gives the inputs. Default: random ones."),
-    ] = None,
-    workload: Annotated[
-        list[str] | None,
-        typer.Option("--workload", metavar="NAME", help="forward, prefill, decode or training. Can be given again."),
-    ] = None,
+    full: FullOption = False,
+    layers: LayersOption = None,
+    tokens: TokensOption = 128,
+    batch: BatchOption = 1,
+    new_tokens: NewTokensOption = 16,
+    inputs: InputsOption = None,
+    workload: WorkloadOption = None,
     contender: Annotated[
         list[str] | None,
         typer.Option(
@@ -270,12 +280,8 @@ def bench_command(
     seconds: Annotated[
         float, typer.Option("--seconds", metavar="S", help="How long the turns on one workload may take.")
     ] = 20.0,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write what was found as JSON.")
-    ] = None,
-    html_file: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write what was found as a page.")
-    ] = None,
+    json_file: JsonFileOption = None,
+    html_file: HtmlFileOption = None,
 ) -> None:
     """Time MODEL end to end, all contenders side by side. Exit code 1: not even its own code ran."""
     from kernelwise._bench import bench_command as run
@@ -300,12 +306,7 @@ def bench_command(
             progress=progress,
         )
     print(show(found))
-    if json_file is not None:
-        json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n")
-    if html_file is not None:
-        from kernelwise._page import save
-
-        save(found, html_file)
+    _write_evidence(found, json_file, html_file)
     raise typer.Exit(0 if any(run.comparison is not None for run in found.runs) else 1)
 
 
@@ -325,27 +326,15 @@ def _progress() -> Iterator[Callable[[str, float], None]]:
 @app.command("tune")
 def tune_command(
     model: ModelArgument,
-    device: Annotated[
-        str | None,
-        typer.Option("--device", metavar="DEVICE", help="Where to run it. Default: the accelerator, else cpu."),
-    ] = None,
+    device: RunDeviceOption = None,
     dtype: DtypeOption = None,
-    full: Annotated[
-        bool, typer.Option("--full", help="Build a model type in the sizes of its defaults, not small.")
-    ] = False,
-    layers: Annotated[
-        int | None, typer.Option("--layers", metavar="N", min=1, help="Build it with N hidden layers.")
-    ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", metavar="N", min=1, help="Length of the prompt.")] = 128,
-    batch: Annotated[int, typer.Option("--batch", metavar="N", min=1, help="Rows of the inputs.")] = 1,
-    inputs: Annotated[
-        str | None,
-        typer.Option("--inputs", metavar="MODULE:FACTORY", help="What gives the inputs. Default: random ones."),
-    ] = None,
-    workload: Annotated[
-        list[str] | None,
-        typer.Option("--workload", metavar="NAME", help="forward, prefill, decode or training. Can be given again."),
-    ] = None,
+    full: FullOption = False,
+    layers: LayersOption = None,
+    tokens: TokensOption = 128,
+    batch: BatchOption = 1,
+    new_tokens: NewTokensOption = 16,
+    inputs: InputsOption = None,
+    workload: WorkloadOption = None,
     objective: Annotated[
         str, typer.Option("--objective", metavar="NAME", help="latency, throughput or memory.")
     ] = "latency",
@@ -358,15 +347,20 @@ def tune_command(
             "--candidate", metavar="REF", help="One more kernel for all layers that it fits. Can be given again."
         ),
     ] = None,
+    contender: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--contender",
+            metavar="NAME",
+            help="Race the result with torch.compile, transformers or liger, or with eager alone. Can be given again. "
+            "Default: torch.compile where there is time for it, and liger on GPUs.",
+        ),
+    ] = None,
     seconds: Annotated[float, typer.Option("--seconds", metavar="S", help="How long it may take, about.")] = 300.0,
     compiled: Annotated[bool, typer.Option("--compile", help="Tune for torch.compile too (slow).")] = False,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the config as TOML or JSON.")] = None,
-    json_file: Annotated[
-        Path | None, typer.Option("--json", metavar="FILE", help="Write the evidence as JSON.")
-    ] = None,
-    html_file: Annotated[
-        Path | None, typer.Option("--html", metavar="FILE", help="Write the evidence as a page.")
-    ] = None,
+    json_file: JsonFileOption = None,
+    html_file: HtmlFileOption = None,
 ) -> None:
     """Find the kernels that are right and fastest for MODEL on this machine. Run again after an interruption, it goes on."""
     from kernelwise._config import KernelConfig
@@ -387,6 +381,8 @@ def tune_command(
             workload=workload or None,
             config=None if config is None else KernelConfig.load(config),
             candidates=candidate or (),
+            contenders=contender or None,
+            steps=new_tokens,
             seconds=seconds,
             compile=compiled,
             progress=progress,
@@ -398,12 +394,16 @@ def tune_command(
     print(f"\n{evidence.config}", end="")
     if out is not None:
         tuned.save(out)
+    _write_evidence(evidence, json_file, html_file)
+
+
+def _write_evidence(found: Tuning, json_file: Path | None, html_file: Path | None) -> None:
     if json_file is not None:
-        json_file.write_text(json.dumps(evidence.to_json(), indent=2) + "\n")
+        json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n")
     if html_file is not None:
         from kernelwise._page import save
 
-        save(evidence, html_file)
+        save(found, html_file)
 
 
 def _check_folders(*files: Path | None) -> None:
@@ -437,7 +437,7 @@ def report_command(
 
 @app.command("demo")
 def demo_command() -> None:
-    """Show everything on a small language model with real weights, on the CPU, in under three minutes."""
+    """Show everything on a small language model with real weights, on the CPU; five minutes on two cores at most."""
     from kernelwise._demo import main as run_demo
 
     raise typer.Exit(run_demo())

@@ -22,17 +22,29 @@ from kernelwise import _apply, _results
 from kernelwise._candidates import Kind, mapping_of, with_trust
 from kernelwise._compare import on_device
 from kernelwise._config import KernelConfig
-from kernelwise._contenders import AND_COMPILED, BUILTIN, COMPILED, compile_limits
+from kernelwise._contenders import UnavailableError, compile_limits, contender, is_compiled
 from kernelwise._data import MODES, KernelRef, Layer, to_json
 from kernelwise._decide import decide
 from kernelwise._errors import KernelwiseError
-from kernelwise._evidence import EAGER, Comparison, Objective, Run
+from kernelwise._evidence import (
+    AND_COMPILED,
+    BUILTIN,
+    COMPILED,
+    EAGER,
+    LIGER,
+    TRANSFORMERS,
+    TUNED,
+    Comparison,
+    Objective,
+    Run,
+)
 from kernelwise._mapping import read_keys
 from kernelwise._plan import choose_rule
 from kernelwise._race import Contender, race, said, sharing_copy
 from kernelwise._workload import Workload
 
-TUNED = "tuned"
+OTHERS = (COMPILED, TRANSFORMERS, LIGER)
+"""Contenders that change a model as a whole, in ways that no config says."""
 
 _EAGER = ("inference", "training")
 _WORTH_A_LOOK = 0.01
@@ -44,7 +56,7 @@ LEAST_S = 1.0
 MOST_S = 20.0
 """What they may take at most: by then the differences are clear, or nobody can say."""
 
-_TURNS = 9
+TURNS = 9
 """About how many times a race runs each contender: first calls, warming up, and the fewest rounds."""
 
 Chosen = dict[Kind, str | None]
@@ -59,6 +71,7 @@ class Confirmation:
     runs: list[Run] = field(default_factory=list)
     taken_back: dict[Kind, str] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    best: str = TUNED
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +90,7 @@ class Course:
     objective: Objective = "latency"
     asked: KernelConfig = field(default_factory=KernelConfig)
     trusted: Mapping[str, KernelRef] = field(default_factory=dict)  # by their strings, which do not say so
+    others: tuple[str, ...] = ()  # of `OTHERS`: what the result is raced with
 
     def config(self, chosen: Mapping[Kind, str | None]) -> KernelConfig:
         """Write choices as a config, over the user's own. Layers of which neither speaks get what they get by default."""
@@ -122,17 +136,17 @@ def confirm(course: Course, chosen: Chosen) -> Confirmation:
     """Race the choices alone and together, in every workload, and keep what holds."""
     found = Confirmation(dict(chosen))
     alone = _alone(course, found)
-    runs = _race_all(course, {EAGER: None, BUILTIN: KernelConfig(), TUNED: course.config(found.chosen), **alone})
+    runs = race_all(course, {EAGER: None, BUILTIN: KernelConfig(), TUNED: course.config(found.chosen), **alone})
     of_mode = {mode: [run for run in runs if (run.workload == "training") == (mode == "training")] for mode in _EAGER}
     for name, (mode, those) in product(alone, of_mode.items()):
-        failed = next((run.error for run in those if run.contender == name and run.error), None)
-        if failed is not None or _score(course, those, name) < 0:
-            why = f"it fails end to end: {failed}" if failed else f"the whole model with it is {_figures(those, name)}"
+        error = next((run.error for run in those if run.contender == name and run.error), None)
+        if error is not None or _score(course, those, name) < 0:
+            why = f"it fails end to end: {error}" if error else f"the whole model with it is {_figures(those, name)}"
             gone = [kind for kind in found.chosen if (kind.layer.name, kind.mode) == (name, mode)]
             _take_back(found, gone, f"taken back: {why}")
     if found.taken_back:
         runs = [run for run in runs if run.contender in alone]
-        runs += _race_all(course, {EAGER: None, BUILTIN: KernelConfig(), TUNED: course.config(found.chosen)})
+        runs += race_all(course, {EAGER: None, BUILTIN: KernelConfig(), TUNED: course.config(found.chosen)})
     runs = _best_of(course, found, runs, alone)
     if any(kind.mode.endswith(AND_COMPILED) for kind in chosen):
         runs += _compiled(course, found)
@@ -147,7 +161,7 @@ def _alone(course: Course, found: Confirmation) -> dict[str, KernelConfig]:
     names = list(dict.fromkeys(kind.layer.name for kind, ref in eager.items() if ref is not None))
     if len(names) < 2:
         return {}
-    if (len(names) + 3) * _TURNS * sum(course.seconds.values()) > course.until - time.monotonic():
+    if (len(names) + 3) * TURNS * sum(course.seconds.values()) > course.until - time.monotonic():
         found.notes.append("no time was left to run each choice alone: all of them were run together only")
         return {}
     return {
@@ -169,17 +183,17 @@ def _best_of(course: Course, found: Confirmation, runs: list[Run], alone: Mappin
     rivals = {
         name: config
         for name, config in rivals.items()
-        if not _failed(runs, name) and not (name == BUILTIN and kept_out)  # the user does not want all of it
+        if not failed(runs, name) and not (name == BUILTIN and kept_out)  # the user does not want all of it
     }
     if not rivals:
         return runs
-    best = max(rivals, key=lambda name: _rank(course, runs, name))
-    if _failed(runs, TUNED):
+    best = max(rivals, key=lambda name: rank(course, runs, name))
+    if failed(runs, TUNED):
         why = next(run.error for run in runs if run.contender == TUNED and run.error)
     else:
-        if not _seems_better(course, runs, best, TUNED):
+        if not seems_better(course, runs, best, TUNED):
             return runs
-        direct = _race_all(course, {TUNED: course.config(found.chosen), best: rivals[best]}, own=TUNED)
+        direct = race_all(course, {TUNED: course.config(found.chosen), best: rivals[best]}, own=TUNED)
         if _score(course, direct, best) <= 0:
             return runs
         why = f"{best} is {_figures(direct, best)} than all choices together".replace("times as fast", "times faster")
@@ -190,7 +204,7 @@ def _best_of(course: Course, found: Confirmation, runs: list[Run], alone: Mappin
         _turn_off(course, found, _EAGER, why)
     if best == BUILTIN:
         _take_defaults(course, found, eager)
-    again = _race_all(course, {EAGER: None, TUNED: course.config(found.chosen)})
+    again = race_all(course, {EAGER: None, TUNED: course.config(found.chosen)})
     return [run for run in runs if run.contender != TUNED] + [run for run in again if run.contender == TUNED]
 
 
@@ -218,7 +232,8 @@ def _take_defaults(course: Course, found: Confirmation, kinds: Sequence[Kind]) -
             found.taken_back[kind] = "the builtin defaults together are faster than all choices together"
 
 
-def _failed(runs: Sequence[Run], name: str) -> bool:
+def failed(runs: Sequence[Run], name: str) -> bool:
+    """Whether a contender did not run, or failed in a workload."""
     return not any(run.contender == name for run in runs) or any(run.contender == name and run.error for run in runs)
 
 
@@ -230,14 +245,14 @@ def _score(course: Course, runs: Sequence[Run], name: str) -> float:
     return _memory(course, runs, name) or _time(course, runs, name, clear=True)
 
 
-def _rank(course: Course, runs: Sequence[Run], name: str) -> tuple[float, float]:
+def rank(course: Course, runs: Sequence[Run], name: str) -> tuple[float, float]:
     """What contenders are put in order by, clear or not: memory, where that is the objective, then time."""
     return _memory(course, runs, name), _time(course, runs, name, clear=False)
 
 
-def _seems_better(course: Course, runs: Sequence[Run], name: str, other: str) -> bool:
+def seems_better(course: Course, runs: Sequence[Run], name: str, other: str) -> bool:
     """Whether a contender is so far ahead of another, as far as races against own code show, that a direct race is due."""
-    ahead = [ours - theirs for ours, theirs in zip(_rank(course, runs, name), _rank(course, runs, other), strict=True)]
+    ahead = [ours - theirs for ours, theirs in zip(rank(course, runs, name), rank(course, runs, other), strict=True)]
     return next((by for by in ahead if abs(by) >= _WORTH_A_LOOK), 0.0) > 0
 
 
@@ -277,15 +292,15 @@ def _compiled(course: Course, found: Confirmation) -> list[Run]:
     """Race the choices for torch.compile, and take them all back where the compiled model is slower with them."""
     builtin, tuned = BUILTIN + AND_COMPILED, TUNED + AND_COMPILED
     contenders = {EAGER: None, COMPILED: None, builtin: KernelConfig(), tuned: course.config(found.chosen)}
-    runs = _race_all(course, contenders, compiled=(COMPILED, builtin, tuned))
-    slower = not _failed(runs, COMPILED) and _seems_better(course, runs, COMPILED, tuned)
-    if _failed(runs, tuned) or slower:
+    runs = race_all(course, contenders)
+    slower = not failed(runs, COMPILED) and seems_better(course, runs, COMPILED, tuned)
+    if failed(runs, tuned) or slower:
         error = next((run.error for run in runs if run.contender == tuned and run.error), None)
         why = error or "torch.compile alone is better end to end"
         modes = [mode for mode in course.modes if mode.endswith(AND_COMPILED)]
         _take_back(found, [kind for kind in found.chosen if kind.mode in modes], f"taken back: {why}")
         _turn_off(course, found, modes, why)
-        again = _race_all(course, {EAGER: None, tuned: course.config(found.chosen)}, compiled=(tuned,))
+        again = race_all(course, {EAGER: None, tuned: course.config(found.chosen)})
         runs = [run for run in runs if run.contender != tuned] + [run for run in again if run.contender == tuned]
     return [run for run in runs if run.contender != EAGER]
 
@@ -293,23 +308,24 @@ def _compiled(course: Course, found: Confirmation) -> list[Run]:
 # ------------------------------------------------------------------------------------------------------------------ races
 
 
-def _race_all(
+def race_all(
     course: Course,
     contenders: Mapping[str, KernelConfig | None],
     *,
     own: str = EAGER,
-    compiled: Sequence[str] = (),
 ) -> list[Run]:
-    """Race the model with each config (None: its own code) in every workload. What was raced before is recalled."""
+    """Race the model with each config (None: its own code) in every workload. What was raced before is recalled.
+
+    A contender of `OTHERS`, or whose name ends with "+compile", runs as `_contenders` says.
+    """
     runs: list[Run] = []
     for index, workload in enumerate(course.workloads):
         course.step(f"the whole model: {workload.name}")
         made: dict[str, Contender] = {}
         kernels: dict[str, list[Any]] = {}
         for name, config in contenders.items():
-            mode = ("training" if workload.training else "inference") + (AND_COMPILED if name in compiled else "")
             try:
-                made[name], kernels[name] = _contender(course.model, config, mode)
+                made[name], kernels[name] = _contender(course.model, name, config, training=workload.training)
             except KernelwiseError as error:
                 runs.append(Run(name, workload.name, None, workload.tokens, said(error)))
         if own not in made:
@@ -320,7 +336,7 @@ def _race_all(
         seconds = min(MOST_S, max(LEAST_S, left))
         stored = _results.recall(key, _Raced) if known else None
         if stored is None or stored.could_say_more(list(made), own, seconds):
-            with on_device(course.device), compile_limits() if compiled else nullcontext():
+            with on_device(course.device), compile_limits() if any(map(is_compiled, made)) else nullcontext():
                 raced = race(made, workload, device=course.device, seconds=seconds, own=own)
             if known and not any(run.error for run in raced):
                 _results.put(key, to_json(_Raced(raced, seconds)))
@@ -330,14 +346,24 @@ def _race_all(
     return runs
 
 
-def _contender(model: nn.Module, config: KernelConfig | None, mode: str) -> tuple[Contender, list[Any]]:
-    """Make a copy of a model with the kernels of a config, and say which these are and where, as plain data."""
+def _contender(
+    model: nn.Module, name: str, config: KernelConfig | None, *, training: bool
+) -> tuple[Contender, list[Any]]:
+    """Make a copy of a model that runs as its name or a config says, and say which kernels it has where, as plain data."""
+    if name in OTHERS:
+        try:
+            made = contender(model, name, training=training, configs={})
+        except Exception as error:
+            raise UnavailableError(said(error)) from error
+        # Which kernels transformers found on the Hub is not known, so what is raced with them is not remembered.
+        return made, [["", "", name, None]] if name == TRANSFORMERS else []
     copied = sharing_copy(model)
     kernels: list[Any] = []
+    mode = ("training" if training else "inference") + (AND_COMPILED if is_compiled(name) else "")
     if config is not None:
         plan = decide(copied, config, mode=mode)
         _apply.apply(copied, plan)
         put_in = [decision for decision in plan.decisions if decision.kernel is not None]
         kernels = [[d.layer.path, d.mode, str(d.kernel.ref), d.kernel.content_hash] for d in put_in if d.kernel]
-    compiled = mode.endswith(AND_COMPILED)
+    compiled = is_compiled(name)
     return Contender(copied, call=torch.compile(copied) if compiled else None, static_cache=compiled), kernels

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from types import ModuleType
 from typing import Any
@@ -20,13 +20,11 @@ from kernelwise import _apply
 from kernelwise._decide import Config, decide
 from kernelwise._discover import model_device
 from kernelwise._errors import KernelwiseError, PlanError
-from kernelwise._evidence import EAGER
+from kernelwise._evidence import AND_COMPILED, BUILTIN, COMPILED, EAGER, LIGER, TRANSFORMERS, Run
 from kernelwise._race import Contender, said, sharing_copy
 from kernelwise._reference import did_you_mean
 
-BUILTIN, COMPILED, TRANSFORMERS, LIGER = "builtin", "torch.compile", "transformers", "liger"
 CONTENDERS = (EAGER, BUILTIN, COMPILED, TRANSFORMERS, LIGER)
-AND_COMPILED = "+compile"
 
 MAX_COMPILATIONS = 32
 """Of one function: more, and torch.compile would silently run the rest eagerly."""
@@ -83,6 +81,18 @@ def contender(base: nn.Module, name: str, *, training: bool, configs: Mapping[st
         )
     _apply.apply(model, plan)
     return _compiled(model) if name != plain else Contender(model)
+
+
+def is_compiled(name: str) -> bool:
+    """Whether torch.compile runs the contender of that name."""
+    return name == COMPILED or name.endswith(AND_COMPILED)
+
+
+def caveats(runs: Sequence[Run]) -> tuple[str, ...]:
+    """Say what there is to know beside the figures of contenders."""
+    decoded = any(run.workload == "decode" and run.comparison is not None for run in runs if is_compiled(run.contender))
+    note = "in decode, torch.compile has transformers' static cache; the others have the growing one"
+    return (note,) if decoded else ()
 
 
 def _compiled(model: nn.Module) -> Contender:

@@ -25,6 +25,22 @@ from kernelwise._units import duration, ratio, size
 OWN_CODE = "own code"
 EAGER = "eager"
 TUNED = "tuned"
+BUILTIN, COMPILED, TRANSFORMERS, LIGER = "builtin", "torch.compile", "transformers", "liger"
+AND_COMPILED = "+compile"
+
+_INSTEAD = {
+    COMPILED: "A config cannot hold it: torch.compile(model) runs it, and tuning with compile=True (--compile) finds the "
+    "kernels that go with it",
+    TRANSFORMERS: "The config does not hold it: model.set_use_kernels(True) runs it, and candidates= (--candidate) names its "
+    "kernels to a tuning",
+    LIGER: "The config does not hold it: Liger's patch for models of this type runs it",
+    TUNED
+    + AND_COMPILED: 'The config holds it: kernelize(model, config, mode="inference+compile"), or "training+compile", and '
+    "torch.compile(model) run it",
+    BUILTIN
+    + AND_COMPILED: 'kernelize(model, mode="inference+compile"), or "training+compile", and torch.compile(model) run it',
+}
+"""How to get a contender that was better than the tuned config."""
 
 FEW_ROUNDS = 6
 """With fewer rounds than these, the bounds of a comparison are hardly known."""
@@ -145,8 +161,9 @@ class Tuning:
     """All that tuning a model found. Prints as tables, serialises.
 
     `runs` are the whole model's: every contender, the tuned model among them as `"tuned"`, and each choice alone by its name.
-    `environment` are pairs of a name and what it is here (versions, device, driver, threads). `config` is the tuned config
-    as TOML. `seconds` is how long it took.
+    `best` is the contender that was best over all workloads: `"tuned"`, unless something was better that runs the whole model
+    in another way, such as `"torch.compile"`; it is empty where that is not known. `environment` are pairs of a name and what
+    it is here (versions, device, driver, threads). `config` is the tuned config as TOML. `seconds` is how long it took.
     """
 
     model: str
@@ -160,6 +177,7 @@ class Tuning:
     config: str = ""
     date: str = ""
     seconds: float = 0.0
+    best: str = ""
 
     def to_json(self) -> dict[str, Any]:
         """Return the evidence as plain dicts, lists and scalars. An error that is not finite is null: JSON has no infinity."""
@@ -176,6 +194,23 @@ class Tuning:
     def label(self, run: Run) -> str:
         """Say who ran: `"RMSNorm alone"` for one choice, else the contender."""
         return f"{run.contender} alone" if self.is_part(run) else run.contender
+
+    def better(self) -> tuple[str, ...]:
+        """Say in sentences what was better than the tuned config, as a whole or in one workload, and how to get it."""
+        tuned = {run.workload: run.comparison for run in self.runs if run.contender == TUNED}
+        ahead: dict[str, list[str]] = {}
+        for run in self.runs:
+            ours, theirs = tuned.get(run.workload), run.comparison
+            if ours is None or theirs is None or self.is_part(run) or run.contender in (TUNED, EAGER):
+                continue
+            if theirs.low > ours.high or run.contender == self.best:
+                figures = f"{ratio(theirs.speedup)} times as fast as the model's own code in {run.workload}"
+                ahead.setdefault(run.contender, []).append(f"{figures} (tuned: {ratio(ours.speedup)})")
+        return tuple(
+            f"{name} is better than the tuned config{'' if name == self.best else ' there'}: {', '.join(figures)}"
+            + (f". {_INSTEAD[name]}" if name in _INSTEAD else "")
+            for name, figures in ahead.items()
+        )
 
     @classmethod
     def from_json(cls, data: Any) -> Tuning:
@@ -199,6 +234,7 @@ class Tuning:
         parts = [f"{self.model} on {self.target.device}, {what}{took}", *_runs_tables(self)]
         if self.choices:
             parts.append(_choices_table(self.choices).strip("\n"))
+        parts += self.better()
         return "\n\n".join(parts) + "".join(f"\nnote: {note}" for note in self.notes)
 
 

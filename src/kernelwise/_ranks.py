@@ -142,6 +142,7 @@ def join(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
             for key, ref in (of_mode[0] if same else {name: "none"}).items():
                 agreed.setdefault(key, {})[mode] = ref
             differ += [] if same else [(name, mode)]
+    best = {one["evidence"]["best"] for one in found.values()}
     shown = ", ".join(f"{name} ({mode})" for name, mode in differ) or "nowhere"
     note = f"{len(found)} kinds of devices, measured on one of each; own code where their choices differ: {shown}"
     config = {**first["config"], "kernels": agreed}
@@ -150,6 +151,7 @@ def join(found: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         "choices": [_agreed(choice, differ) for choice in _first_of_each(choices)],
         "runs": [run for run in first["evidence"]["runs"] if not differ or not _is_of_choices(run, choices)],
         "notes": [*first["evidence"]["notes"], note],
+        "best": best.pop() if len(best) == 1 and not differ else "",
         "config": tomli_w.dumps(config),
     }
     return {"config": config, "evidence": evidence}

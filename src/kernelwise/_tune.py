@@ -7,7 +7,6 @@ weights. What was found is remembered as it is found, so a tuning that was inter
 
 from __future__ import annotations
 
-import hashlib
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,29 +15,31 @@ from datetime import datetime, timezone
 from typing import Any, get_args
 
 import tomli_w
-import torch
 from torch import nn
 
 from kernelwise import _apply, _prove, _ranks
-from kernelwise._alike import function_code, traits_of
 from kernelwise._candidates import Given, Kind, kinds_of, offered, read_given
 from kernelwise._choose import choose_all
 from kernelwise._compare import on_device
 from kernelwise._config import KernelConfig
-from kernelwise._confirm import Confirmation, Course, confirm
+from kernelwise._confirm import OTHERS, Confirmation, Course, confirm
+from kernelwise._contenders import CONTENDERS, caveats
 from kernelwise._data import KernelRef, Layer, Target
 from kernelwise._decide import Config, current_target, decide
+from kernelwise._device_lock import alone_on
 from kernelwise._discover import discover, model_device
 from kernelwise._environment import environment
 from kernelwise._errors import KernelwiseError, PlanError
-from kernelwise._evidence import OWN_CODE, Candidate, Choice, Objective, Tuning
+from kernelwise._evidence import COMPILED, LIGER, OWN_CODE, Candidate, Choice, Objective, Tuning
 from kernelwise._plan import choose_rule
 from kernelwise._race import said, sharing_copy
 from kernelwise._reference import did_you_mean
+from kernelwise._rivals import face_rivals
 from kernelwise._shares import Share, shares_of
+from kernelwise._surroundings import by_name, hash_of, is_split, place, settings
 from kernelwise._trials import OutOfTimeError, Trials, looks_of
 from kernelwise._worker import SECONDS as CASE_S
-from kernelwise._workload import Workload, run_of, undisturbed, workloads_of
+from kernelwise._workload import STEPS, Workload, run_of, undisturbed, workloads_of
 
 Progress = Callable[[str, float], object]
 """Told what is done next, and which part of the work is done, 0 to 1."""
@@ -48,6 +49,22 @@ FOR_TRIALS = 0.6
 
 NEGLIGIBLE = 0.002
 """Layers that take a smaller part of every workload are not tuned: no kernel for them could be seen in the whole."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Request:
+    """What `tune` was asked for; it says what its arguments are."""
+
+    objective: str
+    workload: str | Sequence[str] | None
+    asked: KernelConfig
+    candidates: Given
+    contenders: Sequence[str] | None
+    steps: int
+    seconds: float
+    compile: bool
+    limit_s: float
+    name: str | None
 
 
 @dataclass(slots=True)
@@ -65,7 +82,8 @@ class _Session:
     environment: tuple[tuple[str, str], ...]
     about: list[Any]  # the machine, the model, its inputs: what a result depends on
     began: float
-    seconds: float
+    request: _Request
+    rivals: tuple[str, ...]
     progress: Progress
     shares: dict[tuple[str, tuple[str, str, str]], Share] = field(default_factory=dict)
     run_s: dict[str, float] = field(default_factory=dict)
@@ -81,18 +99,66 @@ def tune(
     workload: str | Sequence[str] | None = None,
     config: Config = None,
     candidates: Given = (),
+    contenders: Sequence[str] | None = None,
+    steps: int = STEPS,
     seconds: float = 300.0,
     compile: bool = False,
     limit_s: float = CASE_S,
     progress: Progress | None = None,
     name: str | None = None,
 ) -> KernelConfig:
-    """Tune in this process alone; `kernelwise.tune` says what the arguments are."""
+    """Find the fastest kernels that are right for a model on this machine, and return them as a config. Nothing is put in.
+
+    Every kernel that is offered for a kind of layers is checked and timed on what the model gives these layers. The best are
+    raced on the whole model, alone and together, and what does not hold there is taken back. `config.evidence` has all that
+    was found; it prints as tables. What was measured is remembered: tuning again goes on where it was interrupted.
+
+    Under torch.distributed every rank must call it: one for each kind of device measures, and all get the same config.
+    Who measures has the device for itself among those that share the cache directory; others wait, and say so.
+
+    Args:
+        inputs: what the model is called with (a dict, a tuple, or one argument). Shapes decide what is fast.
+        objective: `"latency"` counts every workload the same, `"throughput"` by the time it takes; `"memory"` takes what
+            needs the least at its peak, where the device counts that.
+        workload: one or several of `"forward"`, `"prefill"`, `"decode"` and `"training"`. None: prefill and decode for a
+            causal language model, else forward; and training where the model is in training mode or has labels.
+        config: whose kernels are tried too. Layers with None in it are not tuned; its options and its other rules stay.
+        candidates: kernels to try besides those that are offered anyway: references, for all layers that they fit, or a dict
+            from layer name to one or several. An operator of PyTorch and what Inductor compiles are tried by themselves.
+        contenders: what the result is raced with besides eager and builtin: some of `"torch.compile"`, `"transformers"` and
+            `"liger"`. None: torch.compile, where its time suffices, and Liger on GPUs. `config.evidence.best` says who is best.
+        steps: how many tokens one run of "decode" computes for each row.
+        seconds: how long it may take, about. What could not be tried stands in `config.evidence.notes`.
+        compile: tune for `torch.compile` too: what is chosen then goes in with `mode="inference+compile"`.
+        limit_s: the time limit of each case of a kernel that is checked in a process of its own.
+        progress: called with what comes next, and the part that is done, 0 to 1.
+        name: what the evidence calls the model; None: its class.
+
+    Raises:
+        PlanError: an argument is wrong, the model has kernels already, is on the meta device or on several devices, or (under
+            torch.distributed) a rank failed. KernelConfigError: `config` or `candidates` are wrong.
+    """
     asked = config if isinstance(config, KernelConfig) else KernelConfig(config)  # type: ignore[arg-type]
-    session = _begin(model, inputs, objective, workload, compile, seconds, progress, name, asked)
-    refs = {kind: offered(kind, asked.rules(), read_given(candidates)) for kind in session.kinds}
+    request = _Request(objective, workload, asked, candidates, contenders, steps, seconds, compile, limit_s, name)
+    run = _tune_together if _ranks.several() else _tune_here
+    return run(model, inputs, request, progress or (lambda what, part: None))
+
+
+def _tune_here(model: nn.Module, inputs: Any, request: _Request, progress: Progress) -> KernelConfig:
+    """Tune in this process alone."""
+    session = _begin(model, inputs, request, progress)
+    refs = {kind: offered(kind, request.asked.rules(), read_given(request.candidates)) for kind in session.kinds}
+    with alone_on(session.device, lambda what: progress(what, 0.0)):
+        session.began = time.monotonic()
+        return _tuned(session, refs)
+
+
+def _tuned(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]]) -> KernelConfig:
+    """Look, try, choose, confirm."""
+    request = session.request
+    asked = request.asked
     _look(session)
-    with _prove.Prover(seconds=limit_s) as prover:
+    with _prove.Prover(seconds=request.limit_s) as prover:
         _try_all(session, refs, prover)
         chosen, reasons = choose_all(session.tried, session.objective, session.run_s, notes=session.notes)
         chosen |= dict.fromkeys(_asked_and_out(session, asked, chosen))
@@ -105,73 +171,52 @@ def tune(
             session.device,
             session.about,
             session.run_s,
-            session.began + seconds,
+            session.began + request.seconds,
             lambda what: session.progress(what, 0.7),
             session.objective,
             asked,
             {str(ref): ref for ref in named if ref.trust_remote_code},
+            session.rivals,
         )
         found = confirm(course, chosen)
+        face_rivals(course, found)
     session.progress("done", 1.0)
     tuned = course.config(found.chosen)
-    tuned.evidence = _evidence(session, found, reasons, tuned, name or type(model).__name__)
+    tuned.evidence = _evidence(session, found, reasons, tuned)
     return tuned
 
 
-def tune_together(model: nn.Module, inputs: Any, *, seconds: float = 300.0, **options: Any) -> KernelConfig:
+def _tune_together(model: nn.Module, inputs: Any, request: _Request, progress: Progress) -> KernelConfig:
     """Tune on one rank for each kind of device, and give every rank of torch.distributed the same config.
 
     Where kinds of devices come to different choices, the layers that these are about keep their own code.
     """
 
     def prepare() -> tuple[str, str]:
-        wrapped = next((path for path, module in model.named_modules() if _is_split(module)), None)
+        wrapped = next((path for path, module in model.named_modules() if is_split(module)), None)
         if wrapped is not None:
             raise PlanError(
                 f"{wrapped or 'the model'} is wrapped for several processes already, and one alone cannot run it\n"
                 "  go on      tune the model before it is wrapped; the config serves the wrapped one too"
             )
         surroundings = environment(str(next((p.device for p in model.parameters()), "cpu")))
-        looks = looks_of(_named(inputs if isinstance(inputs, (Mapping, tuple)) else (inputs,)))
-        same = [
-            _hash_of(model),
-            looks,
-            seconds,
-            sorted((key, repr(options[key])) for key in options if key != "progress"),
-        ]
-        return json.dumps(surroundings), json.dumps(same)
+        looks = looks_of(by_name(inputs if isinstance(inputs, (Mapping, tuple)) else (inputs,)))
+        return json.dumps(surroundings), json.dumps([hash_of(model), looks, repr(request)])
 
     def decide() -> dict[str, Any]:
-        config = tune(model, inputs, seconds=seconds, **options)
+        config = _tune_here(model, inputs, request, progress)
         assert config.evidence is not None
         return {"config": config.to_dict(), "evidence": config.evidence.to_json()}
 
-    found = _ranks.decide_together(prepare, decide, seconds=seconds, join=_ranks.join)
+    found = _ranks.decide_together(prepare, decide, seconds=request.seconds, join=_ranks.join)
     config = KernelConfig.from_dict(found["config"])
     config.evidence = Tuning.from_json(found["evidence"])
     return config
 
 
-def _is_split(module: nn.Module) -> bool:
-    """Whether a module holds only a part of itself, or talks to other processes when it runs."""
-    names = {cls.__name__ for cls in type(module).__mro__}
-    names |= {type(parameter).__name__ for parameter in module._parameters.values()}
-    names |= {type(parameter.data).__name__ for parameter in module._parameters.values() if parameter is not None}
-    return bool(names & {"DistributedDataParallel", "FullyShardedDataParallel", "FSDPModule", "DTensor"})
-
-
-def _begin(
-    model: nn.Module,
-    inputs: Any,
-    objective: str,
-    workload: str | Sequence[str] | None,
-    compile: bool,
-    seconds: float,
-    progress: Progress | None,
-    name: str | None,
-    asked: KernelConfig,
-) -> _Session:
+def _begin(model: nn.Module, inputs: Any, request: _Request, progress: Progress) -> _Session:
     """Check what was given, all before the first layer is looked at."""
+    objective, workload, seconds, asked = request.objective, request.workload, request.seconds, request.asked
     if not isinstance(model, nn.Module):
         raise PlanError(f"tune takes a torch.nn.Module, got {model!r}\n  go on      tune(model, inputs)")
     if objective not in get_args(Objective):
@@ -191,11 +236,12 @@ def _begin(
             "the model has kernels already, and candidates are compared with its own code\n"
             "  go on      kernelwise.unkernelize(model), then tune it"
         )
-    began = time.monotonic()
-    workloads = workloads_of(model, inputs, [workload] if isinstance(workload, str) else workload)
-    device, kind = _place(model), model_device(model) or "cpu"
+    _check_contenders(request.contenders)
+    names = [workload] if isinstance(workload, str) else workload
+    workloads = workloads_of(model, inputs, names, steps=request.steps)
+    device, kind = place(model), model_device(model) or "cpu"
     eager = dict.fromkeys("training" if one.training else "inference" for one in workloads)
-    modes = (*eager, *(f"{mode}+compile" for mode in eager if compile))
+    modes = (*eager, *(f"{mode}+compile" for mode in eager if request.compile))
     layers = discover(model)
     asked.sanitize_kernel_mapping(model, layers=layers)
     copied = sharing_copy(model)
@@ -213,14 +259,31 @@ def _begin(
         objective=objective,  # type: ignore[arg-type]
         environment=surroundings,
         about=[
-            [*map(list, surroundings), *map(list, _settings(device))],
-            _hash_of(model),
-            [[one.name, one.tokens, looks_of(_named(one.inputs))] for one in workloads],
+            [*map(list, surroundings), *map(list, settings(device))],
+            hash_of(model),
+            [[one.name, one.tokens, looks_of(by_name(one.inputs))] for one in workloads],
         ],
-        began=began,
-        seconds=seconds,
-        progress=progress or (lambda what, part: None),
+        began=time.monotonic(),
+        request=request,
+        rivals=_rivals_of(copied)
+        if request.contenders is None
+        else tuple(name for name in request.contenders if name in OTHERS),
+        progress=progress,
     )
+
+
+def _check_contenders(names: Sequence[str] | None) -> None:
+    wrong = names if isinstance(names, str) else next((name for name in names or () if name not in CONTENDERS), None)
+    if wrong is not None:
+        raise PlanError(
+            f"contenders is a list of some of {', '.join(OTHERS)}, got {wrong!r}{did_you_mean(wrong, OTHERS)}\n"
+            "  go on      leave it out for those that can run here, or give [] for none"
+        )
+
+
+def _rivals_of(model: nn.Module) -> tuple[str, ...]:
+    """What a result is raced with where nobody says: transformers would fetch code and run it in this process, unproven."""
+    return (COMPILED, LIGER) if model_device(model) in ("cuda", "rocm") else (COMPILED,)
 
 
 def _to_tune(model: nn.Module, layers: Sequence[Layer], modes: Sequence[str], asked: KernelConfig) -> tuple[Kind, ...]:
@@ -241,69 +304,6 @@ def _asked_and_out(session: _Session, asked: KernelConfig, chosen: Mapping[Kind,
         for kind, tried in session.tried.items()
         if kind not in chosen and any(one.out and (kind.layer.name, one.kernel) in named for one in tried)
     ]
-
-
-def _place(model: nn.Module) -> str:
-    """Return the device that a model is on, with its number: `"cpu"`, `"cuda:1"`."""
-    places = list(dict.fromkeys(str(parameter.device) for parameter in model.parameters()))
-    places = places or [str(buffer.device) for buffer in model.buffers()][:1]
-    if len(places) > 1:
-        raise PlanError(
-            f"the model is spread over {', '.join(places)}, and only a model on one device can be tuned\n"
-            "  go on      tune it with fewer layers on one of them; the config serves the whole model too"
-        )
-    return places[0] if places else "cpu"
-
-
-def _settings(device: str) -> tuple[tuple[str, str], ...]:
-    """What PyTorch is told for all that runs, and what runs depends on: autocast, precision, deterministic algorithms."""
-    kind = device.partition(":")[0]
-    autocast = torch.is_autocast_enabled(kind) and str(torch.get_autocast_dtype(kind))
-    cuda, cudnn = torch.backends.cuda.matmul, torch.backends.cudnn
-    found = {
-        "autocast": autocast,
-        "float32 products": [_read(torch, "get_float32_matmul_precision"), _read(cuda, "fp32_precision")],
-        "tf32": [_read(cuda, "allow_tf32"), _read(cudnn, "allow_tf32")],
-        "reduced sums": (cuda.allow_fp16_reduced_precision_reduction, cuda.allow_bf16_reduced_precision_reduction),
-        "deterministic": (torch.are_deterministic_algorithms_enabled(), cudnn.deterministic, cudnn.benchmark),
-    }
-    return tuple((name, str(value)) for name, value in found.items())
-
-
-def _read(owner: Any, name: str) -> Any:
-    """Return a setting; None where this PyTorch has none of that name, or it was set by another one."""
-    try:
-        value = getattr(owner, name, None)
-        return value() if callable(value) else value
-    except RuntimeError:
-        return None
-
-
-def _hash_of(model: nn.Module) -> str:
-    """What the time of a whole model depends on: its code, its shapes, the numbers it holds, its hooks, what is trained."""
-    traits = [
-        trait for trait in traits_of(model, None, {}) if trait[0] != "generation_config"
-    ]  # it holds the hash of an object
-    traits += [(name, parameter.requires_grad) for name, parameter in model.named_parameters()]
-    traits += [(path, code) for path, module in model.named_modules() for code in _put_on(module)]
-    return hashlib.sha256(repr(traits).encode()).hexdigest()
-
-
-def _put_on(module: nn.Module) -> list[str]:
-    """Return the code of what was put on a module: hooks, and a forward of its own."""
-    hooks = (
-        module._forward_pre_hooks,
-        module._forward_hooks,
-        module._backward_pre_hooks,
-        module._backward_hooks,
-    )
-    found = [hook for some in hooks for hook in some.values()]
-    found += [module.__dict__[name] for name in ("forward", "_old_forward") if name in module.__dict__]
-    return [function_code(getattr(one, "__func__", one)) for one in found]
-
-
-def _named(inputs: Any) -> Mapping[str, Any]:
-    return inputs if isinstance(inputs, Mapping) else {str(index): value for index, value in enumerate(inputs)}
 
 
 def _look(session: _Session) -> None:
@@ -332,7 +332,7 @@ def _try_all(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]], prover
         session.kinds,
         prover,
         session.about[0],
-        session.began + FOR_TRIALS * session.seconds,
+        session.began + FOR_TRIALS * session.request.seconds,
         session.shares,
     )
     session.tried = {kind: [] for kind in kinds if refs[kind]}
@@ -347,7 +347,9 @@ def _try_all(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]], prover
         found.sort(key=lambda candidate: [str(ref) for ref in refs[kind]].index(candidate.kernel))
     if left:
         shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
-        session.notes.append(f"not tried within {session.seconds:.0f} s: {shown}; tune again to go on from here")
+        session.notes.append(
+            f"not tried within {session.request.seconds:.0f} s: {shown}; tune again to go on from here"
+        )
 
 
 def _turn(ref: KernelRef) -> int:
@@ -400,9 +402,7 @@ def _goes_in(session: _Session, tuned: KernelConfig) -> dict[tuple[str, str | No
     return found
 
 
-def _evidence(
-    session: _Session, found: Confirmation, reasons: Mapping[Kind, str], tuned: KernelConfig, name: str
-) -> Tuning:
+def _evidence(session: _Session, found: Confirmation, reasons: Mapping[Kind, str], tuned: KernelConfig) -> Tuning:
     choices = []
     goes_in = _goes_in(session, tuned)
     for kind in dict.fromkeys([*session.tried, *found.chosen]):
@@ -424,15 +424,16 @@ def _evidence(
             )
         )
     return Tuning(
-        model=name,
+        model=session.request.name or type(session.model).__name__,
         target=session.target,
         objective=session.objective,
         workloads=tuple(workload.name for workload in session.workloads),
         choices=tuple(choices),
         runs=tuple(found.runs),
         environment=session.environment,
-        notes=(*session.notes, *found.notes),
+        notes=(*session.notes, *found.notes, *caveats(found.runs)),
         config=tomli_w.dumps(tuned.to_dict()),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         seconds=time.monotonic() - session.began,
+        best=found.best,
     )
