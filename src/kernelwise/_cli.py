@@ -82,16 +82,36 @@ HtmlFileOption = Annotated[Path | None, typer.Option("--html", metavar="FILE", h
 
 
 @app.command("layers")
-def layers_command(model: ModelArgument, dtype: DtypeOption = None, as_json: JsonOption = False) -> None:
-    """List the layers of MODEL where a kernel can go: how each was found, and what it computes."""
+def layers_command(
+    model: ModelArgument,
+    dtype: DtypeOption = None,
+    explain: Annotated[
+        str | None,
+        typer.Option(
+            "--explain",
+            metavar="PATH",
+            help="What the layer at a path computes; if that is unknown, beside the operation that it looks most like.",
+        ),
+    ] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """List the layers of MODEL where a kernel can go, what each computes, and the layers of which that is not known."""
     from kernelwise._discover import discover
+    from kernelwise._unknown import explain as explanation
+    from kernelwise._unknown import unknown_layers
 
     named = load_model(model, dtype=dtype)
-    found = discover(named.model)
+    if explain is not None:
+        print(explanation(named.model, explain))
+        return
+    found, unknown = discover(named.model), unknown_layers(named.model)
     if as_json:
-        _print_json({"layers": to_json(found), "notes": named.notes})
+        _print_json({"layers": to_json(found), "unknown": to_json(unknown), "notes": named.notes})
     else:
         print(_layers_table(found, named))
+        print("\nNot recognised; a PATH after --explain shows more.")
+        rows = [(layer.path, layer.name, "", layer.like or "", layer.reason) for layer in unknown]
+        print(render(("layer", "class", "", "looks like", "why"), rows))
 
 
 @app.command("plan")

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from test_gallery import CastAfter, Centred, KeepsState, Mlp, NoEps, Norm
+import pytest
+from test_decoder_layers import ScaledResidual
+from test_gallery import CastAfter, Centred, KeepsState, MeanOverTheWrongAxis, Mlp, NoEps, Norm, minus, plain
 from torch import nn
 
 from kernelwise._recognize import near_miss
@@ -13,8 +15,9 @@ def test_norm_without_eps_is_shown_beside_the_norm():
     assert found is not None
     assert found.op == "rms_norm"
     marked = [line for line in found.side_by_side.splitlines() if line.startswith("*")]
-    assert len(marked) == 1
+    assert len(marked) == 2  # the sum that is missing, and what is computed from it
     assert "add(" in marked[0]
+    assert "rsqrt(" in marked[1]
 
 
 def test_differing_line_stands_beside_what_is_there():
@@ -29,6 +32,22 @@ def test_recognised_layer_has_no_marked_line():
         found = near_miss(layer)
         assert found is not None
         assert not any(line.startswith("*") for line in found.side_by_side.splitlines())
+
+
+@pytest.mark.parametrize(
+    ("layer", "op", "differs"),
+    [
+        (MeanOverTheWrongAxis(), "rms_norm", "mean("),
+        (minus, "rotary", "neg("),
+        (ScaledResidual(), "decoder_layer", "mul("),
+        (plain, "rotary", None),
+    ],
+)
+def test_lines_that_differ_in_an_operand_or_a_dimension_are_marked(layer, op, differs):
+    found = near_miss(layer)
+    assert found.op == op
+    marked = [line for line in found.side_by_side.splitlines() if line.startswith("*")]
+    assert any(differs in line for line in marked) if differs else not marked
 
 
 def test_nothing_near():

@@ -162,6 +162,13 @@ def recognize_functions(module: nn.Module) -> tuple[tuple[str, Recognition], ...
 
     Each comes as its global name and what it computes: `(("apply_rotary_pos_emb", Recognition("rotary", ...)),)`.
     """
+    return tuple((name, answer) for name, _, answer in functions_called(module) if isinstance(answer, Recognition))
+
+
+def functions_called(
+    module: nn.Module,
+) -> tuple[tuple[str, types.FunctionType, Recognition | Unknown], ...]:
+    """Return the functions that the module's forward calls through its globals: name, function, what it computes."""
     try:
         forward = plain_function(innermost_forward(module))
     except Untraceable:
@@ -173,9 +180,7 @@ def recognize_functions(module: nn.Module) -> tuple[tuple[str, Recognition], ...
         value = forward.__globals__.get(name)
         function = plain_function(value) if callable(value) else None
         if function is not None and not is_library(function):
-            answer = _recognize_function(function)
-            if isinstance(answer, Recognition):
-                found.append((name, answer))
+            found.append((name, function, _recognize_function(function)))
     return tuple(found)
 
 
@@ -233,6 +238,7 @@ __all__ = [
     "Recognizer",
     "Unknown",
     "condition",
+    "functions_called",
     "kinds_of",
     "near_miss",
     "plain_function",

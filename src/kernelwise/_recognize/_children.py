@@ -66,6 +66,18 @@ def find_layer(module: nn.Module, *, training: bool | None) -> Finding | None:
     return Finding(None, reason or "no known layer has this graph", shown, _merged(reads, known))
 
 
+def layer_graphs(module: nn.Module, *, training: bool | None) -> Iterator[tuple[Operation, Variant, Graph]]:
+    """Every variant of a layer of a model, with the graph of a module that has norms among its children."""
+    norms, _ = _norms_of(module, training)
+    try:
+        for _, graph in traces(module, norms, Reads(), training) if norms else ():
+            if isinstance(graph, Graph):
+                yield from ((op, variant, graph) for op in OPERATIONS.values() if op.norms for variant in op.variants)
+                return
+    except Untraceable:
+        pass
+
+
 def record_calls(module: nn.Module, *, training: bool | None) -> tuple[tuple[ChildCall, ...], str | None]:
     """Return how a recognised layer calls its children, in order, and the argument that it refuses, if there is one.
 

@@ -20,7 +20,7 @@ from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound, Match, markers, match
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Failed, Recorder, Source, Untraceable
-from kernelwise._recognize._rounds import FIRST, SIZE_NAMES, Round, arguments_of, dtype_of, sizes_of
+from kernelwise._recognize._rounds import FIRST, SIZE_NAMES, Round, dtype_of, sizes_of
 from kernelwise._recognize._stand_in import Stage
 from kernelwise._recognize._trace import trace
 from kernelwise.ops import OPERATIONS, Operation, Variant
@@ -48,14 +48,10 @@ class Candidate:
                     self.reads.tokens.setdefault(path, value)
 
 
-def reference_graphs(num_arguments: int) -> Iterator[tuple[Operation, Variant, Graph]]:
-    """Every variant of every operation of modules that takes so many tensors, with its graph at sizes of its own."""
-    for op in OPERATIONS.values():
-        if not op.function and not op.loss and not op.norms and len(arguments_of(op)) == num_arguments:
-            for variant in op.variants:
-                graph = _reference_graph(op.name, op.reference, variant, (), FIRST, None)
-                if isinstance(graph, Graph):
-                    yield op, variant, graph
+def reference_graph(op: Operation, variant: Variant, fixed: dict[str, int]) -> Graph | None:
+    """The graph of a variant at sizes of its own; None where it has none."""
+    graph = _reference_graph(op.name, op.reference, variant, tuple(fixed.items()), FIRST, None)
+    return graph if isinstance(graph, Graph) else None
 
 
 def may_be(op: Operation, graph: Graph) -> bool:

@@ -9,7 +9,7 @@ from typing import Any
 from kernelwise._recognize._graph import Graph, Node
 from kernelwise._recognize._record import Source
 
-_COMMUTATIVE = frozenset({"add", "mul"})
+COMMUTATIVE = frozenset({"add", "mul"})
 Bound = Source | float
 
 # Numbers that stand for a role in a traced reference: no formula has them, and float32 holds them exactly.
@@ -59,7 +59,7 @@ class Match:
             return False
         if len(reference.shape) != len(candidate.shape) or (self._exact and reference.shape != candidate.shape):
             return False
-        if reference.op in _COMMUTATIVE:
+        if reference.op in COMMUTATIVE:
             a, b = reference.args
             c, d = candidate.args
             attempt = self._copy()

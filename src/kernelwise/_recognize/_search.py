@@ -8,11 +8,12 @@ shows there. Numbers are bound to an attribute only where changing the attribute
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
 import types
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -193,19 +194,12 @@ def widths_of(module: nn.Module) -> list[int]:
 def find_function(function: types.FunctionType) -> Finding:
     """Return what a plain function of tensors computes."""
     reads = Reads()
-    parameters = list(parameters_of(function).values())
-    needed = [p.name for p in parameters if p.default is p.empty]
-    others = [p for p in parameters if p.default is not p.empty]
-    if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
-        return Finding(None, "it takes any number of arguments", None, reads)
-    if len(others) > 1 or (others and type(others[0].default) is not int):
-        return Finding(None, f"it also takes {', '.join(p.name for p in others)}", None, reads)
-    traced = _TracedFunction(function, needed, others[0].name if others else None)
+    traced = _traced(function)
+    if isinstance(traced, str):
+        return Finding(None, traced, None, reads)
     near: str | None = None
-    for op in OPERATIONS.values():
+    for op in traced.operations():
         choice = next(iter(op.choices), None)
-        if not op.function or len(needed) != len(arguments_of(op)) or (traced.choice is not None and choice is None):
-            continue
         for variant in op.variants:
             answers = {
                 value: traced.compare(op, variant, choice, value) for value in op.choices.get(choice or "", (None,))
@@ -226,6 +220,31 @@ def find_function(function: types.FunctionType) -> Finding:
     return Finding(None, near or "no known operation has this graph", traced.shown, reads)
 
 
+def function_graphs(function: types.FunctionType) -> Iterator[tuple[Operation, Variant, dict[str, int], Graph]]:
+    """Every variant that a function could be by its arguments, with the function's graph at the sizes of that variant."""
+    traced = _traced(function)
+    if isinstance(traced, str):
+        return
+    for op in traced.operations():
+        choice = next(iter(op.choices), None)
+        for variant, value in itertools.product(op.variants, op.choices.get(choice or "", (None,))):
+            fixed = {} if choice is None or value is None else {choice: value}
+            with contextlib.suppress(Untraceable):
+                yield op, variant, fixed, traced.candidate(arguments_of(op), variant, fixed).graph(FIRST)
+
+
+def _traced(function: types.FunctionType) -> _TracedFunction | str:
+    """A function that can be traced; else why its arguments are not those of an operation."""
+    parameters = list(parameters_of(function).values())
+    others = [p for p in parameters if p.default is not p.empty]
+    if any(p.kind not in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD) for p in parameters):
+        return "it takes any number of arguments"
+    if len(others) > 1 or (others and type(others[0].default) is not int):
+        return f"it also takes {', '.join(p.name for p in others)}"
+    needed = [p.name for p in parameters if p.default is p.empty]
+    return _TracedFunction(function, needed, others[0].name if others else None)
+
+
 def _name(bound: Bound) -> str:
     assert isinstance(bound, Source)
     return bound.name
@@ -244,7 +263,13 @@ class _TracedFunction:
         """The first graph there is."""
         return next((str(graph) for graph in self._first.values() if isinstance(graph, Graph)), None)
 
-    def _candidate(self, arguments: list[Role], variant: Variant, fixed: dict[str, int]) -> Candidate:
+    def operations(self) -> Iterator[Operation]:
+        """The operations that take as many tensors, and an integer if the function does."""
+        for op in OPERATIONS.values():
+            if op.function and len(self._needed) == len(arguments_of(op)) and (self.choice is None or op.choices):
+                yield op
+
+    def candidate(self, arguments: list[Role], variant: Variant, fixed: dict[str, int]) -> Candidate:
         def run(stage: Stage, at: Round) -> Graph:
             given = []
             for role, name in zip(arguments, self._needed, strict=True):
@@ -259,7 +284,7 @@ class _TracedFunction:
         """The filling of the roles if the function is this variant; else why not, or nothing worth telling."""
         fixed = {} if choice is None or value is None else {choice: value}
         arguments = arguments_of(op)
-        candidate = self._candidate(arguments, variant, fixed)
+        candidate = self.candidate(arguments, variant, fixed)
         sizes = sizes_of(FIRST, variant, fixed)
         key = (value, tuple((role.shape(sizes), role.follows) for role in arguments))
         if key not in self._first:
@@ -285,9 +310,7 @@ class _TracedFunction:
         """Whether the function runs where only a part of what it is given can be turned, which the variant has no word for."""
         for option, whole, part in (("part", "all", "first"), ("tokens", "all", "last")):
             if (option, whole) in variant.options:
-                partial = self._candidate(
-                    arguments, replace(variant, options=(*variant.options, (option, part))), fixed
-                )
+                partial = self.candidate(arguments, replace(variant, options=(*variant.options, (option, part))), fixed)
                 if not all(self._fails(partial, at) for at in (FIRST, *rounds_of_heads(2 * n for n in self._numbers))):
                     return True
         return False
