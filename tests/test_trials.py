@@ -109,6 +109,12 @@ def tried(given: Trials, text: str) -> Candidate:
     return given.candidate(given.kinds[0], ref)
 
 
+def proof(model: nn.Module, text: str) -> str:
+    """What a plan says of a kernel's proof, when nobody checks it."""
+    plan = _prove.recall(model, kw.plan(model, {"Dozing": text}, mode="inference"))
+    return dict(plan.proofs)[text]
+
+
 # --------------------------------------------------------------------------------------------------------------- checking
 
 
@@ -118,9 +124,11 @@ def test_a_kernel_that_is_wrong_at_the_size_of_the_model_only_is_out(repository,
     assert "on all that the layer is given in forward" in (found.out or "")
     assert "wrong_values" in (found.out or "")
     assert found.timings == ()
+    assert proof(model, f"{repository}:WrongLarge") == _prove.NOT_ASKED
     found = tried(trials(model, x, prover), f"{repository}:Right")
     assert found.out is None
     assert len(found.timings) == 1
+    assert proof(model, f"{repository}:Right") == _prove.PROVEN
 
 
 def test_what_does_not_fit_in_memory_as_float64_is_skipped_with_the_reason(repository, prover, monkeypatch):

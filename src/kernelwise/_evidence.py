@@ -198,18 +198,21 @@ class Tuning:
     def better(self) -> tuple[str, ...]:
         """Say in sentences what was better than the tuned config, as a whole or in one workload, and how to get it."""
         tuned = {run.workload: run.comparison for run in self.runs if run.contender == TUNED}
-        ahead: dict[str, list[str]] = {}
+        found: dict[str, list[tuple[str, bool]]] = {}
         for run in self.runs:
             ours, theirs = tuned.get(run.workload), run.comparison
             if ours is None or theirs is None or self.is_part(run) or run.contender in (TUNED, EAGER):
                 continue
-            if theirs.low > ours.high or run.contender == self.best:
-                figures = f"{ratio(theirs.speedup)} times as fast as the model's own code in {run.workload}"
-                ahead.setdefault(run.contender, []).append(f"{figures} (tuned: {ratio(ours.speedup)})")
+            figures = f"{ratio(theirs.speedup)} in {run.workload} (tuned: {ratio(ours.speedup)})"
+            clear = theirs.low > ours.high
+            if clear or run.contender == self.best:
+                found.setdefault(run.contender, []).append((figures, clear))
         return tuple(
-            f"{name} is better than the tuned config{'' if name == self.best else ' there'}: {', '.join(figures)}"
+            f"{name} {'is' if any(clear for _, clear in those) else 'seems to be'} better than the tuned config"
+            + ("" if name == self.best else " in a part")
+            + f", times as fast as the model's own code: {', '.join(figures for figures, _ in those)}"
             + (f". {_INSTEAD[name]}" if name in _INSTEAD else "")
-            for name, figures in ahead.items()
+            for name, those in found.items()
         )
 
     @classmethod

@@ -84,6 +84,7 @@ class Trials:
     _kernels: dict[tuple[KernelRef, str], Kernel | str] = field(default_factory=dict)
     _inputs: dict[tuple[str, bool], dict[str, Sample]] = field(default_factory=dict)
     _checked: dict[tuple[Any, ...], _Checked] = field(default_factory=dict)
+    _shown: dict[tuple[Any, ...], set[str]] = field(default_factory=dict)
 
     def candidate(self, kind: Kind, ref: KernelRef) -> Candidate:
         """Try one candidate for one kind of layers.
@@ -135,6 +136,8 @@ class Trials:
             if isinstance(timing, str):
                 return replace(found, out=f"it cannot be timed in {workload.name}: {timing}")
             timings.append(timing)
+        if checked.done and _prove.needs_proof(ref):
+            self._remember(kind, kernel, checks)
         return replace(found, timings=tuple(timings))
 
     def load(self, ref: KernelRef, device: str) -> Kernel | str:
@@ -160,6 +163,18 @@ class Trials:
 
     def _check(self, kind: Kind, kernel: Kernel) -> _Checked:
         """Check a kernel for all modes in which the layers compute the same, once; say whether all cases were tried."""
+        modes = self._modes_alike(kind)
+        samples = self._samples(self.workloads[0], whole=False)
+        sample = samples.get(kind.layer.path)
+        key = ["check", *self._key(kind, kernel), modes, looks_of(sample.arguments if sample else {})]
+        known = (kernel, kind.layer.path, modes)
+        if known not in self._checked:
+            options = Options(compile=kind.mode.endswith("+compile"))
+            self._checked[known] = self._recalled_checks(key, kind, kernel, modes, sample, options)
+        return self._checked[known]
+
+    def _modes_alike(self, kind: Kind) -> tuple[str, ...]:
+        """The modes in which the layers of a kind compute what they compute in its own, compiled or not as in that one."""
         alike = [
             other
             for other in self.kinds
@@ -167,17 +182,7 @@ class Trials:
             and other.mode.endswith("+compile") == kind.mode.endswith("+compile")
             and other.layer.computes(other.mode) == kind.layer.computes(kind.mode)
         ]
-        modes = tuple(dict.fromkeys(other.mode for other in alike)) or (kind.mode,)
-        samples = self._samples(self.workloads[0], whole=False)
-        sample = samples.get(kind.layer.path)
-        key = ["check", *self._key(kind, kernel), modes, looks_of(sample.arguments if sample else {})]
-        known = (kernel, kind.layer.path, modes)
-        if known not in self._checked:
-            options = Options(compile=kind.mode.endswith("+compile"))
-            found = self._recalled_checks(key, kind, kernel, modes, sample, options)
-            self._checked[known] = found
-            self._remember(kind, kernel, modes, found)
-        return self._checked[known]
+        return tuple(dict.fromkeys(other.mode for other in alike)) or (kind.mode,)
 
     def _wrong_at_size(self, kind: Kind, kernel: Kernel, sample: Sample) -> str | None:
         """Check a kernel once on whole inputs, as it may be wrong only where there are many rows; say what is wrong."""
@@ -231,14 +236,18 @@ class Trials:
             worker.until = None
         return _Checked(tuple(checks), True)
 
-    def _remember(self, kind: Kind, kernel: Kernel, modes: Sequence[str], found: _Checked) -> None:
-        """Let what was shown here count as proof when the kernel is put in, for each of the modes and for all of them."""
-        if not found.done or not _prove.needs_proof(kernel.ref):
-            return
+    def _remember(self, kind: Kind, kernel: Kernel, checks: Sequence[Check]) -> None:
+        """Let what was shown here count as proof when the kernel is put in, on whole inputs too.
+
+        That is in this mode, and in all modes together once all were shown.
+        """
+        alike = self._modes_alike(kind)
+        shown = self._shown.setdefault((kernel, kind.layer.path, alike), set())
+        shown.add(kind.mode)
         places = [replace(kind.layer, path=path, paths=(path,)) for path in kind.paths]
-        for some in dict.fromkeys([tuple(modes), *((mode,) for mode in modes)]):
+        for some in {(kind.mode,), alike} if shown >= {*alike} else {(kind.mode,)}:
             decisions = tuple(Decision(layer, mode, kernel, "tune") for layer in places for mode in some)
-            _prove.remember(self.model, Plan(self.target, decisions), found.checks)
+            _prove.remember(self.model, Plan(self.target, decisions), checks)
 
     # --------------------------------------------------------------------------------------------------------- timing
 
