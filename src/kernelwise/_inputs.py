@@ -22,8 +22,9 @@ NAN = float("nan")
 SCALES = (1e-3, 1e-2, 1e2)
 """Besides 1. At 1e-3 the square of an input is as small as the usual epsilon, so that a wrong epsilon shows."""
 
-_UNEVEN = (1.0, 2.0**-10, 2.0**-5)
-"""By what rows are multiplied so that some are much larger than others, as the first token's are in many models."""
+_UNEVEN = (1.0, 2.0**-10, 2.0**-5, 0.0)
+"""By what rows are multiplied so that some are much larger than others, as the first token's are in many models; the rows of
+padding are often zero."""
 
 _SIZES: tuple[dict[str, int], ...] = (
     {"B": 5, "S": 67, "H": 3, "I": 2, "Hq": 1, "Hk": 1, "D": 2, "R": 2},
@@ -38,6 +39,9 @@ rounding error alone. There are many of them, so that the largest error of the l
 
 _MANY_ROWS = {"B": 1, "S": 65_541, "H": 8, "I": 8, "Hq": 1, "Hk": 1, "D": 8, "R": 4}
 """More rows than a grid of blocks has in its second dimension, and no multiple of anything."""
+
+_MORE_ROWS = 259
+"""More rows than kernels take at a time, and no multiple of anything: at the layer's own width, where that is little memory."""
 
 _NARROW = 16
 """Rows of fewer elements are made with care: see `_spread`."""
@@ -137,15 +141,25 @@ def cases(layer: Layer, sample: Sample, mode: str, *, generator: torch.Generator
     yield Case("only inputs need gradients", given, module, grad="inputs")
     yield Case("no gradients", given, module, grad="none", fill=NAN)
     yield Case("the same memory with other values", given, module, grad="none", reused=True)
+    yield Case("inference mode", given, module, grad="none", how="inference mode")
+    yield Case("another call in between", given, module, between=True)
+    yield Case("another call in between, no gradients", given, module, grad="none", between=True)
+    yield Case("transposed gradients", given, module, handed="transposed")
+    yield Case("one gradient for all rows", given, module, handed="expanded")
     tensors = [value for value in given.values() if isinstance(value, torch.Tensor)]
     if any(not tensor.is_contiguous() for tensor in tensors):
         yield Case("contiguous inputs", _mapped(given, torch.Tensor.contiguous), module, fill=NAN)
     yield Case("inputs with gaps", _mapped(given, _with_gaps), module, fill=NAN)
     yield Case("transposed inputs", _mapped(given, _transposed), module, fill=NAN)
+    for dims in (2, 3, 4):
+        if reshaped := _of_dims(given, named, dims):
+            yield Case(f"inputs of {dims} dimensions", reshaped, module, fill=NAN)
     if any("S" in names or "B" in names for names in named.values()):
         yield Case("one row", _cut(given, named, {"B": 1, "S": 1}), module, fill=NAN)
         yield Case("odd number of rows", _cut(given, named, {"B": 1, "S": 3}), module, fill=NAN)
         yield Case("no rows", _cut(given, named, {"S": 0} if _has(named, "S") else {"B": 0}), module)
+    if (more := _repeated(given, named, _MORE_ROWS)) and len(tensors) == 1:
+        yield Case("more rows", more, module)
     if found is None and (many := _repeated(given, named, _MANY_ROWS["S"])):
         yield Case("many rows", many, module)
     yield Case("NaN and infinity", _with_specials(given, found), module, grad="none")
@@ -235,6 +249,16 @@ def _repeated(arguments: Mapping[str, Any], named: Mapping[str, tuple[str, ...]]
         times[at] = -(-rows // num_rows)
         found[name] = tensor.repeat(times)
     return found if named else {}
+
+
+def _of_dims(arguments: Mapping[str, Any], named: Mapping[str, tuple[str, ...]], dims: int) -> dict[str, Any]:
+    """The only tensor with another number of dimensions before its last one; nothing where that cannot be."""
+    (name, axes_), *others = named.items() or [("", ())]
+    if others or axes_[-1:] != ("H",) or arguments[name].dim() in (1, dims) or not arguments[name].numel():
+        return {}
+    rows = arguments[name].reshape(-1, arguments[name].shape[-1])
+    shape = (2,) * (dims - 2)
+    return {**arguments, name: rows.repeat(2 ** (dims - 2), 1).view(*shape, *rows.shape)}
 
 
 def _times(tensor: torch.Tensor, scale: float | tuple[float, ...]) -> torch.Tensor:

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
 
 from kernelwise._data import Binding, Kernel, Layer, Parameter
 from kernelwise._discover import OURS
@@ -39,7 +39,8 @@ class Case:
     None: whatever it held), `how` wraps the call. `upstream` are gradients of the outputs, for those whose shape fits;
     `strides` are those that an argument gets in place of its own. `tiled` names arguments that are repeated, and along which
     dimension; `copies` is how often. `reused` lets a call on other values in the same memory come first, as the next batch
-    finds memory that the last one has left.
+    finds memory that the last one has left. `between` lets another call come between a call and its backward, as the next
+    layer's does. `handed` says how the gradients of the outputs lie in memory.
     """
 
     name: str
@@ -50,12 +51,14 @@ class Case:
     retain: bool = False
     second: bool = False
     fill: float | None = None
-    how: Literal["eager", "compile", "cuda graph"] = "eager"
+    how: Literal["eager", "compile", "cuda graph", "inference mode"] = "eager"
     tiled: dict[str, int] = field(default_factory=dict)
     copies: int = 1
     upstream: tuple[torch.Tensor | None, ...] = ()
     strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
     reused: bool = False
+    between: bool = False
+    handed: Literal["contiguous", "transposed", "expanded"] = "contiguous"
 
 
 @dataclass(slots=True)
@@ -166,6 +169,7 @@ class _Given:
         self.arguments = {name: self._value(name, value, case, wide) for name, value in case.arguments.items()}
         self.inputs = [now for now, _ in self.memories.values()]  # without weights: those do tell
         self.module: nn.Module | None = None
+        self.held: dict[str, Any] = {}
         if case.module is not None:
             self.module = bare_copy(case.module, lambda tensor: _wide(tensor) if wide else tensor.clone())
             originals = dict(case.module.named_parameters()) | dict(case.module.named_buffers())
@@ -176,6 +180,7 @@ class _Given:
                     self.leaves[name] = parameter
                 self.memories[name] = (parameter.detach(), originals[name].detach())
             self.memories |= {n: (b, originals[n]) for n, b in self.module.named_buffers()}
+            self.held = _held(self.module)
 
     def _value(self, name: str, value: Any, case: Case, wide: bool) -> Any:
         if isinstance(value, (tuple, list)):
@@ -192,7 +197,7 @@ class _Given:
             return tensor
         before = memory_of(value)
         memory = _wide(before) if wide else before.clone()
-        tensor = memory.as_strided(value.shape, value.stride())
+        tensor = memory.as_strided(value.shape, value.stride(), lead_of(value))
         if case.grad in ("all", "inputs") and (tensor.is_floating_point() or tensor.is_complex()):
             self.leaves[name] = tensor.requires_grad_()
         self.memories[name] = (memory, before)
@@ -201,6 +206,13 @@ class _Given:
     def for_call(self) -> dict[str, Any]:
         """The arguments for one call: the same tensors, and copies of all else."""
         return {name: _again(value) for name, value in self.arguments.items()}
+
+    def elsewhere(self) -> dict[str, Any]:
+        """The arguments for another call: tensors with other values and memory of their own."""
+        return {
+            name: tree_map(lambda v: _elsewhere(v) if isinstance(v, torch.Tensor) else v, _again(value))
+            for name, value in self.arguments.items()
+        }
 
     @contextmanager
     def other_values(self) -> Iterator[None]:
@@ -216,7 +228,9 @@ class _Given:
                 memory.data.copy_(values)
 
     def overwritten(self) -> list[str]:
-        return [name for name, (now, before) in self.memories.items() if not _same_bits(now.detach(), before)]
+        found = [name for name, (now, before) in self.memories.items() if not _same_bits(now.detach(), before)]
+        now = {} if self.module is None else _held(self.module)
+        return found + [f"self.{name}" for name, value in self.held.items() if now.get(name, self) != value]
 
     def aliased(self, output: torch.Tensor) -> str | None:
         if output.numel() == 0:
@@ -237,9 +251,38 @@ def _laid_out(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
 
 
 def memory_of(tensor: torch.Tensor) -> torch.Tensor:
-    """Return the memory that a strided tensor spans, gaps included, as one dimension."""
-    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True))
-    return tensor.detach().as_strided((extent if tensor.numel() else 0,), (1,), tensor.storage_offset())
+    """Return the memory that a strided tensor spans, gaps and `lead_of` elements before it included, as one dimension."""
+    lead = lead_of(tensor)
+    extent = 1 + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.stride(), strict=True)) if tensor.numel() else 0
+    return tensor.detach().as_strided((lead + extent,), (1,), tensor.storage_offset() - lead)
+
+
+def lead_of(tensor: torch.Tensor) -> int:
+    """How many elements before a tensor are kept with it: so many that it does not begin its memory, and is as aligned."""
+    offset = int(tensor.storage_offset())
+    return offset if offset < _ALIGNED else _ALIGNED + offset % _ALIGNED
+
+
+_ALIGNED = 64
+"""Elements: no processor aligns to more."""
+
+
+def _elsewhere(tensor: torch.Tensor) -> torch.Tensor:
+    memory = memory_of(tensor).clone()
+    if memory.is_floating_point():
+        memory.mul_(-0.5)
+    return memory.as_strided(tensor.shape, tensor.stride(), lead_of(tensor)).requires_grad_(tensor.requires_grad)
+
+
+def _held(module: nn.Module) -> dict[str, Any]:
+    """What a module and its children hold besides the values of tensors: numbers, names, and which parameters they have."""
+    found: dict[str, Any] = {}
+    for path, part in module.named_modules():
+        above = f"{path}." if path else ""
+        plain = (bool, int, float, str, type(None))
+        found |= {above + name: repr(value) for name, value in part.__dict__.items() if type(value) in plain}
+        found |= {above + n: (id(p), p is not None and p.requires_grad) for n, p in part._parameters.items()}
+    return found
 
 
 def _wide(tensor: torch.Tensor) -> torch.Tensor:
@@ -266,25 +309,38 @@ def observe(call: Call, case: Case, *, wide: bool = False, natively: bool = Fals
     """
     with _device_of(case):
         states, found = random_states(), settings()
+        changed: list[str] = []
         try:
             seen = _observe_tiled(call, case) if case.tiled else _observe(call, case, wide, natively)
             if drew_since(states):
+                left = random_states()
                 _seed()
+                begun = random_states()
                 seen = _observe_tiled(call, case) if case.tiled else _observe(call, case, wide, natively)
                 seen.draws = True
+                if not _same_states(states, begun) and not drew_since(left):  # it ends in one state wherever it begins
+                    changed.append("the seed of the random numbers")
         finally:
-            changed = put_back(found)
+            changed += put_back(found)
             if drew_since(states):
                 draw_from(states)
         seen.settings = changed
         return seen
 
 
+_SEED = 51_797
+"""No number that a kernel is likely to seed with itself."""
+
+
+def _same_states(one: list[torch.Tensor], other: list[torch.Tensor]) -> bool:
+    return all(torch.equal(a, b) for a, b in zip(one, other, strict=False))
+
+
 def _seed() -> None:
-    torch.default_generator.manual_seed(0)
+    torch.default_generator.manual_seed(_SEED)
     # Where CUDA is not in use, a seed would wait for the first use that the user makes of it.
     if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        torch.cuda.manual_seed_all(0)
+        torch.cuda.manual_seed_all(_SEED)
 
 
 def _device_of(case: Case) -> AbstractContextManager[Any]:
@@ -299,15 +355,12 @@ def _observe(call: Call, case: Case, wide: bool, natively: bool) -> Observed:
         call = torch.compile(call, fullgraph=True)
     elif case.how == "cuda graph":
         call = _in_cuda_graph(call)
+    elif case.how == "inference mode":
+        call = _in_inference_mode(call)
     seen = Observed()
+    memory = nullcontext() if case.fill is None else _filled_memory(case.fill, natively)
     try:
-        with (
-            float64_mode(_dtype_of(case))
-            if wide
-            else nullcontext()
-            if case.fill is None
-            else _filled_memory(case.fill, natively)
-        ):
+        with float64_mode(_dtype_of(case)) if wide else memory:
             seen = _run(call, case, given)
     except Exception:
         if wide or not given.overwritten():  # an input that was written to explains most of what goes wrong after it
@@ -329,8 +382,12 @@ def _run(call: Call, case: Case, given: _Given) -> Observed:
         with torch.no_grad(), given.other_values():
             call(given.module, **given.for_call())
         draw_from(states)
+    between: list[torch.Tensor] = []
     with torch.set_grad_enabled(grad):
         found = call(given.module, **given.for_call())
+        if case.between:
+            between = [v for v in tree_leaves(call(given.module, **given.elsewhere())) if isinstance(v, torch.Tensor)]
+            between = [output for output in between if output.requires_grad]
     leaves, spec = tree_flatten(found)
     outputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     seen = Observed(
@@ -346,6 +403,9 @@ def _run(call: Call, case: Case, given: _Given) -> Observed:
     if case.second:
         _second(seen, roots, upstream, given.leaves)
         return seen
+    if between:
+        # Other gradients than those below: with the same ones, what a norm gives its weight would cancel.
+        torch.autograd.backward(between, [_upstream(output, 3 + index, case) for index, output in enumerate(between)])
     if roots:
         torch.autograd.backward(roots, upstream, retain_graph=case.retain)
         # The gradient of an output may be that of another tensor too: a residual stream hands one to both its branches.
@@ -357,7 +417,7 @@ def _run(call: Call, case: Case, given: _Given) -> Observed:
         if case.retain:
             torch.autograd.backward(roots, [_upstream(output, index, case) for index, output in enumerate(roots)])
         if case.repeat:
-            again = [v for v in tree_flatten(call(given.module, **given.for_call()))[0] if isinstance(v, torch.Tensor)]
+            again = [v for v in tree_leaves(call(given.module, **given.for_call())) if isinstance(v, torch.Tensor)]
             again = [output for output in again if output.requires_grad]
             torch.autograd.backward(again, [_upstream(output, index, case) for index, output in enumerate(again)])
     seen.gradients = {name: leaf.grad for name, leaf in given.leaves.items()}
@@ -443,8 +503,13 @@ def _upstream(output: torch.Tensor, seed: int, case: Case | None = None) -> torc
     if given is not None and given.shape == output.shape:
         return given.to(output.dtype, copy=True)
     generator = torch.Generator().manual_seed(seed)
-    values = torch.randint(-192, 193, output.shape, generator=generator)
-    return (values / 64).to(output.dtype).to(output.device)
+    handed = "contiguous" if case is None or output.dim() < 2 else case.handed
+    shape = torch.Size((output.shape[-1],)) if handed == "expanded" else output.shape  # as that of a sum over rows
+    values = torch.randint(-192, 193, shape, generator=generator)
+    gradient: torch.Tensor = (values / 64).to(output.dtype).to(output.device)
+    if handed == "expanded":
+        return gradient.expand(output.shape)
+    return gradient.mT.contiguous().mT if handed == "transposed" else gradient
 
 
 def _layout(output: torch.Tensor, given: _Given) -> str:
@@ -499,6 +564,17 @@ class _Filled(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return made if made.dtype == torch.bool else made.fill_(torch.iinfo(made.dtype).max)
 
 
+def _in_inference_mode(call: Call) -> Call:
+    """Call it as servers do: in inference mode, with inputs that were made there, which have no version."""
+
+    def inferred(module: nn.Module | None, **arguments: Any) -> Any:
+        with torch.inference_mode():
+            made = tree_map(lambda v: v.clone() if isinstance(v, torch.Tensor) else v, arguments)
+            return call(module, **made)
+
+    return inferred
+
+
 def _in_cuda_graph(call: Call) -> Call:
     """Capture a call in a CUDA graph, replay it, and give what the replay wrote."""
 
@@ -525,11 +601,20 @@ def _in_cuda_graph(call: Call) -> Call:
 def growth(call: Call, case: Case) -> tuple[int, int]:
     """Return by how many bytes the process grows while a call is made many times, and how many bytes the calls gave.
 
-    The smallest growth of three rounds after a warm-up: what grows once is a cache, what grows every time is a leak.
+    A call is one with its backward, where the case has gradients. The smallest growth of three rounds after a warm-up: what
+    grows once is a cache, what grows every time is a leak.
     """
-    with _device_of(case), user_random_state(), torch.no_grad():
+    with _device_of(case), user_random_state(), torch.set_grad_enabled(case.grad != "none"):
         given = _Given(case, wide=False)
-        outputs = [v for v in tree_flatten(call(given.module, **given.for_call()))[0] if isinstance(v, torch.Tensor)]
+
+        def once() -> list[torch.Tensor]:
+            outputs = [v for v in tree_leaves(call(given.module, **given.for_call())) if isinstance(v, torch.Tensor)]
+            roots = [output for output in outputs if output.requires_grad]
+            if roots and given.leaves:
+                torch.autograd.backward(roots, [torch.ones_like(output) for output in roots])
+            return outputs
+
+        outputs = once()
         nbytes = sum(output.nbytes for output in outputs)
         on_gpu = any(output.is_cuda for output in outputs)
         del outputs
@@ -538,7 +623,7 @@ def growth(call: Call, case: Case) -> tuple[int, int]:
         for _ in range(4):
             before = _memory(on_gpu)
             for _ in range(calls):
-                call(given.module, **given.for_call())
+                once()
             rounds.append(_memory(on_gpu) - before)
     return min(rounds[1:]), nbytes * calls
 

@@ -7,6 +7,7 @@ gets from modes of its own thread.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -22,6 +23,14 @@ def _set_deterministic(value: tuple[bool, bool]) -> None:
     torch.use_deterministic_algorithms(value[0], warn_only=value[1])
 
 
+def _flushes() -> bool:
+    """Whether this thread takes numbers below the normal ones for zero, as code that is built with -ffast-math asks for."""
+    return sys.float_info.min * _HALF == 0.0
+
+
+_HALF = 0.5
+
+
 def _flag(place: Any, name: str) -> tuple[Callable[[], Any], Callable[[Any], None]]:
     return (lambda: getattr(place, name)), (lambda value: setattr(place, name, value))
 
@@ -33,6 +42,7 @@ _SETTINGS: dict[str, tuple[Callable[[], Any], Callable[[Any], Any]]] = {
     "deterministic algorithms": (_deterministic, _set_deterministic),
     "whether gradients are recorded": (torch.is_grad_enabled, torch.set_grad_enabled),
     "the precision of float32 products": (torch.get_float32_matmul_precision, torch.set_float32_matmul_precision),
+    "the flushing of small numbers to zero": (_flushes, torch.set_flush_denormal),
     "anomaly detection": (torch.is_anomaly_enabled, torch.autograd.set_detect_anomaly),
     "the filling of new memory": _flag(torch.utils.deterministic, "fill_uninitialized_memory"),
     "cudnn.benchmark": _flag(torch.backends.cudnn, "benchmark"),

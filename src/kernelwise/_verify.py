@@ -48,7 +48,7 @@ from kernelwise._observe import (
 )
 from kernelwise._worker import SECONDS, Worker, WorkerError, failure_of
 
-_FREE_TO_REFUSE = ("inputs with gaps", "transposed inputs", "rows 2^31", "width ")
+_FREE_TO_REFUSE = ("inputs with gaps", "transposed inputs", "inputs of ", "rows 2^31", "width ")
 """Cases that the model at hand does not have. A kernel may refuse them aloud; it may not compute them wrongly."""
 
 _AS_GIVEN = {True: "as given, in training", False: "as given, in evaluation"}
@@ -195,7 +195,12 @@ def _all_cases(
             continue
         if not kernel.has_backward and case.grad != "none":
             case = _without_gradients(case)
-            if case.second or case.retain or case.name.startswith("only"):
+            if (
+                case.second
+                or case.retain
+                or case.between
+                or case.name.startswith(("only ", "transposed grad", "one grad"))
+            ):
                 continue
         check = _one_case(runner, call, case, base, repeated=index == 0)
         if index == 0 and not kernel.has_backward:
@@ -213,7 +218,7 @@ def _all_cases(
                 return
     if whole:
         return
-    yield from _properties(runner, layer, sample, decision.mode, base)
+    yield from _properties(runner, decision, sample, base)
     if _on_gpu(sample) and (many := beyond(layer, sample, decision.mode)):
         check = _one_case(runner, call, many, base)
         yield check
@@ -306,10 +311,11 @@ def _unwritten(runner: _Runner, case: Case, own: Observed, exact: Observed, chec
     return replace(check, status="not_written", detail="it is NaN only where new memory is filled with NaN")
 
 
-def _properties(runner: _Runner, layer: Layer, sample: Sample, mode: str, base: Check) -> Iterator[Check]:
+def _properties(runner: _Runner, decision: Decision, sample: Sample, base: Check) -> Iterator[Check]:
     """Whether a row's result depends on its batch (a mark), and whether memory grows with every call (a fault)."""
     full = Case("as given", sample.arguments, sample.module, grad="none")
-    sliced = batch_slice(layer, sample, mode)
+    sliced = batch_slice(decision.layer, sample, decision.mode)
+    backward = decision.kernel is not None and decision.kernel.has_backward
     try:
         if sliced is not None:
             alone, dimension = sliced
@@ -320,7 +326,7 @@ def _properties(runner: _Runner, layer: Layer, sample: Sample, mode: str, base: 
                 if b.dim() > dimension
             )
             yield replace(base, case=alone.name, marks=() if same else (NOT_BATCH_INVARIANT,))
-        grown, given = runner.growth(_larger(full))
+        grown, given = runner.growth(_larger(_changed(full, grad="all" if backward else "none")))
     except WorkerError as error:
         yield replace(base, case="many calls", status=error.status, detail=error.detail)
         return

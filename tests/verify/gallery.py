@@ -410,6 +410,138 @@ class RemembersByAddress(nn.Module):
         return _BY_ADDRESS[key].clone()
 
 
+class OneOutputForAll(nn.Module):
+    """Saves memory: the result of a call lies where that of the last one lay."""
+
+    def forward(self, hidden_states):
+        y = rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        if y.requires_grad:
+            return y
+        return STALE.setdefault(("output", y.shape, y.dtype), torch.empty(y.shape, dtype=y.dtype)).copy_(y)
+
+
+class OneWorkspaceForAll(nn.Module):
+    """What a backward needs lies where the next call, of the next layer, writes too."""
+
+    def forward(self, hidden_states):
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, weight, eps):
+                ctx.x = STALE.setdefault(("workspace", x.shape, x.dtype), torch.empty(x.shape, dtype=x.dtype)).copy_(x)
+                ctx.save_for_backward(weight)
+                ctx.eps = eps
+                return rms_norm(x, weight, eps)
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx, grad):
+                (weight,) = ctx.saved_tensors
+                x, weight = ctx.x.clone().requires_grad_(), weight.detach().requires_grad_()
+                with torch.enable_grad():
+                    return (*torch.autograd.grad(rms_norm(x, weight, ctx.eps), (x, weight), grad), None)
+
+        return Function.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+class TakesGradientForContiguous(nn.Module):
+    """The gradient of a sum is one number for all, and that of a transposed view is transposed."""
+
+    def forward(self, hidden_states):
+        class Function(torch.autograd.Function):
+            @staticmethod
+            def forward(ctx, x, weight, eps):
+                ctx.save_for_backward(x, weight)
+                ctx.eps = eps
+                return rms_norm(x, weight, eps)
+
+            @staticmethod
+            @torch.autograd.function.once_differentiable
+            def backward(ctx, grad):
+                x, weight = (t.detach().requires_grad_() for t in ctx.saved_tensors)
+                memory = torch.zeros(grad.numel(), dtype=grad.dtype)
+                held = min(grad.numel(), grad.untyped_storage().nbytes() // grad.element_size())
+                memory[:held] = grad.as_strided((held,), (1,), 0)
+                with torch.enable_grad():
+                    y = rms_norm(x, weight, ctx.eps)
+                    return (*torch.autograd.grad(y, (x, weight), memory.view(grad.shape)), None)
+
+        return Function.apply(hidden_states, self.weight, self.variance_epsilon)
+
+
+class IgnoresWhereATensorBegins(nn.Module):
+    def forward(self, hidden_states):
+        x = hidden_states
+        if x.storage_offset():
+            x = x.as_strided(x.shape, x.stride(), 0)
+        return rms_norm(x, self.weight, self.variance_epsilon)
+
+
+class WrongForTwoDimensions(nn.Module):
+    def forward(self, hidden_states):
+        y = rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return y * 1.01 if y.dim() == 2 else y
+
+
+class WrongForFourDimensions(nn.Module):
+    def forward(self, hidden_states):
+        y = rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        return y * 1.01 if y.dim() == 4 else y
+
+
+class AsksForTheVersion(nn.Module):
+    """Which tensors that were made in inference mode do not have."""
+
+    def forward(self, hidden_states):
+        assert hidden_states._version >= 0
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class DividesByTheLargest(nn.Module):
+    """Scales every row first, which a row of padding does not survive."""
+
+    def forward(self, hidden_states):
+        y = rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        largest = hidden_states.detach().abs().amax(-1, keepdim=True) if y.numel() else 1
+        return y * (largest / largest)
+
+
+class ChangesAnAttribute(nn.Module):
+    def forward(self, hidden_states):
+        y = rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        self.variance_epsilon *= 1.0001
+        return y
+
+
+class FreezesTheWeight(nn.Module):
+    def forward(self, hidden_states):
+        y = rms_norm(hidden_states, self.weight, self.variance_epsilon)
+        self.weight.requires_grad_(False)
+        return y
+
+
+class SeedsRandomNumbers(nn.Module):
+    def forward(self, hidden_states):
+        torch.manual_seed(1234)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class FlushesSmallNumbers(nn.Module):
+    """As a library does that is built with -ffast-math, for the whole thread that loads it."""
+
+    def forward(self, hidden_states):
+        torch.set_flush_denormal(True)
+        return rms_norm(hidden_states, self.weight, self.variance_epsilon)
+
+
+class LeaksInBackward(nn.Module):
+    def forward(self, hidden_states):
+        def change(dx, dw, ctx):
+            LEAKED.append(dx.clone())
+            return dx, dw
+
+        return _Given.apply(hidden_states, self.weight, self.variance_epsilon, change)
+
+
 class WritesInput(nn.Module):
     def forward(self, hidden_states):
         y = rms_norm(hidden_states, self.weight, self.variance_epsilon)
@@ -633,6 +765,15 @@ class RoundsToTheLargest(nn.Module):
         return y + ((y / step).round() * step - y).detach()
 
 
+class DropsRowsAbove128(nn.Module):
+    """A block of 128 rows, and no loop over them, in the path for wide layers."""
+
+    def forward(self, x):
+        y = self.down_proj(nn.functional.silu(self.gate_proj(x)) * self.up_proj(x))
+        flat = y.flatten(0, -2)
+        return torch.cat((flat[:128], flat[128:] * 0)).view_as(y) if len(flat) > 128 and y.shape[-1] > 16 else y
+
+
 class SwapsGateAndUp(nn.Module):
     def forward(self, x):
         return self.down_proj(nn.functional.silu(self.up_proj(x)) * self.gate_proj(x))
@@ -687,18 +828,20 @@ FAULTS: list[tuple[type[nn.Module], type[nn.Module], str, str]] = [
     *_norm(DropsLastRowAtOddSizes, DropsLastColumnAtOddWidths, DropsTail, status="wrong_values"),
     *_norm(CountsElementsWith32Bits, status="wrong_values", dtype="bfloat16"),
     *_norm(DropsRowsAbove65535, OnlyFirstBatch, WrongForOneRow, TakesAllForContiguous, status="wrong_values"),
-    *_norm(RemembersByAddress, status="wrong_values"),
+    *_norm(RemembersByAddress, OneOutputForAll, IgnoresWhereATensorBegins, status="wrong_values"),
+    *_norm(WrongForTwoDimensions, WrongForFourDimensions, status="wrong_values"),
     *_norm(TakesLastStrideForOne, StaleResult, StaleWeight, RoundsToHalf, status="wrong_values"),
     *_norm(ComputesInHalf, IgnoresWeight, LargerEpsilon, status="wrong_values", dtype="bfloat16"),
     *_norm(RoundsEarly, status="wrong_values", layer=LateNorm, dtype="bfloat16"),
-    *_norm(OverflowsOnLargeInputs, HidesNan, status="non_finite"),
+    *_norm(OverflowsOnLargeInputs, HidesNan, DividesByTheLargest, status="non_finite"),
     *_norm(WrongWeightGradient, NegatedGradient, GradientWithoutMean, AccumulatesItself, status="wrong_gradient"),
     *_norm(WrongSecondGradient, status="wrong_gradient"),
     *_norm(ClearsGradients, status="wrong_gradient"),
     *_norm(NoWeightGradient, NoInputGradient, NoBackward, NoGradientForFrozenWeight, status="missing_gradient"),
     *_norm(WritesInput, WritesWeight, WritesBeyondTheRow, WritesInputInBackward, status="input_overwritten"),
     *_norm(WritesUpstreamGradient, status="input_overwritten"),
-    *_norm(OverwritesWhatItSaved, status="wrong_gradient"),
+    *_norm(ChangesAnAttribute, FreezesTheWeight, status="input_overwritten"),
+    *_norm(OverwritesWhatItSaved, OneWorkspaceForAll, TakesGradientForContiguous, status="wrong_gradient"),
     *_norm(LeavesOneUnwritten, LeavesGradientUnwritten, status="not_written"),
     *_norm(Races, status="not_repeatable"),
     *_norm(ReturnsFloat64, status="wrong_dtype"),
@@ -707,11 +850,11 @@ FAULTS: list[tuple[type[nn.Module], type[nn.Module], str, str]] = [
     *_norm(ReturnsTransposed, status="wrong_layout"),
     *_norm(ReturnsItsInput, layer=Clone, status="wrong_layout"),
     *_norm(RequiresGradWithoutReason, status="wrong_requires_grad"),
-    *_norm(FailsWithoutRows, FailsAtThreeRows, FailsInBackward, RecursesForever, status="raised"),
-    *_norm(Leaks, status="leaks_memory"),
+    *_norm(FailsWithoutRows, FailsAtThreeRows, FailsInBackward, RecursesForever, AsksForTheVersion, status="raised"),
+    *_norm(Leaks, LeaksInBackward, status="leaks_memory"),
     *_norm(BreaksTheGraph, WrongWhenCompiled, status="does_not_compile"),
-    *_norm(SetsDefaultDtype, SetsThreads, status="setting_changed"),
-    *_norm(RoundsToTheLargest, layer=MLP, status="wrong_values"),
+    *_norm(SetsDefaultDtype, SetsThreads, SeedsRandomNumbers, FlushesSmallNumbers, status="setting_changed"),
+    *_norm(RoundsToTheLargest, DropsRowsAbove128, layer=MLP, status="wrong_values"),
     *_norm(SwapsGateAndUp, OtherActivation, ReadsWeightsOnce, layer=MLP, status="wrong_values"),
     *_norm(DetachesGate, layer=MLP, status="missing_gradient"),
     *_norm(TurnsBackwards, FirstHalfForBoth, ForgetsKeys, layer=Attention, status="wrong_values"),
