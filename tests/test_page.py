@@ -231,6 +231,31 @@ def test_the_summary_claims_no_more_than_was_found(speedup: float | None, said: 
     assert "faster" not in text
 
 
+def test_workloads_without_a_clear_difference_are_said_together() -> None:
+    runs = tuple(Run("tuned", name, compared(1000.0, by)) for name, by in (("a", 1.001), ("b", 2.0), ("c", 1.002)))
+    text = parsed(replace(EMPTY, runs=runs)).text("p")
+    assert "b is 2.00 times as fast and a and c show no clear difference." in text
+
+
+def test_what_was_better_than_the_tuned_config_stands_in_the_summary() -> None:
+    assert parsed(sample()).text("p").count("better than the tuned config") == 0
+    assert "torch.compile seems better than the tuned config. " in parsed(replace(sample(), best="torch.compile")).text(
+        "p"
+    )
+
+
+def test_in_the_tree_modes_with_the_same_code_stand_together() -> None:
+    inference = choices_at("norm", chosen=OWN_CODE)
+    training = replace(inference, mode="training")
+    both = page(replace(EMPTY, choices=(inference, training)))
+    assert both.count('class="runs"') == 1
+    apart = page(replace(EMPTY, choices=(inference, replace(training, chosen="k"))))
+    assert [text.strip() for text in re.findall(r'class="runs"><span class="count">(.*?):</span>', apart)] == [
+        "training",
+        "inference",
+    ]
+
+
 def test_without_a_tuned_model_it_speaks_of_the_fastest() -> None:
     found = parsed(bench_sample())
     assert "prefill is 1.36 times as fast with builtin and decode is 1.07 times as fast with builtin" in found.text("p")

@@ -54,7 +54,7 @@ def choose(
             best = gain, candidate
     if best is None:
         if not tried:
-            return None, "nothing was tried"
+            return None, "nothing was tried in time"
         if not any(candidate.timings for candidate in tried):
             return None, "every candidate is out" if all(c.out for c in tried) else "no candidate could be timed"
         return None, "no candidate needs less memory" if by_memory else "no candidate is clearly faster"

@@ -203,14 +203,14 @@ class Tuning:
             ours, theirs = tuned.get(run.workload), run.comparison
             if ours is None or theirs is None or self.is_part(run) or run.contender in (TUNED, EAGER):
                 continue
-            figures = f"{ratio(theirs.speedup)} in {run.workload} (tuned: {ratio(ours.speedup)})"
+            figures = f"{ratio(theirs.speedup)} in {run.workload} (tuned {ratio(ours.speedup)})"
             clear = theirs.low > ours.high
             if clear or run.contender == self.best:
                 found.setdefault(run.contender, []).append((figures, clear))
         return tuple(
-            f"{name} {'is' if any(clear for _, clear in those) else 'seems to be'} better than the tuned config"
+            f"{name} {'is' if any(clear for _, clear in those) else 'seems'} better than the tuned config"
             + ("" if name == self.best else " in a part")
-            + f", times as fast as the model's own code: {', '.join(figures for figures, _ in those)}"
+            + f". Times as fast as the model's own code: {', '.join(figures for figures, _ in those)}"
             + (f". {_INSTEAD[name]}" if name in _INSTEAD else "")
             for name, those in found.items()
         )

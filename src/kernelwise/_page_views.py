@@ -144,6 +144,7 @@ def _workloads(tuning: Tuning) -> list[str]:
 def headline(tuning: Tuning) -> str:
     """Say in a sentence or two what is to be gained."""
     speeds: list[str] = []
+    unclear: dict[str, list[str]] = {}
     peaks: dict[str, list[str]] = {}
     for workload in _workloads(tuning):
         run = _winner(tuning, workload)
@@ -154,15 +155,15 @@ def headline(tuning: Tuning) -> str:
         if found is None:
             speeds.append(f"{workload} did not run{who}")
             continue
-        unclear = found.verdict == "no clear difference"
-        speeds.append(
-            f"{workload} shows no clear difference{who}"
-            if unclear
-            else f"{workload} is {ratio(found.speedup)} times as fast{who}"
-        )
+        if found.verdict == "no clear difference":
+            unclear.setdefault(who, []).append(workload)
+        else:
+            speeds.append(f"{workload} is {ratio(found.speedup)} times as fast{who}")
         if found.own_peak and found.peak is not None and abs(change := found.peak / found.own_peak - 1) >= 0.01:
             by = f"{100 * abs(change):.0f}\N{NARROW NO-BREAK SPACE}% {'higher' if change > 0 else 'lower'}"
             peaks.setdefault(by, []).append(workload)
+    for who, workloads in unclear.items():
+        speeds.append(f"{_listed(workloads)} show{'s' if len(workloads) == 1 else ''} no clear difference{who}")
     if not speeds:
         return "The whole model was not timed."
     text = f"Against the model's own code, {_listed(speeds)}."

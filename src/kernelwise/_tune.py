@@ -405,7 +405,8 @@ def _goes_in(session: _Session, tuned: KernelConfig) -> dict[tuple[str, str | No
 def _evidence(session: _Session, found: Confirmation, reasons: Mapping[Kind, str], tuned: KernelConfig) -> Tuning:
     choices = []
     goes_in = _goes_in(session, tuned)
-    for kind in dict.fromkeys([*session.tried, *found.chosen]):
+    kinds = sorted(dict.fromkeys([*session.tried, *found.chosen]), key=lambda kind: session.modes.index(kind.mode))
+    for kind in kinds:
         kernel, reason = found.chosen.get(kind), found.taken_back.get(kind, reasons.get(kind, ""))
         if kind not in found.chosen:
             kernel = goes_in.get((kind.layer.path, kind.layer.function, kind.mode))

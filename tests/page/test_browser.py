@@ -77,7 +77,9 @@ def shown(page: Any, rows: str) -> list[str]:
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 @pytest.mark.parametrize("size", [PHONE, DESK], ids=["phone", "desk"])
-@pytest.mark.parametrize("tuning", [sample(), bench_sample()], ids=["tune", "bench"])
+@pytest.mark.parametrize(
+    "tuning", [replace(sample(), best="torch.compile"), bench_sample()], ids=["tune", "bench"]
+)  # fmt: skip
 def test_it_fits_and_can_be_read_by_everyone(
     open_page: Open, tuning: Tuning, size: dict[str, int], scheme: str
 ) -> None:
