@@ -769,6 +769,18 @@ def test_a_model_is_tuned_on_its_own_device_and_no_other(monkeypatch):
         _tune.place(spread)
 
 
+def test_hooks_of_the_user_run_as_in_any_pass_and_stay(monkeypatch):
+    monkeypatch.setattr(_tune, "NEGLIGIBLE", 2.0)  # of all layers: this is about the whole model
+    model, calls = nn.Sequential(nn.GELU()).eval(), []
+    hook = model[0].register_forward_hook(lambda module, args, output: calls.append(module))
+    before = dict(model[0]._forward_hooks)
+    _tune.tune(model, X, seconds=5)
+    assert calls
+    assert model[0] not in calls, "what runs are copies"
+    assert dict(model[0]._forward_hooks) == before
+    hook.remove()
+
+
 def test_quick_candidates_have_their_turn_first():
     refs = ["builtin:inductor:RMSNorm", "org/repo@v1:Norm", "builtin:torch:RMSNorm", "builtin:RMSNorm", "/a:Norm"]
     found = [read_reference(ref)[0] for ref in refs]
