@@ -101,6 +101,26 @@ def test_layer_names():
     assert plain_function(llama.apply_rotary_pos_emb).__name__ == "apply_rotary_pos_emb"
 
 
+# What is left of ACT2FN: two with parameters, the identity, and one whose constants are arguments.
+NO_ACTIVATION = {"prelu", "xielu", "linear", "laplace"}
+
+
+def test_every_activation_of_transformers_is_recognised_and_equal():
+    activations = transformers.activations.ACT2FN
+    generator = torch.Generator().manual_seed(5)
+    unknown = set()
+    for name in activations:
+        layer = activations[name]
+        answer = recognize(layer)
+        if not isinstance(answer, Recognition):
+            unknown.add(name)
+            continue
+        assert answer.op == "activation"
+        (_, x), *_ = answer.roles
+        assert_agrees(layer, answer, {str(x.value): 3 * torch.randn(4, 64, generator=generator)})
+    assert unknown <= NO_ACTIVATION
+
+
 def test_transformers_conv1d_is_no_linear():
     layer = transformers.pytorch_utils.Conv1D(24, 24)
     assert not isinstance(recognize(layer), Recognition)

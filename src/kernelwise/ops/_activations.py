@@ -47,7 +47,7 @@ ACTIVATIONS: dict[str, tuple[Activation, ...]] = {
     "quick_gelu": (lambda x: x * torch.sigmoid(1.702 * x),),
     "relu": (F.relu,),
     "relu2": (lambda x: torch.square(F.relu(x)),),
-    "relu6": (F.relu6,),
+    "relu6": (F.relu6, lambda x: F.hardtanh(x, 0.0, 6.0)),
     "leaky_relu": (F.leaky_relu,),
     "elu": (F.elu,),
     "sigmoid": (torch.sigmoid,),
