@@ -1,10 +1,12 @@
-"""Tune models of given shapes on one GPU, several times, and race each result: `python benchmarks/gpu_tune.py [--shapes llama]`.
+"""Tune models of given shapes on one GPU, several times, and race each result.
+
+    python benchmarks/gpu_tune.py [--shapes llama qwen3 gemma3] [--runs 3]
 
 The models of gpu_e2e.py (8 layers, random bfloat16 weights). For each, and for each of `--runs` runs with an empty cache:
 `kernelwise.tune` on 1 x 2048 tokens for prefill, decoding and a training step, then all contenders side by side, the tuned
-model among them. Written as JSON: the evidence of each tuning and the runs of its race; and the report page of the first. At the end:
-how fast the tuned model is as a part of the best contender in each workload and run (1.00 or more, within 3 %), and whether
-the runs chose the same kernels, except where a run found no clear difference between the two.
+model among them. Written as JSON: the evidence of each tuning and the runs of its race; and the report page of the first. At
+the end: how fast the tuned model is as a part of the best contender in each workload and run (1.00 or more, within 3 %), and
+whether the runs chose the same kernels, except where a run found no clear difference between the two.
 """
 
 from __future__ import annotations
