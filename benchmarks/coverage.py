@@ -135,18 +135,21 @@ def left_out(kind: str) -> list[str]:
 class Count:
     """What of each kind is recognised, missed and not reached."""
 
-    def __init__(self, lists: Names, results: list[tuple[str, list[tuple[str, str | None, bool]], str | None]]) -> None:
+    def __init__(self, lists: Names, results: list[models.Look]) -> None:
         answers: dict[str, set[str | None]] = defaultdict(set)
+        self.reasons: dict[str, str] = {}
         self.registered = models.registered([name for names in lists.values() for name in names])
+
+        def add(rows: list[models.Row]) -> None:
+            for row in rows:
+                answers[row.name].add(row.op)
+                if row.reason is not None:
+                    self.reasons.setdefault(row.name, row.reason)
+
         for _, rows, _ in results:
-            for name, op, _ in rows:
-                answers[name].add(op)
-        for name, op in models.functions_alone(lists["rotary"]).items():
-            answers[name].add(op)
-        for name, op in models.classes_alone(
-            [n for names in lists.values() for n in names if n not in answers]
-        ).items():
-            answers[name].add(op)
+            add(rows)
+        add(models.functions_alone(lists["rotary"]))
+        add(models.classes_alone([n for names in lists.values() for n in names if n not in answers]))
         self.lists = lists
         self.found = {
             kind: [n for n in names if answers.get(n, set()) & {*KINDS[kind]}] for kind, names in lists.items()
@@ -211,12 +214,19 @@ def page(count: Count, by_type: str) -> str:
         "",
     ]
     for kind in count.lists:
-        names = count.missed[kind] + [f"{name} (not built)" for name in count.unbuilt[kind]]
-        lines.append(f"- {kind}: {', '.join(names) if names else 'none'}")
-    return "\n".join([*lines, "", by_type])
+        lines += [f"{kind}:", ""]
+        lines += [f"- {name}: {reason_of(count, name)}" for name in count.missed[kind]] or ["- none"]
+        lines += [*(f"- {name}: it stands in no model built here" for name in count.unbuilt[kind]), ""]
+    return "\n".join([*lines, by_type])
 
 
-def by_model_type(results: list[tuple[str, list[tuple[str, str | None, bool]], str | None]]) -> str:
+def reason_of(count: Count, name: str) -> str:
+    """Why something is not recognised, in one line; or as what else."""
+    reason = count.reasons.get(name, "recognised as something of another kind")
+    return (reason if len(reason) <= 200 else f"{reason[:200]}...").replace("\n", " ")
+
+
+def by_model_type(results: list[models.Look]) -> str:
     liger = json.loads(LISTS.read_text())["Liger"]
     built = [(name, rows) for name, rows, error in results if error is None or error.startswith(models.CRASHED)]
     crashes = sum((error or "").startswith(models.CRASHED) for _, _, error in results)
@@ -232,9 +242,9 @@ def by_model_type(results: list[tuple[str, list[tuple[str, str | None, bool]], s
     ]
     columns = ("RMSNorm", "gated MLP", "rotary", "pre-norm decoder layer", "LayerNorm", "plain MLP")
     for model_type, rows in built:
-        ops = Counter(op for name, op in {(name, op) for name, op, _ in rows} if op)
+        ops = Counter(op for name, op in {(row.name, row.op) for row in rows} if op)
         cells = [sum(ops[op] for op in KINDS[kind]) for kind in columns]
-        cells += [ops["activation"], ops["linear"], len({name for name, _, tagged in rows if tagged})]
+        cells += [ops["activation"], ops["linear"], len({row.name for row in rows if row.tagged})]
         lines.append(
             f"| {model_type} | {' | '.join(str(c) if c else '' for c in cells)} "
             f"| {'yes' if model_type in liger['model types'] else ''} |"
@@ -331,15 +341,16 @@ def cover(types: dict[str, tuple[str, ...]], jobs: int, *, summary: bool) -> Non
     here = transformers.__version__ == json.loads(LISTS.read_text())["transformers"] and kernels_used() == "used"
     if summary or not here:  # the models of what cannot be built and recognised alone are enough
         alone = models.classes_alone([name for kind, names in lists.items() if kind != "rotary" for name in names])
-        alone |= models.functions_alone(lists["rotary"])
-        open_still = {n for kind, names in lists.items() for n in names if not {alone.get(n)} & {*KINDS[kind]}}
+        alone += models.functions_alone(lists["rotary"])
+        known = {row.name: row.op for row in alone}
+        open_still = {n for kind, names in lists.items() for n in names if not {known.get(n)} & {*KINDS[kind]}}
         folders = {Path(file).parent.name for file, node in definitions() if name_in(file, node.name) in open_still}
         types = {name: classes for name, classes in types.items() if models.folder_of(classes[0]) in folders}
         print(f"{len(open_still)} to be looked for in {len(types)} models", file=sys.stderr)
     models.look("llama", ("LlamaForCausalLM",))  # references traced here are there in every process
     results = models.run(models.look, types, jobs)
     if summary or not here:
-        results.append(("alone", [(name, op, False) for name, op in alone.items()], None))
+        results.append(("alone", alone, None))
     count = Count(lists, results)
     remember(
         f"{transformers.__version__} {kernels_used()}",
@@ -352,7 +363,7 @@ def cover(types: dict[str, tuple[str, ...]], jobs: int, *, summary: bool) -> Non
         kept = _BY_TYPE + PAGE.read_text().partition(_BY_TYPE)[2]
         PAGE.write_text(page(count, kept if summary else by_model_type(results)))
     else:
-        print(*(f"{kind}: {', '.join(names)}" for kind, names in count.missed.items()), sep="\n")
+        print(*(f"{n}: {reason_of(count, n)}" for names in count.missed.values() for n in names), sep="\n")
         refresh()
 
 

@@ -18,7 +18,7 @@ import sys
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
@@ -31,7 +31,7 @@ from torch import nn  # noqa: E402
 from transformers.models.auto import modeling_auto  # noqa: E402
 
 from kernelwise._data import Recognition  # noqa: E402
-from kernelwise._recognize import plain_function, recognize, recognize_functions  # noqa: E402
+from kernelwise._recognize import Unknown, functions_called, plain_function, recognize, recognize_functions  # noqa: E402
 from kernelwise._recognize._children import record_calls  # noqa: E402
 from kernelwise.ops import OPERATIONS  # noqa: E402
 
@@ -94,8 +94,23 @@ def shorten(config: transformers.PreTrainedConfig) -> None:
         config.num_hidden_layers = min(count, 6)
 
 
-def rows_of(model: nn.Module) -> Iterator[tuple[str, str, str | None, bool]]:
-    """Class or function (`model.Name`), what it is, whether transformers registers it; one row for each of its answers."""
+class Row(NamedTuple):
+    """A class or a function (`model.Name`): what it is, or why that is not known; whether transformers registers it."""
+
+    name: str
+    op: str | None
+    tagged: bool = False
+    reason: str | None = None
+
+
+def row(name: str, answer: Recognition | Unknown, *, tagged: bool = False) -> Row:
+    if isinstance(answer, Recognition):
+        return Row(name, answer.op, tagged)
+    return Row(name, None, tagged, answer.reason)
+
+
+def rows_of(model: nn.Module) -> Iterator[Row]:
+    """One row for each answer about a class or a function of a model."""
     seen = set()
     for module in model.modules():
         cls = type(module)
@@ -103,18 +118,15 @@ def rows_of(model: nn.Module) -> Iterator[tuple[str, str, str | None, bool]]:
         op = answer.op if isinstance(answer, Recognition) else None
         if (cls, op) not in seen:
             seen.add((cls, op))
-            yield name_of(cls.__module__, cls.__name__), op, hasattr(cls, "kernel_layer_name")
+            yield row(name_of(cls.__module__, cls.__name__), answer, tagged=hasattr(cls, "kernel_layer_name"))
         forward = plain_function(cls.forward)
         if forward is None or forward in seen:
             continue
         seen.add(forward)
-        answers = dict(recognize_functions(module))
-        for name in forward.__code__.co_names:
-            value = forward.__globals__.get(name)
-            function = plain_function(value) if callable(value) and re.match(r"(vision_)?apply_.*rot", name) else None
-            if function is not None:
-                op = answers[name].op if name in answers else None
-                yield name_of(function.__module__, name), op, isinstance(value, nn.Module)
+        for name, function, found in functions_called(module):
+            if re.match(r"(vision_)?apply_.*rot", name):
+                tagged = isinstance(forward.__globals__[name], nn.Module)
+                yield row(name_of(function.__module__, name), found, tagged=tagged)
 
 
 def name_of(module: str, name: str) -> str:
@@ -122,9 +134,11 @@ def name_of(module: str, name: str) -> str:
 
 
 CRASHED = "recognition failed: "
+Look = tuple[str, list[Row], str | None]  # the model type, its rows, what went wrong
 
 
-def look(model_type: str, class_names: tuple[str, ...]) -> tuple[str, list[tuple[str, str | None, bool]], str | None]:
+def look(model_type: str, class_names: tuple[str, ...]) -> Look:
+    """What is recognised in a model type, or why it cannot be looked at."""
     torch.set_num_threads(1)
     begun = ""
     try:
@@ -136,9 +150,9 @@ def look(model_type: str, class_names: tuple[str, ...]) -> tuple[str, list[tuple
         return model_type, [], f"{begun}{type(error).__name__}: {first}"
 
 
-def classes_alone(names: list[str]) -> dict[str, str | None]:
+def classes_alone(names: list[str]) -> list[Row]:
     """What the classes of a list are that stand in no model built here, each built alone; those that can be."""
-    found: dict[str, str | None] = {}
+    found = []
     for name in names:
         stem, _, class_name = name.partition(".")
         for file in Path(transformers.__file__).parent.glob(f"models/*/modeling_{stem}.py"):
@@ -148,8 +162,7 @@ def classes_alone(names: list[str]) -> dict[str, str | None]:
                 continue
             layer = build_alone(module, getattr(module, class_name))
             if layer is not None:
-                answer = recognize(layer, training=False)
-                found[name] = answer.op if isinstance(answer, Recognition) else None
+                found.append(row(name, recognize(layer, training=False)))
     return found
 
 
@@ -275,9 +288,9 @@ def registered(names: list[str]) -> set[str]:
     return found
 
 
-def functions_alone(names: list[str]) -> dict[str, str | None]:
+def functions_alone(names: list[str]) -> list[Row]:
     """What the functions of a list are, looked at without a model around them."""
-    found: dict[str, str | None] = {}
+    found = []
     for name in names:
         stem, _, function_name = name.partition(".")
         for file in Path(transformers.__file__).parent.glob(f"models/*/modeling_{stem}.py"):
@@ -286,8 +299,9 @@ def functions_alone(names: list[str]) -> dict[str, str | None]:
                 space = {**vars(module)}
                 exec(f"def forward(self): {function_name}()", space)
                 holder = type("Holder", (nn.Module,), {"forward": space["forward"]})()
-                answers = dict(recognize_functions(holder))
-                found[name] = answers[function_name].op if function_name in answers else None
+                found += [
+                    row(name, answer) for called, _, answer in functions_called(holder) if called == function_name
+                ]
     return found
 
 
