@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from kernelwise._data import Recognition
 from kernelwise._recognize import recognize
 from kernelwise._recognize._children import record_calls
+from kernelwise._recognize._search import widths_of
 from kernelwise.ops import OPERATIONS
 
 SIZES = {"lead": (5,), "B": 2, "S": 5, "P": 3, "D": 16, "R": 8, "Hq": 4, "Hk": 2}
@@ -151,9 +152,22 @@ def to(value: Any, dtype: torch.dtype) -> Any:
 
 
 def inputs_of(module: nn.Module, recognition: Recognition, generator: torch.Generator) -> dict[str, Tensor]:
-    """Random inputs for a recognised module."""
+    """Random inputs for a recognised module, of the width that it takes."""
     names = [str(binding.value) for _, binding in recognition.roles if binding.kind == "argument"]
-    return {name: torch.randn(2, 5, width_of(module), generator=generator) for name in names}
+    width = width_of(module)
+    if not OPERATIONS[recognition.op].norms:  # a norm inside, or a weight the other way round, may have another width
+        width = next((w for w in dict.fromkeys((width, *widths_of(module))) if runs_at(module, w, len(names))), width)
+    return {name: torch.randn(2, 5, width, generator=generator) for name in names}
+
+
+def runs_at(module: nn.Module, width: int, count: int) -> bool:
+    dtype = next((parameter.dtype for parameter in module.parameters()), torch.float32)
+    try:
+        with torch.no_grad():
+            module(*(torch.zeros(2, 5, width, dtype=dtype) for _ in range(count)))
+    except RuntimeError:
+        return False
+    return True
 
 
 def function_inputs(function: Any, recognition: Recognition, generator: torch.Generator) -> dict[str, Any]:
