@@ -6,6 +6,7 @@ import copy
 import json
 import keyword
 import tempfile
+from importlib.resources import files
 from pathlib import Path
 
 import jsonschema
@@ -14,14 +15,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernels import Mode
 
-import kernelwise._config as config_module
 from kernelwise._config import KernelConfig
 from kernelwise._config_file import tomllib
 from kernelwise._data import DEVICE_TYPES, MODES
 from kernelwise._errors import KernelConfigError, Problem
 from kernelwise._mapping import Rule, parse_mapping, read_keys
 
-SCHEMA = json.loads((Path(config_module.__file__).parent / "config-schema.json").read_text())
+SCHEMA = json.loads(files("kernelwise").joinpath("config-schema.json").read_text())
 VALIDATOR = jsonschema.Draft7Validator(SCHEMA)
 
 identifiers = st.one_of(
