@@ -6,13 +6,14 @@ import functools
 import sys
 import types
 
+import fakehub
 import pytest
 import torch
 from exact import assert_as_exact
 from torch import nn
 
 import kernelwise as kw
-from kernelwise._candidates import Kind, kinds_of, mapping_of, offered, patterns, read_given, with_trust
+from kernelwise._candidates import Kind, kinds_of, mapping_of, offered, patterns, read_given, spread_out, with_trust
 from kernelwise._data import KernelRef, Layer
 from kernelwise._errors import KernelConfigError, KernelLoadError
 from kernelwise.ops import OPERATIONS
@@ -95,6 +96,56 @@ def test_what_names_no_kernel_is_said_all_at_once():
     assert len(caught.value.problems) == 2
     assert "is 7" in str(caught.value)
     assert read_given("builtin:RMSNorm") == {None: (ref("builtin:RMSNorm"),)}
+
+
+TWO = """
+import torch
+from torch import nn
+
+raise ImportError("its code is read, and not run")
+
+
+class One(nn.Module):
+    def forward(self, x):
+        return x
+
+
+class Two(One):
+    pass
+"""
+
+
+def test_a_repository_can_be_tried_as_a_whole(tmp_path):
+    folder = fakehub.write_files(tmp_path / "two", fakehub.kernel_files(layers=TWO))
+    open_ended = fakehub.write_files(tmp_path / "open", fakehub.kernel_files(layers="from torch.nn import *\n"))
+    notes: list[str] = []
+    given = read_given(
+        {"Norm": [f"{folder}:*", "builtin:RMSNorm"], "MLP": f"{tmp_path}/no:*", "Act": f"{open_ended}:*"}
+    )
+    found = spread_out(given, device="cpu", notes=notes)
+    assert [str(one) for one in found["Norm"]] == [f"{folder}:One", f"{folder}:Two", "builtin:RMSNorm"]
+    assert found["MLP"] == found["Act"] == ()
+    assert notes[0].startswith(f"no layer of {tmp_path}/no:* was tried: there is no directory")
+    assert "cannot be told without running its code" in notes[1]
+    with pytest.raises(KernelConfigError, match="only repositories"):
+        read_given(["builtin:*"])
+
+
+def test_a_repository_of_the_hub_can_be_tried_as_a_whole(tmp_path):
+    with fakehub.FakeHub(trusted={"good"}) as hub, hub.patched(tmp_path / "cache"):
+        hub.add("good/two", {"v1": fakehub.kernel_files(layers=TWO)})
+        hub.add("stranger/two", {"v3": fakehub.kernel_files(layers=TWO)})
+        trusted = ("stranger/two:*", {"version": 3, "trust_remote_code": True})
+        notes: list[str] = []
+        found = spread_out(read_given(["good/two@v1:*", "stranger/two@v3:*", trusted]), device="cpu", notes=notes)
+    assert [str(one) for one in found[None]] == [
+        "good/two@v1:One",
+        "good/two@v1:Two",
+        "stranger/two@v3:One",
+        "stranger/two@v3:Two",
+    ]
+    assert [one.trust_remote_code for one in found[None]] == [False, False, True, True]
+    assert notes == ["no layer of stranger/two@v3:* was tried: stranger is no trusted kernel publisher"]
 
 
 def test_choices_become_the_shortest_mapping_that_says_the_same():

@@ -853,13 +853,15 @@ def inputs() -> torch.Tensor:
     return X
 
 
-def test_the_command_writes_the_config_and_its_evidence(tmp_path, capsys, repository):
+def test_the_command_writes_the_config_and_its_evidence(tmp_path, capsys):
+    fast_alone = fakehub.kernel_files("planted", layers=KERNELS.partition("class Slow")[0])
+    repository = fakehub.write_files(tmp_path / "planted", fast_alone)
     files = {name: tmp_path / name for name in ("kernels.toml", "evidence.json", "report.html")}
     options = ["--out", "kernels.toml", "--json", "evidence.json", "--html", "report.html"]
     options = [str(files.get(option, option)) for option in options]
     command = ["tune", "test_tune:Model", "--inputs", "test_tune:inputs", "--device", "cpu", "--seconds", "120"]
     with pytest.raises(SystemExit) as ended:
-        main([*command, "--candidate", f"{repository}:Fast", *options])
+        main([*command, "--candidate", f"{repository}:*", *options])
     assert ended.value.code in (0, None)
     assert kw.KernelConfig.load(files["kernels.toml"]).kernel_mapping["SleepyNorm"] == {
         "inference": f"{repository}:Fast"

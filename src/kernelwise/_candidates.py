@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from glob import escape
 from typing import Any
@@ -20,7 +20,7 @@ from kernelwise import sources
 from kernelwise._alike import function_code, traits_of
 from kernelwise._capture import Group, module_of
 from kernelwise._data import Decision, Kernel, KernelRef, Layer
-from kernelwise._errors import KernelConfigError, Problem
+from kernelwise._errors import KernelConfigError, KernelLoadError, Problem
 from kernelwise._mapping import Rule
 from kernelwise._reference import read_metadata, read_reference, show
 from kernelwise._verify import own_code
@@ -34,6 +34,9 @@ PACKAGES: dict[str, tuple[str, ...]] = {
     ),
 }
 """What packages have for an operation, as layer classes. All of these are written in Triton, so they are for GPUs."""
+
+EVERY = "*"
+"""In the place of a layer's name: every layer of a repository."""
 
 Given = Mapping[str, Any] | Sequence[Any]
 """Kernels that a caller names: for every layer that they fit, or by the name of the layer that they are for."""
@@ -154,7 +157,7 @@ def read_given(candidates: Given) -> dict[str | None, tuple[KernelRef, ...]]:
     """Read the kernels that a caller names: references or strings, or a dict from layer name to one or several of them.
 
     A tuple of a string and its metadata, as in a mapping, is one of them too. The key None holds those that are for every
-    layer that they fit.
+    layer that they fit. `"/path:*"` and `"org/repo@v1:*"` name all layers of a repository: see `spread_out`.
 
     Raises:
         KernelConfigError: one of them is no reference. It lists all that are not.
@@ -174,20 +177,43 @@ def read_given(candidates: Given) -> dict[str | None, tuple[KernelRef, ...]]:
     return found
 
 
+def spread_out(
+    given: Mapping[str | None, Sequence[KernelRef]], *, device: str, notes: list[str]
+) -> dict[str | None, tuple[KernelRef, ...]]:
+    """Put all layers of a repository in the place of a reference to every one of them. What cannot be listed is noted."""
+    found: dict[str | None, tuple[KernelRef, ...]] = {}
+    for name, refs in given.items():
+        for ref in refs:
+            listed: tuple[KernelRef, ...] = (ref,)
+            if ref.layer == EVERY:
+                try:
+                    listed = sources.refs_in(ref, device=device)
+                except KernelLoadError as error:
+                    listed = ()
+                    notes.append(f"no layer of {ref} was tried: {error.reason}")
+            found[name] = found.get(name, ()) + listed
+    return found
+
+
 def _is_pinned(item: object) -> bool:
     return isinstance(item, tuple) and len(item) == 2 and isinstance(item[0], str) and isinstance(item[1], dict)
 
 
 def _read(item: object) -> tuple[KernelRef | None, list[tuple[str, str]]]:
     if isinstance(item, tuple) and _is_pinned(item):
-        ref, faults = read_reference(item[0])
+        ref, faults = _read(item[0])
         ref, more = read_metadata(item[1], ref, pinned_by_name="@" in item[0])
         return ref, [*faults, *more]
     if not isinstance(item, str):
         return None, [
             (f"is {show(item)}, which names no kernel", 'write "org/repo@v1:Layer", "/path:Layer" or a KernelRef')
         ]
-    return read_reference(item)
+    if not item.endswith(f":{EVERY}"):
+        return read_reference(item)
+    ref, faults = read_reference(item.removesuffix(EVERY) + "Layer")
+    if ref is not None and ref.scheme not in ("hub", "path"):
+        return None, [(f"is {show(item)}, and only repositories can be tried as a whole", "name a layer")]
+    return ref and replace(ref, layer=EVERY), faults
 
 
 # ---------------------------------------------------------------------------------------------------------- as a mapping

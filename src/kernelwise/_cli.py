@@ -364,7 +364,9 @@ def tune_command(
     candidate: Annotated[
         list[str] | None,
         typer.Option(
-            "--candidate", metavar="REF", help="One more kernel for all layers that it fits. Can be given again."
+            "--candidate",
+            metavar="REF",
+            help="One more kernel for all layers that it fits; /path:* is all of a repository. Can be given again.",
         ),
     ] = None,
     contender: Annotated[

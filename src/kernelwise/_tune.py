@@ -18,7 +18,7 @@ import tomli_w
 from torch import nn
 
 from kernelwise import _apply, _prove, _ranks
-from kernelwise._candidates import Given, Kind, kinds_of, offered, read_given
+from kernelwise._candidates import Given, Kind, kinds_of, offered, read_given, spread_out
 from kernelwise._choose import choose_all
 from kernelwise._compare import on_device
 from kernelwise._config import KernelConfig
@@ -124,7 +124,8 @@ def tune(
             causal language model, else forward; and training where the model is in training mode or has labels.
         config: whose kernels are tried too. Layers with None in it are not tuned; its options and its other rules stay.
         candidates: kernels to try besides those that are offered anyway: references, for all layers that they fit, or a dict
-            from layer name to one or several. An operator of PyTorch and what Inductor compiles are tried by themselves.
+            from layer name to one or several; `"/path:*"` and `"org/repo@v1:*"` are all layers of a repository. An operator of
+            PyTorch and what Inductor compiles are tried by themselves.
         contenders: what the result is raced with besides eager and builtin: some of `"torch.compile"`, `"transformers"` and
             `"liger"`. None: torch.compile, where its time suffices, and Liger on GPUs. `config.evidence.best` says who is best.
         steps: how many tokens one run of "decode" computes for each row.
@@ -147,7 +148,8 @@ def tune(
 def _tune_here(model: nn.Module, inputs: Any, request: _Request, progress: Progress) -> KernelConfig:
     """Tune in this process alone."""
     session = _begin(model, inputs, request, progress)
-    refs = {kind: offered(kind, request.asked.rules(), read_given(request.candidates)) for kind in session.kinds}
+    given = spread_out(read_given(request.candidates), device=session.target.device, notes=session.notes)
+    refs = {kind: offered(kind, request.asked.rules(), given) for kind in session.kinds}
     with alone_on(session.device, lambda what: progress(what, 0.0)):
         session.began = time.monotonic()
         return _tuned(session, refs)

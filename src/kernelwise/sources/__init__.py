@@ -8,14 +8,16 @@ nothing in the registries of the `kernels` library. Settings of torch and random
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from kernelwise._data import Kernel, KernelRef
 from kernelwise._errors import KernelLoadError
 from kernelwise._process import as_before
 from kernelwise.sources import builtin, hub, package, path
-from kernelwise.sources._explain import explain
+from kernelwise.sources._explain import explain, failure
+from kernelwise.sources._repository import layer_names
 
-__all__ = ["BeforeImport", "builtin_refs", "describe", "every_builtin_ref", "load"]
+__all__ = ["BeforeImport", "builtin_refs", "describe", "every_builtin_ref", "load", "refs_in"]
 
 BeforeImport = Callable[[Kernel, str], None]
 """Called with what is known of a kernel (its reference and commit) and a hash of its files, "" where there is none."""
@@ -44,6 +46,29 @@ def load(ref: KernelRef, *, device: str, before_import: BeforeImport | None = No
             raise
         except (Exception, SystemExit) as error:
             raise explain(ref, error) from error
+
+
+def refs_in(ref: KernelRef, *, device: str) -> tuple[KernelRef, ...]:
+    """Return a reference for each layer of the Hub repository or directory that a reference names, whatever layer it names.
+
+    A repository of the Hub is downloaded. Code is read, and not run.
+
+    Raises:
+        KernelLoadError: as `load`; or its layers cannot be told without running its code.
+    """
+    any_layer = replace(ref, layer="layers")
+    try:
+        installed = (
+            path.install(ref, device=device) if ref.scheme == "path" else hub.install(any_layer, device=device)[0]
+        )
+        names = layer_names(installed.variant)
+    except KernelLoadError:
+        raise
+    except Exception as error:
+        raise explain(ref, error) from error
+    if names is None:
+        raise failure(ref, "its layers cannot be told without running its code", fix="name one, after a colon")
+    return tuple(replace(ref, layer=name) for name in sorted(names))
 
 
 def _load_builtin(ref: KernelRef, device: str) -> Kernel:

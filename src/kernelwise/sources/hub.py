@@ -29,15 +29,20 @@ def load(ref: KernelRef, *, device: str, before_import: Callable[[Kernel, str], 
     Raises:
         KernelLoadError: the reference, the publisher, the download, the build or the kernel's code is at fault.
     """
+    installed, commit = install(ref, device=device)
+    check_statically(ref, installed)
+    return load_layer(ref, installed, device=device, revision=commit, before_import=before_import)
+
+
+def install(ref: KernelRef, *, device: str) -> tuple[Installed, str]:
+    """Download the build of a kernel for a device type, without running it; return it and its full commit. Raises as `load`."""
     _check_form(ref)
     backend = _kernels_compat.backend_of(device)
     api = _api(ref)
     if not ref.trust_remote_code:
         _check_trust(ref, api)
     commit = _commit(ref, api)
-    installed = _download(ref, commit, backend=backend)
-    check_statically(ref, installed)
-    return load_layer(ref, installed, device=device, revision=commit, before_import=before_import)
+    return _download(ref, commit, backend=backend), commit
 
 
 def _check_form(ref: KernelRef) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 from kernelwise._data import Kernel, KernelRef
 from kernelwise.sources import _kernels_compat
 from kernelwise.sources._explain import failure
+from kernelwise.sources._kernels_compat import Installed
 from kernelwise.sources._repository import all_variants, find_variant, metadata_problem, rejected_variants
 from kernelwise.sources._variant import check_statically, load_layer
 
@@ -23,17 +24,22 @@ def load(ref: KernelRef, *, device: str, before_import: Callable[[Kernel, str], 
     Raises:
         KernelLoadError: no such directory, no build for this machine, or a kernel that cannot be loaded.
     """
-    path = Path(ref.location)
-    if not path.is_absolute():
-        raise failure(ref, f"{ref.location!r} is no absolute path", fix=f"write {path.resolve()}")
-    if path.is_file():
-        raise failure(ref, f"{path} is a file, not a directory", fix=f"name the directory: {path.parent}")
-    if not path.is_dir():
-        raise failure(ref, f"there is no directory {path}", fix="look at the path")
+    path = _directory(ref)
     stamp = tuple(sorted(_stamps(str(path.resolve() / "build"))))
     known = _loaded.get((ref, device))
     if known is not None and known[0] == stamp:
         return known[1]
+    installed = install(ref, device=device)
+    check_statically(ref, installed)
+    kernel = load_layer(ref, installed, device=device, revision=None, before_import=before_import)
+    if not installed.dependencies:  # which stand in other folders
+        _loaded[ref, device] = stamp, kernel
+    return kernel
+
+
+def install(ref: KernelRef, *, device: str) -> Installed:
+    """Find the build of a kernel for a device type, without running it. Raises as `load`."""
+    path = _directory(ref)
     variant = find_variant(path.resolve(), device=device)
     if variant is None:
         rejected = rejected_variants(path.resolve(), device=device)
@@ -45,14 +51,20 @@ def load(ref: KernelRef, *, device: str, before_import: Callable[[Kernel, str], 
     if problem := metadata_problem(variant):
         raise failure(ref, problem, fix="build the kernel again")
     backend = _kernels_compat.backend_of(device)
-    installed = _kernels_compat.install(
+    return _kernels_compat.install(
         str(variant), revision=None, backend=backend, trust_remote_code=ref.trust_remote_code
     )
-    check_statically(ref, installed)
-    kernel = load_layer(ref, installed, device=device, revision=None, before_import=before_import)
-    if not installed.dependencies:  # which stand in other folders
-        _loaded[ref, device] = stamp, kernel
-    return kernel
+
+
+def _directory(ref: KernelRef) -> Path:
+    path = Path(ref.location)
+    if not path.is_absolute():
+        raise failure(ref, f"{ref.location!r} is no absolute path", fix=f"write {path.resolve()}")
+    if path.is_file():
+        raise failure(ref, f"{path} is a file, not a directory", fix=f"name the directory: {path.parent}")
+    if not path.is_dir():
+        raise failure(ref, f"there is no directory {path}", fix="look at the path")
+    return path
 
 
 def _stamps(folder: str) -> Iterator[tuple[str, int, int, int, int]]:
