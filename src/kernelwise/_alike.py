@@ -7,9 +7,10 @@ by proofs, which read it for every layer of a model, and by `verify`, which chec
 from __future__ import annotations
 
 import hashlib
+import sys
 from collections.abc import Iterator
 from functools import lru_cache, partial
-from types import CodeType, FunctionType, MethodType
+from types import CodeType, FunctionType, MethodType, ModuleType
 from typing import Any
 
 import torch
@@ -81,6 +82,8 @@ def _said(value: Any) -> Any:
         return None
     if isinstance(value, (tuple, list)):
         return tuple(_said(item) for item in value)
+    if isinstance(value, dict):
+        return tuple((str(name), _said(value[name])) for name in sorted(value, key=str))
     if isinstance(value, (FunctionType, partial)):
         return function_code(value)
     if isinstance(value, (torch.dtype, type)) or callable(value):
@@ -134,6 +137,8 @@ def _add(digest: Any, value: Any, seen: set[int]) -> None:
         for item in value:
             _add(digest, item, seen)
         digest.update(b")")
+    elif isinstance(value, dict):
+        _add(digest, sorted(value.items(), key=repr), seen)
     elif isinstance(value, frozenset):
         digest.update(repr(sorted(map(repr, value))).encode())
     elif value is None or value is Ellipsis or isinstance(value, (int, float, complex, str, bytes)):
@@ -148,7 +153,10 @@ def _add(digest: Any, value: Any, seen: set[int]) -> None:
 
 
 def _add_function(digest: Any, function: FunctionType, seen: set[int]) -> None:
-    """Add a function, and of the globals that it names the numbers and the functions that stand in the same module."""
+    """Add a function, and of the globals that it names the numbers and the functions, those of modules too.
+
+    Functions of libraries whose version every proof names are added where they stand in the same module alone.
+    """
     if id(function) in seen:
         return
     seen.add(id(function))
@@ -160,8 +168,32 @@ def _add_function(digest: Any, function: FunctionType, seen: set[int]) -> None:
             _add(digest, cell.cell_contents, seen)
         except ValueError:  # not filled yet
             continue
-    for name in function.__code__.co_names:
+    names = function.__code__.co_names
+    for name in names:
         value = function.__globals__.get(name)
-        near = isinstance(value, FunctionType) and value.__module__ == function.__module__
-        if near or type(value) in _NUMBERS:
-            _add(digest, value, seen)
+        if isinstance(value, ModuleType) and not _is_pinned(value.__name__):
+            named = [vars(value).get(other) for other in names]
+        else:
+            named = [value]
+        for value in named:
+            if isinstance(value, FunctionType):
+                if value.__module__ == function.__module__ or not _is_pinned(value.__module__):
+                    _add(digest, value, seen)
+            elif type(value) in _NUMBERS or (isinstance(value, (tuple, list, dict)) and _is_data(value)):
+                _add(digest, value, seen)
+
+
+def _is_pinned(module: str | None) -> bool:
+    top = (module or "").partition(".")[0]
+    return top in _PINNED or top in sys.stdlib_module_names
+
+
+_PINNED = frozenset({"torch", "transformers", "kernelwise", "triton"})
+"""Libraries of which a proof names the version."""
+
+
+def _is_data(value: Any) -> bool:
+    """Return whether a value is made of numbers and names alone, and so is the same in every process."""
+    if isinstance(value, dict):
+        return all(map(_is_data, value)) and all(map(_is_data, value.values()))
+    return value is None or type(value) in _NUMBERS or (isinstance(value, (tuple, list)) and all(map(_is_data, value)))

@@ -25,7 +25,7 @@ from kernelwise._alike import traits_of
 from kernelwise._data import Decision, Kernel, KernelRef, Layer, Plan, Target
 from kernelwise._discover import JOINED, globals_called, own_forward
 from kernelwise._inputs import Sample, axes
-from kernelwise._observe import copied, memory_of
+from kernelwise._observe import copied, lead_of, memory_of
 from kernelwise._process import user_random_state
 
 MEMORY = 256 << 20
@@ -226,21 +226,38 @@ def _capture(
             stack.callback(module.register_forward_hook(_after(watch, layer)).remove)
         if functions:
             stack.enter_context(_recording(model, functions, record, watch))
-        buffers = [(buffer, buffer.clone()) for buffer in model.buffers()]
-        try:
-            with torch.no_grad():
-                result = _run(model, inputs)
-            if _loss_of(result) is not None and any(parameter.requires_grad for parameter in model.parameters()):
-                del result
-                outputs = {}
-                with torch.enable_grad():
-                    loss = _loss_of(_run(model, inputs))
-                _add_gradients(samples, outputs, loss, rows)
-        finally:
-            with torch.no_grad():
-                for buffer, before in buffers:
-                    buffer.copy_(before)  # running means and the like
+        stack.enter_context(_as_it_was(model))
+        with torch.no_grad():
+            result = _run(model, inputs)
+        if _loss_of(result) is not None and any(parameter.requires_grad for parameter in model.parameters()):
+            del result
+            outputs = {}
+            with torch.enable_grad():
+                loss = _loss_of(_run(model, inputs))
+            _add_gradients(samples, outputs, loss, rows)
         return dict(samples), later, never
+
+
+@contextmanager
+def _as_it_was(model: nn.Module) -> Iterator[None]:
+    """Give a model the buffers and the numbers back that it counts in as it runs: running means, lengths seen, calls.
+
+    Flags stay as the run has set them: wrappers note in them that they have been set up.
+    """
+    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
+    held = [
+        (part, dict(part._buffers), {n: v for n, v in part.__dict__.items() if type(v) in (int, float)})
+        for part in model.modules()
+    ]
+    try:
+        yield
+    finally:
+        with torch.no_grad():
+            for buffer, before in values:
+                buffer.copy_(before)
+        for part, buffers, numbers in held:
+            part._buffers.update(buffers)  # another tensor may have been put in its place
+            part.__dict__.update({n: v for n, v in numbers.items() if n in part.__dict__})
 
 
 def _cut_to(arguments: dict[str, Any], layer: Layer, rows: int | None, memory: int) -> tuple[dict[str, Any], int]:
@@ -357,14 +374,18 @@ def _cut_rows(arguments: dict[str, Any], layer: Layer, rows: int) -> dict[str, A
 
 
 def _closed_up(cut: torch.Tensor, shape: Sequence[int]) -> torch.Tensor:
-    """Copy a cut tensor with the order of its strides and the gaps it had when its shape was `shape`, without new ones."""
+    """Copy a cut tensor with the order of its strides and the gaps it had when its shape was `shape`, without new ones.
+
+    It begins its memory where, and only where, the tensor did.
+    """
     strides = list(cut.stride())
     span_before, span = 1, 1
     for at in sorted(range(cut.dim()), key=lambda d: (cut.stride(d), shape[d] != 1)):
         if cut.stride(at) > 0:
             strides[at] = span + max(0, cut.stride(at) - span_before)
             span_before, span = cut.stride(at) * shape[at], strides[at] * cut.shape[at]
-    return torch.empty_strided(cut.shape, strides, dtype=cut.dtype, device=cut.device).copy_(cut)
+    memory = torch.empty(lead_of(cut) + (span if cut.numel() else 0), dtype=cut.dtype, device=cut.device)
+    return memory.as_strided(cut.shape, strides, lead_of(cut)).copy_(cut)
 
 
 def _kept(value: Any) -> Any:
@@ -375,4 +396,4 @@ def _kept(value: Any) -> Any:
         return {name: _kept(item) for name, item in value.items()}
     if not isinstance(value, torch.Tensor):
         return copied(value)
-    return memory_of(value).clone().as_strided(value.shape, value.stride())
+    return memory_of(value).clone().as_strided(value.shape, value.stride(), lead_of(value))

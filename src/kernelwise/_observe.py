@@ -79,6 +79,12 @@ class Observed:
     settings: list[str] = field(default_factory=list)
     draws: bool = False  # whether it drew random numbers
 
+    @property
+    def nbytes(self) -> int:
+        """The bytes of all tensors."""
+        found = [*self.outputs, *self.gradients.values(), *self.second.values()]
+        return sum(tensor.nbytes for tensor in found if tensor is not None)
+
 
 def own_call(layer: Layer, own: Callable[..., Any]) -> Call:
     """Return the call of the layer's own code: a class's forward, or the function that a forward calls."""

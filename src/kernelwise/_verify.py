@@ -69,6 +69,9 @@ _OF_OTHERS = "it calls the layer's children with arguments of its own, which can
 _NOISE = 64 << 10
 """Bytes by which a process may grow whatever it runs."""
 
+_MOST, _NOISE_OF_ANSWER = 8, 64 << 20
+"""How many times what the layer's own code gives a kernel's results may take, in bytes, and how much besides."""
+
 NOT_BATCH_INVARIANT = "a row's result depends on the batch"
 NO_BACKWARD = "no backward"
 ONE_BACKWARD = "one backward for each forward"
@@ -77,7 +80,7 @@ ONE_BACKWARD = "one backward for each forward"
 class _Runner(Protocol):
     """Where a kernel runs: in this process, or in a worker. What it fails with is a `WorkerError`."""
 
-    def observe(self, case: Case) -> Observed: ...
+    def observe(self, case: Case, *, most: int | None = None) -> Observed: ...
 
     def growth(self, case: Case) -> tuple[int, int]: ...
 
@@ -88,7 +91,7 @@ class _Here:
     def __init__(self, layer: Layer, kernel: Kernel, mode: str, *, call: Call | None = None) -> None:
         self._call = kernel_call(layer, kernel, mode) if call is None else call
 
-    def observe(self, case: Case) -> Observed:
+    def observe(self, case: Case, *, most: int | None = None) -> Observed:
         try:
             return observe(self._call, case)
         except Exception as error:
@@ -278,7 +281,7 @@ def _one_case(runner: _Runner, call: Any, case: Case, base: Check, *, repeated: 
     if case.tiled and own.draws:
         return replace(base, status="skipped", detail="it draws random numbers: others, where there are more elements")
     try:
-        new = runner.observe(case)
+        new = runner.observe(case, most=_MOST * own.nbytes + _NOISE_OF_ANSWER)
     except WorkerError as error:
         if error.status in ("raised", "out_of_memory") and case.name.startswith(_FREE_TO_REFUSE):
             return replace(base, status="skipped", detail=f"the kernel refuses it: {error.detail}")

@@ -35,6 +35,7 @@ SECONDS = 60.0
 MEMORY = 8 << 30
 _TAIL = 2000  # characters of what a kernel printed that are kept
 _POLL = 0.02
+_END = 20.0  # seconds that a process that was killed may take to end
 
 
 class WorkerError(Exception):
@@ -117,9 +118,9 @@ class Worker:
             self.close()
             raise
 
-    def observe(self, case: Case) -> Observed:
-        """Run the kernel on a case. Raises `WorkerError`."""
-        return Observed(**self._ask({"do": "observe", **self._message(case)}))
+    def observe(self, case: Case, *, most: int | None = None) -> Observed:
+        """Run the kernel on a case. Raises `WorkerError`, also where what it gives takes more than `most` bytes."""
+        return Observed(**self._ask({"do": "observe", **self._message(case)}, most=most))
 
     def growth(self, case: Case) -> tuple[int, int]:
         """Return what `_observe.growth` found. Raises `WorkerError`."""
@@ -132,7 +133,8 @@ class Worker:
         if process is not None:
             with contextlib.suppress(ProcessLookupError, PermissionError):
                 os.killpg(process.pid, signal.SIGKILL)
-            process.wait()
+            with contextlib.suppress(subprocess.TimeoutExpired):  # a driver may hold on to it
+                process.wait(timeout=_END)
             for pipe in (process.stdin, process.stdout):
                 if pipe is not None:
                     with contextlib.suppress(OSError):
@@ -153,8 +155,8 @@ class Worker:
         self._sent, self._module = self._layer, case.module
         return message
 
-    def _ask(self, message: dict[str, Any]) -> Any:
-        answer = self._exchange(message)
+    def _ask(self, message: dict[str, Any], *, most: int | None = None) -> Any:
+        answer = self._exchange(message, most=most)
         if not (isinstance(answer, dict) and ("ok" in answer or "failed" in answer)):
             self.close()
             raise WorkerError("crashed", "the worker's answer cannot be read")
@@ -171,7 +173,7 @@ class Worker:
             while chunk := os.read(pipe.fileno(), 1 << 16):
                 self._tail = (self._tail + chunk)[-_TAIL:]
 
-    def _exchange(self, message: dict[str, Any], *, starting: bool = False) -> Any:
+    def _exchange(self, message: dict[str, Any], *, starting: bool = False, most: int | None = None) -> Any:
         process = self._process
         assert process is not None
         assert process.stdin is not None
@@ -185,7 +187,7 @@ class Worker:
         except Exception as error:  # arguments that no file can hold
             raise WorkerError("skipped", f"its arguments cannot be sent to another process: {_text(error)}") from error
         try:
-            data = b"".join(_answer_within(process, buffer, limit, memory))
+            data = b"".join(_answer_within(process, buffer, limit, memory, most))
         except _LimitError as error:
             self.close()
             raise WorkerError(error.status, error.detail) from None
@@ -221,7 +223,7 @@ class _LimitError(Exception):
 
 
 def _answer_within(
-    process: subprocess.Popen[bytes], request: memoryview, limit: float, memory: int | None
+    process: subprocess.Popen[bytes], request: memoryview, limit: float, memory: int | None, most: int | None
 ) -> Iterator[bytes]:
     """Send a request and yield a whole answer, nothing where the process ended; watch time and memory meanwhile.
 
@@ -258,6 +260,9 @@ def _answer_within(
             if len(header) < 8:
                 header += chunk
                 missing = int.from_bytes(header, "little") if len(header) == 8 else missing
+                if len(header) == 8 and most is not None and missing > most:  # it need not fit into this process
+                    said = f"what it gives takes {missing >> 20} MiB, far more than what the layer's own code gives"
+                    raise _LimitError("wrong_shape", said)
             else:
                 yield chunk
 
@@ -317,18 +322,18 @@ def _described(module: nn.Module, reads: frozenset[str] | None) -> dict[str, Any
         return reads is None or name in reads
 
     cls = type(module)
-    scalars = {n: v for n, v in module.__dict__.items() if wanted(n) and isinstance(v, (int, float, str, bool))}
     spaces = {
         n: {k: v for k, v in vars(value).items() if isinstance(v, (int, float, str, bool))}
         for n, value in module.__dict__.items()
         if reads is not None and n in reads and hasattr(value, "__dict__") and not isinstance(value, nn.Module)
+        if not isinstance(value, types.FunctionType) and not _can_be_sent(value)
     }
     return {
         "class": None
         if cls.__module__ == "__main__" or "<" in cls.__qualname__
         else [cls.__module__, cls.__qualname__],
         "training": module.training,
-        "scalars": scalars | {n: v for n in reads or () if isinstance(v := getattr(cls, n, None), (int, float, str))},
+        "values": dict(_values(module, reads)),
         "spaces": spaces,
         "tensors": {
             name: (None if t is None else t.detach(), isinstance(t, nn.Parameter))
@@ -340,6 +345,32 @@ def _described(module: nn.Module, reads: frozenset[str] | None) -> dict[str, Any
     }
 
 
+def _values(module: nn.Module, reads: frozenset[str] | None) -> Iterator[tuple[str, Any]]:
+    """What a module holds besides tensors and children; of what is read, also attributes of its class and properties."""
+    for name in module.__dict__.keys() - nn.Module().__dict__.keys() if reads is None else reads:
+        if name in module._parameters or name in module._buffers or name in module._modules:
+            continue
+        try:
+            value = getattr(module, name)
+        except Exception:  # a property that fails, or nothing of this name: the kernel finds nothing there either
+            continue
+        if _can_be_sent(value):
+            yield name, value
+
+
+def _can_be_sent(value: Any) -> bool:
+    """Return whether the other process can have a value: plain data, and functions that it can import."""
+    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
+        return type(value).__module__ in ("builtins", "torch")
+    if type(value) in (tuple, list, set, frozenset, torch.Size):
+        return all(map(_can_be_sent, value))
+    if type(value) is dict:
+        return all(map(_can_be_sent, value)) and all(map(_can_be_sent, value.values()))
+    if isinstance(value, types.FunctionType) and value.__module__ != "__main__":
+        return getattr(sys.modules.get(value.__module__), value.__name__, None) is value
+    return False
+
+
 def _built(described: dict[str, Any], *, stub: bool) -> nn.Module:
     """Build a stand-in from its description: the root without a class, children of the classes they have."""
     cls: Any = nn.Module
@@ -349,7 +380,7 @@ def _built(described: dict[str, Any], *, stub: bool) -> nn.Module:
             cls = getattr(cls, name)
     module: nn.Module = cls.__new__(cls)
     nn.Module.__init__(module)
-    module.__dict__.update(described["scalars"])
+    module.__dict__.update(described["values"])
     module.__dict__.update({name: types.SimpleNamespace(**space) for name, space in described["spaces"].items()})
     for name, (tensor, is_parameter) in described["tensors"].items():
         if is_parameter:

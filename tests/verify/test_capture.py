@@ -31,6 +31,20 @@ def few_sizes(monkeypatch) -> None:
     monkeypatch.setattr(_inputs_module, "_MANY_ROWS", {**_inputs_module._MANY_ROWS, "S": 101})
 
 
+def test_where_a_tensor_begins_in_its_memory_is_kept():
+    """Kernels that read from the beginning of the memory, or as if every tensor were aligned, are wrong for views."""
+    model = nn.Sequential(gallery.Norm()).eval()
+    found = group(model, kw.plan(model))
+    for first, kept in ((0, 0), (3, 3), (64, 64), (1000, 64 + 1000 % 64)):
+        given = torch.randn(5000)[first:][: 48 * 48].view(48, 48)
+        for rows in (4, None):
+            (sample,) = capture(model, found, given, rows=rows).values()
+            taken = sample.arguments["hidden_states"]
+            assert torch.equal(taken, given[: rows or 48])
+            assert taken.storage_offset() == kept
+            assert taken.untyped_storage().nbytes() == 4 * (kept + taken.numel())
+
+
 def size(sample: Any) -> int:
     return sum(leaf.nbytes for leaf in tree_leaves(sample.arguments) if isinstance(leaf, torch.Tensor))
 

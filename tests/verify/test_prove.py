@@ -8,6 +8,7 @@ import os
 import subprocess
 import sys
 import time
+import types
 from pathlib import Path
 
 import checking  # noqa: F401  (names the layers of the gallery)
@@ -18,10 +19,11 @@ from torch import nn
 
 import kernelwise as kw
 from kernelwise import _inputs, _prove, _worker
-from kernelwise._alike import function_code
+from kernelwise._alike import function_code, traits_of
 from kernelwise._data import from_json
 from kernelwise._register import unregister_op
 from kernelwise._report import Report
+from kernelwise.sources import package
 
 LAYERS = """
 import os, time
@@ -434,6 +436,16 @@ def test_of_a_layer_that_is_not_recognised_every_number_counts(changes, reposito
         kw.kernelize(nn.Sequential(Descending(), Descending(**changes)), mapping)
 
 
+def test_what_a_layer_holds_in_a_dict_counts():
+    def traits(**options: object) -> tuple[object, ...]:
+        layer = Descending()
+        layer.options = {"by": "size", **options}
+        return traits_of(layer, None, {})
+
+    assert traits(least=1) == traits(least=1)
+    assert len({traits(), traits(least=1), traits(least=2), traits(least=(1, 2)), traits(other=1)}) == 5
+
+
 @pytest.mark.parametrize(
     "other", [(nn.functional.gelu, nn.Identity()), (nn.functional.silu, nn.Tanh())], ids=["function", "child"]
 )
@@ -588,6 +600,30 @@ def test_every_file_of_a_package_counts(tmp_path, monkeypatch):
         assert (kw.report(model).rows[0].kernel is not None) == right
 
 
+def test_what_the_files_of_a_package_import_counts(tmp_path, monkeypatch):
+    """A wrapper of a few lines around another package is not all that its kernel runs."""
+    site = tmp_path / "site-packages"
+    site.mkdir()
+    (tmp_path / "wraps_another.py").write_text("def f():\n    import beside_it, installed_one\n")
+    (tmp_path / "beside_it.py").write_text("from beside_that import g\nfrom wraps_another import f\n")
+    (tmp_path / "beside_that.py").write_text("def g(): return 1\n")
+    (site / "installed_one.py").write_text("VALUE = 1\n")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.syspath_prepend(str(site))
+    versions = {"installed_one": "1.0"}
+    real = package.importlib.metadata.version
+    monkeypatch.setattr(package.importlib.metadata, "version", lambda name: versions.get(name) or real(name))
+    found = {before := package._package_hash("wraps_another")}
+    assert before == package._package_hash("wraps_another")
+    (tmp_path / "beside_that.py").write_text("def g(): return 22\n")
+    found.add(package._package_hash("wraps_another"))
+    versions["installed_one"] = "1.1"
+    found.add(package._package_hash("wraps_another"))
+    assert len(found) == 3
+    (site / "installed_one.py").write_text("VALUE = 22\n")  # its version stands for its files
+    assert package._package_hash("wraps_another") in found
+
+
 def test_versions_are_those_of_distributions_and_not_of_imports(monkeypatch):
     monkeypatch.setattr(_prove, "packages_distributions", lambda: {"imported_as": ["pytest"]})
     _prove._versions.cache_clear()
@@ -640,6 +676,21 @@ def test_the_hash_of_a_function_follows_all_that_it_runs():
     def sine(x, scale=2.0):
         return x.sin() * 1.0 * scale
 
+    def calling(body, name):
+        """A function whose globals hold a module, and a function of it, as imports leave them there."""
+        module = types.ModuleType("a_module_of_the_user")
+        exec(f"def g(x): return {body}\nSCALES = {{'a': 1.0}}", module.__dict__)
+        scope = {"module": module, "g": module.g, "SCALES": {"a": 1.0, "b": (1, 2)}, "__name__": "another"}
+        exec("def first(x): return module.g(x)\ndef second(x): return g(x)\ndef third(x): return SCALES['a']", scope)
+        return scope[name], scope
+
+    for name in ("first", "second"):
+        assert function_code(calling("x + 1", name)[0]) == function_code(calling("x + 1", name)[0])
+        assert function_code(calling("x + 1", name)[0]) != function_code(calling("x + 2", name)[0])
+    third, scope = calling("x", "third")
+    before = function_code(third)
+    scope["SCALES"]["a"] = 2.0
+    assert function_code(third) != before
     sine.__qualname__ = cosine.__qualname__
     assert function_code(made(1.0)) == function_code(made(1.0))
     assert function_code(made(1.0)) != function_code(made(2.0))  # a closure

@@ -300,6 +300,26 @@ def test_running_means_are_as_they_were_after_a_capture():
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
 
 
+def test_buffers_and_counts_that_the_model_exchanges_are_as_they_were_after_a_capture():
+    class Counts(gallery.Norm):
+        def __init__(self) -> None:
+            super().__init__()
+            self.calls, self.seen = 0, 0.0
+            self.register_buffer("mean", torch.zeros(48))
+
+        def forward(self, x):
+            self.calls, self.seen = self.calls + 1, float(x.shape[0])
+            self.mean = self.mean * 0.9 + x.mean(0) * 0.1
+            return super().forward(x)
+
+    model = nn.Sequential(Counts(), gallery.Norm())
+    mean = model[0].mean
+    capture(model, group(model, kw.plan(model)), torch.randn(8, 48))
+    assert (model[0].calls, model[0].seen) == (0, 0.0)
+    assert model[0].mean is mean
+    assert not mean.any()
+
+
 class WrongBeyondFar(nn.Module):
     def forward(self, hidden_states):
         y = gallery.rms_norm(hidden_states, self.weight, self.variance_epsilon)

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import errno
+import io
 import json
 import os
 import shutil
 import signal
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -132,6 +134,11 @@ class LeavesAChild(nn.Module):
         return norm(hidden_states, self.weight, self.variance_epsilon)
 
 
+class GivesFarTooMuch(nn.Module):
+    def forward(self, hidden_states):
+        return hidden_states.new_zeros(120 << 18)
+
+
 class SegfaultsInBackward(nn.Module):
     def forward(self, hidden_states):
         y = norm(hidden_states, self.weight, self.variance_epsilon)
@@ -241,6 +248,55 @@ def test_a_kernel_whose_files_change_is_not_checked_as_the_one_that_was_loaded(r
         file.write_text(before)
     assert check.status == "load_failed"
     assert "changed" in check.detail
+
+
+def test_what_a_kernel_gives_need_not_fit_into_this_process(repository, monkeypatch):
+    received: list[int] = []
+    answer = _worker._answer_within
+    monkeypatch.setattr(
+        _worker, "_answer_within", lambda *a: (received.append(len(part)) or part for part in answer(*a))
+    )
+    kernel = replace(load(KernelRef("path", str(repository), "GivesFarTooMuch"), device="cpu"), has_backward=False)
+    decided, module = decision(gallery.Norm(), kernel)
+    first = next(checks_of(decided, module, options=Options()))
+    assert (first.status, "takes 120 MiB" in first.detail) == ("wrong_shape", True), str(first)
+    assert sum(received) < 1 << 20
+
+
+class Holds(gallery.Norm):
+    """What modules hold besides tensors: a kernel may read any of it."""
+
+    kind = torch.float64
+    names = ("first", 2)
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.sizes, self.shape, self.options = (3, 4), torch.Size([5]), {"scale": 2.0, "parts": [1, None]}
+        self.bias, self.act, self.mine, self.lock = None, nn.functional.silu, lambda x: x, object()
+
+    @property
+    def twice(self) -> float:
+        return 2 * self.variance_epsilon
+
+    @property
+    def fails(self) -> float:
+        raise RuntimeError("not built yet")
+
+
+def test_a_kernel_finds_what_the_layer_holds_in_the_other_process():
+    module = Holds()
+    read = ("kind", "names", "sizes", "shape", "options", "bias", "act", "twice", "variance_epsilon")
+    for reads in (frozenset({*read, "mine", "lock", "fails", "nothing", "weight"}), None):
+        described = _worker._described(module, reads)
+        buffer = io.BytesIO()
+        torch.save(described, buffer)
+        buffer.seek(0)
+        built = _worker._built(torch.load(buffer, weights_only=False), stub=True)
+        for name in read:
+            if reads is not None or name in module.__dict__:
+                assert getattr(built, name) == getattr(module, name), name
+        assert not {"mine", "fails", "nothing"} & built.__dict__.keys()
+        assert torch.equal(built.weight, module.weight)
 
 
 def test_the_process_ends_with_its_worker(repository):

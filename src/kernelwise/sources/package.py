@@ -7,9 +7,11 @@ plan refuses it where the module lacks one of them.
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import hashlib
 import importlib
+import importlib.metadata
 import importlib.util
 import sys
 from collections.abc import Callable, Iterator
@@ -70,22 +72,70 @@ def _forgotten_on_error(top: str) -> Iterator[None]:
 def _package_hash(top: str) -> str | None:
     """Return the hash of all Python files and libraries of a package, without importing it; None where it has none.
 
-    A layer's code is more than the file of its class: helpers and compiled parts stand beside it.
+    A layer's code is more than the file of its class: helpers and compiled parts stand beside it. Of the packages that these
+    import, the version counts too where one is installed, and else their files.
     """
-    spec = importlib.util.find_spec(top)
-    if spec is None:
-        return None
-    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
-    found = [(file.relative_to(folder).as_posix(), file) for folder in folders for file in _code_files(folder)]
-    if not folders and spec.origin and Path(spec.origin).is_file():
-        found = [(Path(spec.origin).name, Path(spec.origin))]
-    if not found:
-        return None
     digest = hashlib.sha256()
-    for name, file in sorted(found):
-        state = file.stat()
-        digest.update(f"{name} {_file_hash(file, state.st_mtime_ns, state.st_size)}\n".encode())
+    left, seen = [top], {top, *_PINNED, *sys.stdlib_module_names}
+    while left:
+        name = left.pop()
+        installed = None if name == top else _version_of(name)
+        found = [] if installed else _files_of(name)
+        if name == top and not found:
+            return None
+        digest.update(f"{name} {installed}\n".encode())
+        imported: set[str] = set()
+        for relative, file in found:
+            state = file.stat()
+            digest.update(f"{relative} {_file_hash(file, state.st_mtime_ns, state.st_size)}\n".encode())
+            if file.suffix == ".py":
+                imported |= _imports_of(file, state.st_mtime_ns, state.st_size)
+        left = sorted({*left, *(imported - seen)}, reverse=True)
+        seen |= imported
     return digest.hexdigest()
+
+
+_PINNED = ("torch", "triton", "transformers", "kernelwise", "numpy")
+"""Packages of which a proof names the version, or on which no result depends."""
+
+
+def _files_of(top: str) -> list[tuple[str, Path]]:
+    """The files of a package's code with their names in it; none where it is not here."""
+    try:
+        spec = importlib.util.find_spec(top)
+    except ValueError:  # a module that was made by hand
+        spec = None
+    if spec is None:
+        return []
+    folders = [Path(folder) for folder in spec.submodule_search_locations or ()]
+    if not folders and spec.origin and Path(spec.origin).is_file():
+        return [(Path(spec.origin).name, Path(spec.origin))]
+    return sorted((file.relative_to(folder).as_posix(), file) for folder in folders for file in _code_files(folder))
+
+
+def _version_of(top: str) -> str | None:
+    """The version of an installed package, by the name it is imported by; None for one whose files may change by the hour."""
+    with contextlib.suppress(importlib.metadata.PackageNotFoundError, ImportError, ValueError):
+        spec = importlib.util.find_spec(top)
+        if spec is not None and {"site-packages", "dist-packages"} & set(Path(spec.origin or "").parts):
+            return importlib.metadata.version(top)
+    return None
+
+
+@lru_cache(maxsize=1 << 16)
+def _imports_of(file: Path, modified: int, size: int) -> frozenset[str]:
+    """The names of the packages that a file as it was at a time imports somewhere."""
+    try:
+        tree = ast.parse(file.read_bytes())
+    except (SyntaxError, ValueError):  # code for another version of Python, which cannot be imported either
+        return frozenset()
+    found: set[str] = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {alias.name.partition(".")[0] for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and not node.level and node.module:
+            found.add(node.module.partition(".")[0])
+    return frozenset(found)
 
 
 def _code_files(folder: Path) -> Iterator[Path]:
