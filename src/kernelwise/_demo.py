@@ -123,7 +123,7 @@ def run(
         screen.head("1  Plan: which kernel goes where, float32")
         screen.say(str(decided))
 
-        found, before = _state(model), model(ids).logits
+        found, before = _state(model), _settled(model, ids)
         screen.step("generating text")
         failures += _same_text(screen, model, tokenizer, decided, continues)
         screen.step("perplexity")
@@ -132,7 +132,7 @@ def run(
 
         screen.step("tuning")
         model.to(torch.bfloat16)  # as it is published
-        found, before = _state(model), model(ids).logits
+        found, before = _state(model), _settled(model, ids)
         config, evidence = _tuned(screen, model, ids, seconds)
         screen.head("4  Tune: every kernel proven and timed here, the best chosen; bfloat16, as the model is published")
         screen.say(str(evidence))
@@ -215,6 +215,20 @@ def _state(model: nn.Module) -> State:
     return [(type(module), dict(vars(module))) for module in model.modules()]
 
 
+def _settled(model: nn.Module, ids: torch.Tensor) -> torch.Tensor:
+    """Return the logits that two runs in a row agree on.
+
+    On a busy machine single runs before and after an undo were once seen to differ, and never again; what differs from one
+    run to the next says nothing about an undo.
+    """
+    logits: torch.Tensor = model(ids).logits
+    for _ in range(4):
+        last, logits = logits, model(ids).logits
+        if torch.equal(last, logits):
+            break
+    return logits
+
+
 def _not_undone(model: nn.Module, ids: torch.Tensor, dtype: str, found: State, before: torch.Tensor) -> list[str]:
     """Return what differs from the untouched model: attributes by identity, logits bit by bit."""
     now = _state(model)
@@ -225,8 +239,13 @@ def _not_undone(model: nn.Module, ids: torch.Tensor, dtype: str, found: State, b
     wrong = []
     if num_changed:
         wrong.append(f"undo in {dtype} left {num_changed} of {len(now)} modules changed")
-    if not torch.equal(model(ids).logits, before):
-        wrong.append(f"undo in {dtype} did not bring back the logits")
+    after = _settled(model, ids)
+    if not torch.equal(after, before):
+        off = (after - before).abs()
+        wrong.append(
+            f"undo in {dtype} did not bring back the logits: {int(off.count_nonzero())} of {off.numel()} are off, by at "
+            f"most {off.max().item():.3g}"
+        )
     return wrong
 
 
