@@ -32,7 +32,7 @@ from kernelwise._cache import cache_directory
 from kernelwise._capture import Group
 from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Recognition, from_json, to_json
 from kernelwise._errors import KernelLoadError, PlanError
-from kernelwise._verify import Options, check_group, own_code
+from kernelwise._verify import AT_DEFAULTS, Options, check_group, own_code
 from kernelwise._worker import MEMORY, Worker, WorkerError, WorkerStartError
 from kernelwise._worker import SECONDS as LIMIT
 
@@ -176,7 +176,7 @@ class Prover:
                 if check.status == "timed_out" and time.monotonic() >= end:
                     return checks, False
                 checks.append(check)
-                if check.failed:
+                if check.failed or _left_at_defaults([check]):
                     return checks, True
                 if time.monotonic() > end:
                     return checks, False
@@ -236,12 +236,18 @@ def _judge(checks: Sequence[Check], *, done: bool) -> str | None:
     problem = next((check for check in checks if check.failed), None)
     if problem is not None:
         return f"it is not proven: {problem}"
+    if left := _left_at_defaults(checks):
+        return f"it is not proven: {left}, as its inputs were made; inputs of the model say what the layer is given"
     passed = sum(check.status == "passed" for check in checks)
     if not done:
         return f"it is not proven: not everything could be checked within {SECONDS:.0f} s ({passed} cases passed)"
     if not passed:
         return f"it is not proven, for it could not be checked: {checks[0] if checks else 'there is no case for it'}"
     return None
+
+
+def _left_at_defaults(checks: Sequence[Check]) -> str:
+    return next((mark for check in checks for mark in check.marks if mark.startswith(AT_DEFAULTS)), "")
 
 
 def _is_definite(checks: Sequence[Check]) -> bool:

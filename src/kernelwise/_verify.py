@@ -74,6 +74,7 @@ _MOST, _NOISE_OF_ANSWER = 8, 64 << 20
 
 NOT_BATCH_INVARIANT = "a row's result depends on the batch"
 NO_BACKWARD = "no backward"
+AT_DEFAULTS = "checked only with the default of"
 ONE_BACKWARD = "one backward for each forward"
 
 
@@ -206,8 +207,9 @@ def _all_cases(
             ):
                 continue
         check = _one_case(runner, call, case, base, repeated=index == 0)
-        if index == 0 and not kernel.has_backward:
-            check = replace(check, marks=(*check.marks, NO_BACKWARD))
+        if index == 0:
+            found = () if kernel.has_backward else (NO_BACKWARD,)
+            check = replace(check, marks=(*check.marks, *found, *_left_at_defaults(layer, sample, decision.mode)))
         yield check
         if options.as_given or check.status in _DEADLY:
             return
@@ -234,6 +236,13 @@ def _all_cases(
             said: Status = "does_not_compile" if how == "compile" else "no_cuda_graph"
             check = replace(check, status=said)
         yield check
+
+
+def _left_at_defaults(layer: Layer, sample: Sample, mode: str) -> Iterator[str]:
+    """A mark where inputs were made for a layer that nothing recognises: what its optional arguments do is not known."""
+    optional = [p.name for p in layer.signature if p.has_default and not p.kind.startswith("var_")]
+    if optional and not sample.captured and layer.computes(mode) is None:
+        yield f"{AT_DEFAULTS} {', '.join(optional)}"
 
 
 def _in_mode(sample: Sample, training: bool) -> Sample:

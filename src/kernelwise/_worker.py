@@ -323,7 +323,7 @@ def _described(module: nn.Module, reads: frozenset[str] | None) -> dict[str, Any
 
     cls = type(module)
     spaces = {
-        n: {k: v for k, v in vars(value).items() if isinstance(v, (int, float, str, bool))}
+        n: {k: v for k, v in vars(value).items() if _can_be_sent(v)}
         for n, value in module.__dict__.items()
         if reads is not None and n in reads and hasattr(value, "__dict__") and not isinstance(value, nn.Module)
         if not isinstance(value, types.FunctionType) and not _can_be_sent(value)

@@ -41,6 +41,17 @@ class Right(nn.Module):
         return norm(hidden_states, self.weight, self.variance_epsilon)
 
 
+class NotScaled(nn.Module):
+    def forward(self, x, scale=None):
+        return torch.sort(x, -1).values * self.weight
+
+
+class ScaledToo(nn.Module):
+    def forward(self, x, scale=None):
+        y = torch.sort(x, -1).values * self.weight
+        return y if scale is None else y * scale
+
+
 class Wrong(nn.Module):
     def forward(self, hidden_states):
         return norm(hidden_states, self.weight, self.variance_epsilon) + 1
@@ -227,6 +238,40 @@ def test_what_cannot_be_checked_is_not_proven_until_inputs_are_given(repository,
     kw.kernelize(model, mapping, device="cpu")
     another_process(monkeypatch)
     kw.kernelize(model, mapping, device="cpu")
+
+
+class Scaled(nn.Module):
+    """A layer that nothing recognises, with an argument that callers may leave out."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, 48))
+
+    def forward(self, x, scale=None):
+        y = torch.sort(x, -1).values * self.weight
+        return y if scale is None else y * scale
+
+
+class CallsWithScale(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.scaled = Scaled()
+
+    def forward(self, x):
+        return self.scaled(x, scale=2.0)
+
+
+def test_made_inputs_prove_nothing_of_optional_arguments(repository):
+    """The kernel takes the argument and does not heed it, which only inputs of the model show."""
+    kw.register_layer(Scaled, "Scaled")
+    wrong, right = ({"Scaled": f"{repository}:{name}"} for name in ("NotScaled", "ScaledToo"))
+    model = CallsWithScale()
+    with pytest.raises(kw.PlanError, match="checked only with the default of scale"):
+        kw.kernelize(model, wrong, device="cpu")
+    assert not kw.verify(model, kw.plan(model, wrong, device="cpu"), torch.randn(2, 3, 48)).ok
+    assert kw.verify(model, kw.plan(model, right, device="cpu"), torch.randn(2, 3, 48)).ok
+    kw.kernelize(model, right, device="cpu")
+    assert kw.report(model).rows[0].proof == "proven"
 
 
 def test_checks_that_speak_for_a_part_are_no_proof_for_the_rest(repository):
