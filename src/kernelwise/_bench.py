@@ -20,10 +20,10 @@ from kernelwise._contenders import CONTENDERS, caveats, check_names, compile_lim
 from kernelwise._decide import Config, current_target
 from kernelwise._device_lock import alone_on
 from kernelwise._discover import model_device
-from kernelwise._errors import KernelwiseError, PlanError
+from kernelwise._errors import KernelwiseError, PlanError, said
 from kernelwise._evidence import EAGER, Run, Tuning
 from kernelwise._measure import environment
-from kernelwise._race import Contender, race, said, sharing_copy
+from kernelwise._race import Contender, race, sharing_copy
 from kernelwise._units import digits, duration, size
 from kernelwise._weights import load_inputs, load_with_weights, make_inputs
 from kernelwise._workload import STEPS, Workload, workloads_of

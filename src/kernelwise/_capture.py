@@ -25,7 +25,7 @@ from kernelwise._alike import traits_of
 from kernelwise._data import Decision, Kernel, KernelRef, Layer, Plan, Target
 from kernelwise._discover import JOINED, globals_called, own_forward
 from kernelwise._inputs import Sample, axes
-from kernelwise._observe import copied, lead_of, memory_of
+from kernelwise._observe import clone_with_gaps, copied, lead_of, memory_of
 from kernelwise._process import user_random_state
 
 MEMORY = 256 << 20
@@ -226,7 +226,7 @@ def _capture(
             stack.callback(module.register_forward_hook(_after(watch, layer)).remove)
         if functions:
             stack.enter_context(_recording(model, functions, record, watch))
-        stack.enter_context(_as_it_was(model))
+        stack.enter_context(as_they_were(model))
         with torch.no_grad():
             result = _run(model, inputs)
         if _loss_of(result) is not None and any(parameter.requires_grad for parameter in model.parameters()):
@@ -239,25 +239,30 @@ def _capture(
 
 
 @contextmanager
-def _as_it_was(model: nn.Module) -> Iterator[None]:
-    """Give a model the buffers and the numbers back that it counts in as it runs: running means, lengths seen, calls.
+def as_they_were(*models: nn.Module) -> Iterator[None]:
+    """Give models the buffers and the numbers back that they count in as they run: running means, lengths seen, calls.
 
-    Flags stay as the run has set them: wrappers note in them that they have been set up.
+    Flags stay as the run has set them: wrappers note in them that they have been set up. Models may share buffers.
     """
-    values = [(buffer, buffer.clone()) for buffer in model.buffers()]
-    held = [
-        (part, dict(part._buffers), {n: v for n, v in part.__dict__.items() if type(v) in (int, float)})
-        for part in model.modules()
+    modules = list(dict.fromkeys(module for model in models for module in model.modules()))
+    numbers = [
+        (module.__dict__, {n: v for n, v in module.__dict__.items() if type(v) in (int, float)}) for module in modules
     ]
+    tables = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
+    buffers = {id(b): b for _, table in tables for b in table.values() if b is not None and not b.is_meta}
+    values = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
     try:
         yield
     finally:
+        for table, before in tables:  # other tensors may have been put in their places
+            table.clear()
+            table.update(before)
+        for held, counted in numbers:
+            held.update({name: value for name, value in counted.items() if name in held})
         with torch.no_grad():
-            for buffer, before in values:
-                buffer.copy_(before)
-        for part, buffers, numbers in held:
-            part._buffers.update(buffers)  # another tensor may have been put in its place
-            part.__dict__.update({n: v for n, v in numbers.items() if n in part.__dict__})
+            for buffer, value in values:
+                if not torch.equal(buffer, value):
+                    buffer.copy_(value)
 
 
 def _cut_to(arguments: dict[str, Any], layer: Layer, rows: int | None, memory: int) -> tuple[dict[str, Any], int]:
@@ -396,4 +401,4 @@ def _kept(value: Any) -> Any:
         return {name: _kept(item) for name, item in value.items()}
     if not isinstance(value, torch.Tensor):
         return copied(value)
-    return memory_of(value).clone().as_strided(value.shape, value.stride(), lead_of(value))
+    return clone_with_gaps(value)

@@ -18,6 +18,7 @@ from time import perf_counter
 
 import torch
 
+from kernelwise._errors import said
 from kernelwise._evidence import Comparison
 from kernelwise._observe import user_random_state
 
@@ -238,12 +239,6 @@ class _Turn:
             del error
             gc.collect()
             torch.cuda.empty_cache()  # or what it had taken is missing for the others
-
-
-def said(error: Exception) -> str:
-    """Return what an error is and says, in one line."""
-    line = str(error).strip().split("\n")[0][:300]
-    return f"{type(error).__name__}: {line}" if line else type(error).__name__
 
 
 def _repeats(least_s: float, once: float) -> int:

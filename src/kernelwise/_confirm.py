@@ -25,7 +25,7 @@ from kernelwise._config import KernelConfig
 from kernelwise._contenders import UnavailableError, compile_limits, contender, is_compiled
 from kernelwise._data import MODES, KernelRef, Layer, to_json
 from kernelwise._decide import decide
-from kernelwise._errors import KernelwiseError
+from kernelwise._errors import KernelwiseError, said
 from kernelwise._evidence import (
     AND_COMPILED,
     BUILTIN,
@@ -40,7 +40,7 @@ from kernelwise._evidence import (
 )
 from kernelwise._mapping import read_keys
 from kernelwise._plan import choose_rule
-from kernelwise._race import Contender, race, said, sharing_copy
+from kernelwise._race import Contender, race, sharing_copy
 from kernelwise._workload import Workload
 
 OTHERS = (COMPILED, TRANSFORMERS, LIGER)

@@ -19,9 +19,9 @@ from torch import nn
 from kernelwise import _apply
 from kernelwise._decide import Config, decide
 from kernelwise._discover import model_device
-from kernelwise._errors import KernelwiseError, PlanError
+from kernelwise._errors import KernelwiseError, PlanError, said
 from kernelwise._evidence import AND_COMPILED, BUILTIN, COMPILED, EAGER, LIGER, TRANSFORMERS, Run
-from kernelwise._race import Contender, said, sharing_copy
+from kernelwise._race import Contender, sharing_copy
 from kernelwise._reference import did_you_mean
 
 CONTENDERS = (EAGER, BUILTIN, COMPILED, TRANSFORMERS, LIGER)

@@ -65,3 +65,14 @@ class StaleLogitsError(KernelwiseError, RuntimeError):
 
 class MissingDependencyError(KernelwiseError, ImportError):
     """An optional package is missing. The message has the command that installs it."""
+
+
+def said(error: BaseException) -> str:
+    """Return an error as one line: all that ours say, what others are and their first line."""
+    try:
+        text = str(error).strip()
+    except BaseException:  # an exception may fail at saying what it is
+        text = "(its message cannot be read)"
+    if isinstance(error, KernelwiseError):
+        return " ".join(text.split())
+    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__

@@ -19,12 +19,22 @@ from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kernelwise._capture import Group, module_of
 from kernelwise._compare import compare as compare
-from kernelwise._compare import on_device, said
+from kernelwise._compare import on_device
 from kernelwise._data import Kernel, Layer
 from kernelwise._environment import environment as environment
+from kernelwise._errors import said
 from kernelwise._evidence import OWN_CODE, Comparison, Timing
 from kernelwise._inputs import Sample, with_defaults
-from kernelwise._observe import Call, bare_copy, copied, kernel_call, memory_of, own_call, user_random_state
+from kernelwise._observe import (
+    Call,
+    bare_copy,
+    clone_with_gaps,
+    copied,
+    kernel_call,
+    memory_of,
+    own_call,
+    user_random_state,
+)
 from kernelwise._verify import defaults_of, own_code
 from kernelwise.ops import OPERATIONS
 
@@ -167,8 +177,8 @@ def _rotation(layer: Layer, sample: Sample, modules: Sequence[nn.Module | None],
     size = sum(memory_of(tensor).nbytes for tensor in [*tensors, *upstream])
     copies = [(arguments, leaves, upstream)]
     for _ in range(_number_of_copies(size, _cache_of(tensors)) - 1):
-        arguments, leaves = _leaves(tree_map_only(torch.Tensor, _copy, sample.arguments), wanted)
-        copies.append((arguments, leaves, [_copy(gradient) for gradient in upstream]))
+        arguments, leaves = _leaves(tree_map_only(torch.Tensor, clone_with_gaps, sample.arguments), wanted)
+        copies.append((arguments, leaves, [clone_with_gaps(gradient) for gradient in upstream]))
     given = []
     for index in range(max(len(copies), len(bare))):
         module, held = bare[index % len(bare)], weights[index % len(bare)]
@@ -206,10 +216,6 @@ def _upstream(sample: Sample, roots: Sequence[torch.Tensor]) -> list[torch.Tenso
 
 def _no_tensors(value: Any) -> bool:
     return not any(isinstance(leaf, torch.Tensor) for leaf in tree_leaves(value))
-
-
-def _copy(tensor: torch.Tensor) -> torch.Tensor:
-    return memory_of(tensor).clone().as_strided(tensor.shape, tensor.stride())
 
 
 def _number_of_copies(size: int, cache: int) -> int:

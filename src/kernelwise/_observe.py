@@ -273,11 +273,16 @@ _ALIGNED = 64
 """Elements: no processor aligns to more."""
 
 
+def clone_with_gaps(tensor: torch.Tensor) -> torch.Tensor:
+    """Copy a tensor with its strides, what lies between its elements, and the place in its memory where it begins."""
+    return memory_of(tensor).clone().as_strided(tensor.shape, tensor.stride(), lead_of(tensor))
+
+
 def _elsewhere(tensor: torch.Tensor) -> torch.Tensor:
-    memory = memory_of(tensor).clone()
-    if memory.is_floating_point():
-        memory.mul_(-0.5)
-    return memory.as_strided(tensor.shape, tensor.stride(), lead_of(tensor)).requires_grad_(tensor.requires_grad)
+    copied = clone_with_gaps(tensor)
+    if copied.is_floating_point():
+        copied.mul_(-0.5)
+    return copied.requires_grad_(tensor.requires_grad)
 
 
 def _held(module: nn.Module) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from kernelwise._errors import KernelwiseError, PlanError
+from kernelwise._errors import PlanError, said
 from kernelwise._evidence import EAGER, Comparison, Run
 from kernelwise._measure import compare
 from kernelwise._workload import Workload, run_of, undisturbed
@@ -263,11 +263,3 @@ def _seeded(seed: int, model: nn.Module) -> Iterator[None]:
 def _wait(device: str) -> None:
     if device.partition(":")[0] != "cpu":
         torch.accelerator.synchronize()
-
-
-def said(error: BaseException) -> str:
-    """Return an error as one line: all that ours say, the first line of others."""
-    text = str(error).strip()
-    if isinstance(error, KernelwiseError):
-        return " ".join(text.split())
-    return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__

@@ -29,10 +29,10 @@ from kernelwise._decide import Config, current_target, decide
 from kernelwise._device_lock import alone_on
 from kernelwise._discover import discover, model_device
 from kernelwise._environment import environment
-from kernelwise._errors import KernelwiseError, PlanError
+from kernelwise._errors import KernelwiseError, PlanError, said
 from kernelwise._evidence import COMPILED, LIGER, OWN_CODE, Candidate, Choice, Objective, Tuning
 from kernelwise._plan import choose_rule
-from kernelwise._race import said, sharing_copy
+from kernelwise._race import sharing_copy
 from kernelwise._reference import did_you_mean
 from kernelwise._rivals import face_rivals
 from kernelwise._shares import Share, shares_of

@@ -32,7 +32,7 @@ from kernelwise._capture import (
 )
 from kernelwise._data import Check, Checks, Decision, Kernel, Layer, Plan, Status, Target
 from kernelwise._discover import JOINED, globals_called, own_forward
-from kernelwise._errors import PlanError
+from kernelwise._errors import PlanError, said
 from kernelwise._inputs import Sample, batch_slice, beyond, cases, made_real, make_sample, random_weight, with_defaults
 from kernelwise._judge import compare_calls, judge
 from kernelwise._observe import (
@@ -284,9 +284,7 @@ def _one_case(runner: _Runner, call: Any, case: Case, base: Check, *, repeated: 
         if own.overwritten and not own.outputs:
             raise RuntimeError(f"it overwrites {', '.join(own.overwritten)}, which needs a gradient")
     except Exception as error:
-        return replace(
-            base, status="skipped", detail=f"the layer's own code fails: {type(error).__name__}: {_line(error)}"
-        )
+        return replace(base, status="skipped", detail=f"the layer's own code fails: {said(error)}")
     if case.tiled and own.draws:
         return replace(base, status="skipped", detail="it draws random numbers: others, where there are more elements")
     try:
@@ -361,10 +359,6 @@ def _larger(case: Case) -> Case:
             for name, value in case.arguments.items()
         },
     )
-
-
-def _line(error: BaseException) -> str:
-    return str(error).strip().split("\n")[0][:200]
 
 
 def verify_plan(
@@ -451,7 +445,7 @@ def _captured_on_meta(
         samples = capture(model, layers, on_meta, memory=1 << 62)
     except Exception as error:
         raise PlanError(
-            f"the model is on the meta device and does not run there: {type(error).__name__}: {_line(error)}\n"
+            f"the model is on the meta device and does not run there: {said(error)}\n"
             "  go on      load the weights first, or give no inputs: both are then made for each layer"
         ) from error
     notes.append("the model is on meta: shapes and strides are what it gives its layers, values and weights were made")

@@ -27,7 +27,7 @@ from torch import nn
 
 from kernelwise import sources
 from kernelwise._data import Kernel, Layer, Status, from_json, to_json
-from kernelwise._errors import KernelLoadError
+from kernelwise._errors import KernelLoadError, said
 from kernelwise._observe import CannotTryError, Case, Observed, growth, kernel_call, observe
 from kernelwise._process import changed_by_imports
 
@@ -110,7 +110,7 @@ class Worker:
             self.close()
             if isinstance(error, WorkerError) and self.until is not None and time.monotonic() >= self.until:
                 raise  # the time was up before the process could be started
-            reason = error.detail if isinstance(error, WorkerError) else _text(error)
+            reason = error.detail if isinstance(error, WorkerError) else said(error)
             raise WorkerStartError(str(self.kernel.ref), reason) from error
         try:
             self._ask({"kernel": to_json(self.kernel), "device": self._device})
@@ -185,7 +185,7 @@ class Worker:
         try:
             buffer = _saved(message)
         except Exception as error:  # arguments that no file can hold
-            raise WorkerError("skipped", f"its arguments cannot be sent to another process: {_text(error)}") from error
+            raise WorkerError("skipped", f"its arguments cannot be sent to another process: {said(error)}") from error
         try:
             data = b"".join(_answer_within(process, buffer, limit, memory, most))
         except _LimitError as error:
@@ -261,8 +261,8 @@ def _answer_within(
                 header += chunk
                 missing = int.from_bytes(header, "little") if len(header) == 8 else missing
                 if len(header) == 8 and most is not None and missing > most:  # it need not fit into this process
-                    said = f"what it gives takes {missing >> 20} MiB, far more than what the layer's own code gives"
-                    raise _LimitError("wrong_shape", said)
+                    why = f"what it gives takes {missing >> 20} MiB, far more than what the layer's own code gives"
+                    raise _LimitError("wrong_shape", why)
             else:
                 yield chunk
 
@@ -409,11 +409,11 @@ def main() -> None:
     try:
         kernel = _load(from_json(Kernel, start["kernel"]), start["device"])
         if changed_by_imports:
-            said = f"its import changes {', '.join(changed_by_imports)} for the whole process"
-            return _write(outgoing, {"failed": ["setting_changed", said]})
+            why = f"its import changes {', '.join(changed_by_imports)} for the whole process"
+            return _write(outgoing, {"failed": ["setting_changed", why]})
         _write(outgoing, {"ok": True})
     except BaseException as error:
-        _write(outgoing, {"failed": ["load_failed", _text(error)]})
+        _write(outgoing, {"failed": ["load_failed", said(error)]})
         return
     call: Any = None
     module: nn.Module | None = None
@@ -481,20 +481,12 @@ def _limit(memory: int) -> None:
 
 def failure_of(error: BaseException) -> WorkerError:
     """Return an exception of a kernel as a status and one line."""
-    text = _text(error)
+    text = said(error)
     if isinstance(error, CannotTryError):
         return WorkerError("skipped", str(error))
     if isinstance(error, (MemoryError, torch.OutOfMemoryError)) or "can't allocate memory" in text:
         return WorkerError("out_of_memory", text)
     return WorkerError("crashed" if "CUDA error" in text or "illegal memory access" in text else "raised", text)
-
-
-def _text(error: BaseException) -> str:
-    try:
-        message = str(error).strip().split("\n")[0]
-    except BaseException:  # an exception may fail at saying what it is
-        message = "(its message cannot be read)"
-    return f"{type(error).__name__}: {message}"[:500]
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
+from kernelwise._capture import as_they_were
 from kernelwise._errors import PlanError
 from kernelwise._observe import user_random_state
 from kernelwise._reference import did_you_mean
@@ -302,8 +303,8 @@ class _CacheState:
 def undisturbed(*models: nn.Module, training: bool | None = None) -> Iterator[None]:
     """Put models into a mode for the length of a `with` block, and leave them as they were: see below.
 
-    Their modes, gradients and buffers come back as they were, and so do the random states. Inside, no parameter has a
-    gradient. Models may share parameters and buffers.
+    Their modes, gradients, buffers and counts come back as they were, and so do the random states. Inside, no parameter has
+    a gradient. Models may share parameters and buffers.
 
     Args:
         training: the mode inside of the block; None: as it is.
@@ -312,12 +313,9 @@ def undisturbed(*models: nn.Module, training: bool | None = None) -> Iterator[No
     modes = [(module, module.training) for module in modules]
     roots = [model.training for model in models]
     gradients = {id(p): (p, p.grad) for model in models for p in model.parameters()}
-    tables = [(module._buffers, dict(module._buffers)) for module in modules if module._buffers]
-    buffers = {id(b): b for _, table in tables for b in table.values() if b is not None and not b.is_meta}
-    kept = [(buffer, buffer.detach().clone()) for buffer in buffers.values()]
     for parameter, _ in gradients.values():
         parameter.grad = None
-    with user_random_state():
+    with user_random_state(), as_they_were(*models):
         try:
             if training is not None:
                 for model in models:
@@ -329,12 +327,5 @@ def undisturbed(*models: nn.Module, training: bool | None = None) -> Iterator[No
                     model.train(was)  # some models do more in it than to set a flag
             for module, was in modes:
                 module.training = was
-            for table, found in tables:
-                table.clear()
-                table.update(found)
-            with torch.no_grad():
-                for buffer, value in kept:
-                    if not torch.equal(buffer, value):
-                        buffer.copy_(value)
             for parameter, gradient in gradients.values():
                 parameter.grad = gradient
