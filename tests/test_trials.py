@@ -120,11 +120,17 @@ def proof(model: nn.Module, text: str) -> str:
 
 def test_a_kernel_that_is_wrong_at_the_size_of_the_model_only_is_out(repository, prover):
     model, x = Model().eval().bfloat16(), torch.randn(8, 500, 48).bfloat16()
+    kw.unkernelize(kw.kernelize(model, {"Dozing": f"{repository}:WrongLarge"}, mode="inference"))
+    assert proof(model, f"{repository}:WrongLarge") == _prove.PROVEN, "on inputs that were made"
     found = tried(trials(model, x, prover), f"{repository}:WrongLarge")
     assert "on all that the layer is given in forward" in (found.out or "")
     assert "wrong_values" in (found.out or "")
     assert found.timings == ()
-    assert proof(model, f"{repository}:WrongLarge") == _prove.NOT_ASKED
+    for forget in (dict, _prove._remembered.clear):  # in this process, and in the next one
+        forget()
+        assert proof(model, f"{repository}:WrongLarge") == _prove.NOT_ASKED
+        with pytest.raises(kw.PlanError, match="it is not proven: as given: wrong_values"):
+            kw.kernelize(model, {"Dozing": f"{repository}:WrongLarge"}, mode="inference")
     found = tried(trials(model, x, prover), f"{repository}:Right")
     assert found.out is None
     assert len(found.timings) == 1

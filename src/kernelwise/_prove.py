@@ -143,7 +143,10 @@ class Prover:
         """Return why a kernel is not proven for a kind of layer, or None. Asks memory, then disk, then the worker."""
         if kind.key not in _remembered:
             file = _proof_file(kind, plan)
-            if file is None or not _is_proof(file):
+            known = _read(file)
+            if _is_wrong(known):
+                _remembered[kind.key] = _judge(known, done=True)
+            elif _judge(known, done=True) is not None:
                 try:
                     checks, done = self._check(model, kind)
                 except WorkerStartError as error:
@@ -208,8 +211,7 @@ def recall(model: nn.Module, plan: Plan) -> Plan:
         return plan
     for kind in kinds:
         if kind.key not in _remembered:
-            file = _proof_file(kind, plan)
-            if file is None or not _is_proof(file):
+            if _judge(_read(_proof_file(kind, plan)), done=True) is not None:
                 unproven.add(_ref(kind))
                 continue
             _remembered[kind.key] = None
@@ -219,13 +221,17 @@ def recall(model: nn.Module, plan: Plan) -> Plan:
 
 
 def remember(model: nn.Module, plan: Plan, checks: Sequence[Check]) -> None:
-    """Take the checks of a whole plan for proofs, so that what `verify` has shown need not be shown again."""
+    """Take the checks of a whole plan for proofs, so that what `verify` has shown need not be shown again.
+
+    A kernel that they show to be wrong loses the proof that it had, for inputs of the model may show what made ones do not.
+    """
     for kind in _kinds(model, plan):
         paths = {decision.layer.path for decision in kind.decisions}
         about = [check for check in checks if check.kernel == _ref(kind) and paths & set(check.paths)]
         spoken_for = {path for check in about if check.status == "passed" for path in check.paths}
-        if paths <= spoken_for and _judge(about, done=True) is None:
-            _remembered[kind.key] = None
+        reason = _judge(about, done=True)
+        if _is_wrong(about) or (paths <= spoken_for and reason is None):
+            _remembered[kind.key] = reason
             file = _proof_file(kind, plan)
             if file is not None:
                 _write(file, to_json(about))
@@ -253,6 +259,14 @@ def _left_at_defaults(checks: Sequence[Check]) -> str:
 def _is_definite(checks: Sequence[Check]) -> bool:
     """Return whether checks refute a kernel for good: a machine that was busy or full says nothing about the next time."""
     return any(check.failed and check.status not in ("timed_out", "out_of_memory") for check in checks)
+
+
+def _is_wrong(checks: Sequence[Check]) -> bool:
+    """Return whether a kernel gave something else than its layer, on whatever machine: that is worth remembering."""
+    return any(check.status.startswith("wrong_") or check.status in _WRONG for check in checks)
+
+
+_WRONG = ("missing_gradient", "non_finite", "not_written")
 
 
 # -------------------------------------------------------------------------------------------------------------- kinds
@@ -408,13 +422,12 @@ def _proof_file(kind: _Kind, plan: Plan) -> Path | None:
     )
 
 
-def _is_proof(file: Path) -> bool:
-    """Return whether a file holds checks that are a proof, and not what a full disk or another program has left of them."""
+def _read(file: Path | None) -> list[Check]:
+    """Return the checks that a file holds, if it holds any, and not what a full disk or another program has left of them."""
     try:
-        checks = [from_json(Check, check) for check in json.loads(file.read_text())]
+        return [] if file is None else [from_json(Check, check) for check in json.loads(file.read_text())]
     except (OSError, ValueError, TypeError, KeyError, AttributeError):
-        return False
-    return _judge(checks, done=True) is None
+        return []
 
 
 def _file(folder: str, identity: list[Any]) -> Path:

@@ -196,6 +196,7 @@ class Trials:
         found = self._recalled_checks(key, kind, kernel, (kind.mode,), sample, Options(as_given=True))
         if found.checks and found.checks[0].status == "passed":
             return None
+        self._remember(kind, kernel, found.checks)
         return str(found.checks[0]) if found.checks else f"no result within {CHECK_S:.0f} s"
 
     def _recalled_checks(
@@ -237,15 +238,16 @@ class Trials:
         return _Checked(tuple(checks), True)
 
     def _remember(self, kind: Kind, kernel: Kernel, checks: Sequence[Check]) -> None:
-        """Let what was shown here count as proof when the kernel is put in, on whole inputs too.
+        """Let what was shown here count when the kernel is put in: as proof, or against it.
 
-        That is in this mode, and in all modes together once all were shown.
+        A proof is for this mode, and for all modes together once all were shown.
         """
         alike = self._modes_alike(kind)
         shown = self._shown.setdefault((kernel, kind.layer.path, alike), set())
         shown.add(kind.mode)
         places = [replace(kind.layer, path=path, paths=(path,)) for path in kind.paths]
-        for some in {(kind.mode,), alike} if shown >= {*alike} else {(kind.mode,)}:
+        all_shown = shown >= {*alike} or any(check.failed for check in checks)
+        for some in {(kind.mode,), alike} if all_shown else {(kind.mode,)}:
             decisions = tuple(Decision(layer, mode, kernel, "tune") for layer in places for mode in some)
             _prove.remember(self.model, Plan(self.target, decisions), checks)
 
