@@ -104,6 +104,14 @@ def test_a_cache_that_cannot_be_written_makes_nobody_wait(cache):
         pass
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_is_no_reason_to_fail(cache):
+    (cache / "locks").mkdir(parents=True)
+    (cache / "locks" / f"{_device_lock._name('cpu')}.lock").symlink_to("/dev/full")
+    with alone_on("cpu", pytest.fail):
+        pass
+
+
 def test_a_gpu_has_the_same_lock_whatever_number_a_process_gives_it(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 1)

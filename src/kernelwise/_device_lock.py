@@ -13,7 +13,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import IO
 
 import torch
@@ -35,7 +35,7 @@ def alone_on(device: str, waiting: Callable[[str], object]) -> Iterator[None]:
     file = cache_directory() / "locks" / f"{_name(device)}.lock"
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        held = file.open("a+")
+        held = file.open("a+b", buffering=0)
     except OSError:  # a cache that cannot be written has said so elsewhere
         yield
         return
@@ -44,18 +44,18 @@ def alone_on(device: str, waiting: Callable[[str], object]) -> Iterator[None]:
         while not _take(held):
             if not told:
                 held.seek(0)
-                said = f"waiting for process {held.read().strip() or '?'}, which measures on {device}"
+                said = f"waiting for process {held.read().decode(errors='replace').strip() or '?'}, which measures on {device}"
                 _log.warning("%s (%s)", said, file)
                 waiting(said)
                 told = True
             time.sleep(_LOOK_AGAIN_S)
-        held.truncate(0)
-        held.write(str(os.getpid()))
-        held.flush()
+        with suppress(OSError):  # a full disk: who waits is not told for whom
+            held.truncate(0)
+            held.write(str(os.getpid()).encode())
         yield
 
 
-def _take(held: IO[str]) -> bool:
+def _take(held: IO[bytes]) -> bool:
     """Whether the lock is ours now; closing the file gives it back."""
     if sys.platform == "win32":
         return True
