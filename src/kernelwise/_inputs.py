@@ -7,9 +7,10 @@ operation is known, there are also layers of other widths than the model's.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import wraps
+from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import nn
@@ -17,6 +18,9 @@ from torch import nn
 from kernelwise._data import Layer, Recognition
 from kernelwise._observe import Case, bare_copy
 from kernelwise.ops import OPERATIONS, Role
+
+P = ParamSpec("P")
+R = TypeVar("R")
 
 NAN = float("nan")
 SCALES = (1e-3, 1e-2, 1e2)
@@ -53,6 +57,17 @@ FAR = 1 << 31
 """Elements: more than an index of 32 bits with a sign can count."""
 
 _MADE = {"B": 3, "S": 7, "H": 64, "I": 96, "Hq": 4, "Hk": 2, "D": 64, "R": 32}
+
+
+def _on_cpu(function: Callable[P, R]) -> Callable[P, R]:
+    """Let a function draw its numbers there: the same ones for every device, whatever the user's default device is."""
+
+    @wraps(function)
+    def there(*args: P.args, **kwargs: P.kwargs) -> R:
+        with torch.device("cpu"):
+            return function(*args, **kwargs)
+
+    return there
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -277,6 +292,7 @@ def _times_each(tensor: torch.Tensor, scale: float | torch.Tensor) -> torch.Tens
     return scaled
 
 
+@_on_cpu
 def random_weight(tensor: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
     """Return weights that are nothing special: norms within +-1.5, matrices that keep the size of what they multiply."""
     if not tensor.is_floating_point():
@@ -321,7 +337,7 @@ def _with_specials(arguments: Mapping[str, Any], recognition: Recognition | None
     for name, value in arguments.items():
         if isinstance(value, torch.Tensor) and value.is_floating_point() and value.numel():
             copied = _times(value, 1.0)
-            flat = [torch.unravel_index(torch.tensor(at), copied.shape) for at in _places(copied)]
+            flat = [torch.unravel_index(torch.tensor(at, device="cpu"), copied.shape) for at in _places(copied)]
             for place, special in zip(flat, (float("nan"), float("inf"), -float("inf")), strict=False):
                 copied[place] = special
             changed[name] = copied
@@ -335,6 +351,7 @@ def _places(tensor: torch.Tensor) -> list[int]:
     return [row * width + width // 2 for row in (0, num_rows // 2, num_rows - 1)][: max(1, min(3, num_rows))]
 
 
+@_on_cpu
 def resize(
     layer: Layer, sample: Sample, recognition: Recognition, sizes: Mapping[str, int], generator: torch.Generator
 ) -> Sample | None:
@@ -403,6 +420,7 @@ def _spread(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return apart.gather(-1, torch.rand(shape, generator=generator).argsort(-1))
 
 
+@_on_cpu
 def make_sample(
     layer: Layer, module: nn.Module | None, mode: str, *, device: torch.device, generator: torch.Generator
 ) -> Sample | None:
@@ -423,6 +441,7 @@ def make_sample(
     return Sample(arguments, module)
 
 
+@_on_cpu
 def made_real(sample: Sample, layer: Layer, mode: str, *, device: torch.device, generator: torch.Generator) -> Sample:
     """Give values to a sample that was captured on the meta device: shapes, dtypes and strides stay the model's."""
     found = layer.computes(mode)

@@ -10,7 +10,7 @@ import copy
 import ctypes
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -318,7 +318,7 @@ def observe(call: Call, case: Case, *, wide: bool = False, natively: bool = Fals
     A call that draws random numbers is made again from a seed that is always the same. `natively` also fills the memory that
     compiled code allocates, by a setting of the whole process: for a process that has nothing else to do.
     """
-    with _device_of(case):
+    with _device_of(case), _surroundings(case):
         states, found = random_states(), settings()
         changed: list[str] = []
         try:
@@ -360,6 +360,19 @@ def _device_of(case: Case) -> AbstractContextManager[Any]:
     return nullcontext() if found is None else torch.cuda.device(found)
 
 
+@contextmanager
+def _surroundings(case: Case) -> Iterator[None]:
+    """Record gradients where a case has them, and cast nothing, whatever the user does around: the worker knows nothing of it."""
+    kinds = {"cpu", *(v.device.type for v in case.arguments.values() if isinstance(v, torch.Tensor))}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.set_grad_enabled(case.grad != "none"))
+        for kind in kinds:
+            if torch.is_autocast_enabled(kind):
+                stack.enter_context(torch.autocast(kind, enabled=False))
+        yield
+
+
 def _observe(call: Call, case: Case, wide: bool, natively: bool) -> Observed:
     given = _Given(case, wide=wide)
     if case.how == "compile":
@@ -394,11 +407,10 @@ def _run(call: Call, case: Case, given: _Given) -> Observed:
             call(given.module, **given.for_call())
         draw_from(states)
     between: list[torch.Tensor] = []
-    with torch.set_grad_enabled(grad):
-        found = call(given.module, **given.for_call())
-        if case.between:
-            between = [v for v in tree_leaves(call(given.module, **given.elsewhere())) if isinstance(v, torch.Tensor)]
-            between = [output for output in between if output.requires_grad]
+    found = call(given.module, **given.for_call())
+    if case.between:
+        between = [v for v in tree_leaves(call(given.module, **given.elsewhere())) if isinstance(v, torch.Tensor)]
+        between = [output for output in between if output.requires_grad]
     leaves, spec = tree_flatten(found)
     outputs = [leaf for leaf in leaves if isinstance(leaf, torch.Tensor)]
     seen = Observed(
@@ -516,7 +528,7 @@ def _upstream(output: torch.Tensor, seed: int, case: Case | None = None) -> torc
     generator = torch.Generator().manual_seed(seed)
     handed = "contiguous" if case is None or output.dim() < 2 else case.handed
     shape = torch.Size((output.shape[-1],)) if handed == "expanded" else output.shape  # as that of a sum over rows
-    values = torch.randint(-192, 193, shape, generator=generator)
+    values = torch.randint(-192, 193, shape, generator=generator, device="cpu")
     gradient: torch.Tensor = (values / 64).to(output.dtype).to(output.device)
     if handed == "expanded":
         return gradient.expand(output.shape)
@@ -615,7 +627,7 @@ def growth(call: Call, case: Case) -> tuple[int, int]:
     A call is one with its backward, where the case has gradients. The smallest growth of three rounds after a warm-up: what
     grows once is a cache, what grows every time is a leak.
     """
-    with _device_of(case), user_random_state(), torch.set_grad_enabled(case.grad != "none"):
+    with _device_of(case), user_random_state(), _surroundings(case):
         given = _Given(case, wide=False)
 
         def once() -> list[torch.Tensor]:

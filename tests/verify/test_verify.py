@@ -6,6 +6,7 @@ import dataclasses
 import json
 import threading
 from collections.abc import Sequence
+from contextlib import nullcontext
 from typing import Any
 
 import gallery
@@ -19,8 +20,8 @@ from kernelwise import _inputs as _inputs_module
 from kernelwise._capture import capture, group
 from kernelwise._data import STATUSES, Check, Checks, Target, from_json
 from kernelwise._decide import current_target
-from kernelwise._inputs import Sample, beyond
-from kernelwise._observe import own_call
+from kernelwise._inputs import Sample, beyond, cases
+from kernelwise._observe import growth, observe, own_call
 from kernelwise._plan import reasons_against
 from kernelwise._process import settings
 from kernelwise._verify import Options, _Here, _made, _one_case, check_kernel, own_code
@@ -291,6 +292,33 @@ def test_a_layer_whose_own_code_fails_on_made_inputs_is_one_line_and_no_evidence
     (check,) = checks_of(decided, module)
     assert check.status == "skipped"
     assert "not these inputs" in check.detail
+
+
+@pytest.mark.parametrize(
+    "around",
+    [torch.no_grad, torch.inference_mode, lambda: torch.autocast("cpu", torch.bfloat16), lambda: torch.device("meta")],
+    ids=["no_grad", "inference_mode", "autocast", "default device"],
+)
+def test_what_is_seen_does_not_depend_on_what_the_user_does_around(around, as_kernel):
+    """The worker knows nothing of it, so that own code and kernel would be seen in different ways."""
+    decided, module = decision(gallery.MLP(), as_kernel(gallery.SwapsGateAndUp))
+    layer, call = decided.layer, own_call(decided.layer, own_code(module, decided.layer))
+    seen = []
+    for surroundings in (nullcontext, around):
+        with surroundings():
+            sample = _made(layer, module, "inference", 0)
+            found = {
+                case.name: case
+                for case in cases(layer, sample, "inference", generator=torch.Generator().manual_seed(0))
+            }
+            names = ("as given", "another call in between", "no gradients", "random weights", "width 577")
+            seen.append([observe(call, found[name], wide=wide) for name in names for wide in (False, True)])
+            grown = growth(call, found["as given"])
+        assert grown[1] > 0
+    for one, other in zip(*seen, strict=True):
+        assert all(map(torch.equal, one.outputs, other.outputs))
+        assert one.gradients.keys() == other.gradients.keys()
+        assert all(torch.equal(gradient, other.gradients[name]) for name, gradient in one.gradients.items())
 
 
 def test_running_means_are_as_they_were_after_a_capture():
