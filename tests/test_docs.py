@@ -118,3 +118,8 @@ def test_the_examples_of_docstrings_run(name: str) -> None:
     results = doctest.testmod(module, extraglobs={"torch": torch}, optionflags=doctest.NORMALIZE_WHITESPACE)
     assert results.attempted > 0
     assert results.failed == 0
+
+
+def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
+    summary = runpy.run_path(str(ROOT / "benchmarks" / "summary.py"))
+    assert summary["BEGIN"] + summary["table"]() + summary["END"] in (ROOT / "README.md").read_text()
