@@ -25,7 +25,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kernelwise as kw
 from kernelwise import _prove
 from kernelwise._capture import group
-from kernelwise._verify import Options, verify_plan
+from kernelwise._check import Options
+from kernelwise._verify import verify_plan
 
 KERNEL = """
 import torch

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from kernelwise import _apply, _discover, _prove, _verify
+from kernelwise import _apply, _check, _discover, _prove, _verify
 from kernelwise._capture import group
 from kernelwise._data import Checks, Kernel, Plan, Target
 from kernelwise._decide import Config, decide, make_plan
@@ -162,7 +162,7 @@ def verify(
             f"verify takes a model and its plan, got the {type(decided).__name__} {decided!r}\n"
             "  go on      verify(model, plan(model), inputs)"
         )
-    options = _verify.Options(compile=compile, seconds=seconds, memory=memory, seed=seed, capture_memory=capture_memory)
+    options = _check.Options(compile=compile, seconds=seconds, memory=memory, seed=seed, capture_memory=capture_memory)
     decided = plan(model) if decided is None else decided
     with progress_of(progress, total=len(group(model, decided))) as on_check:
         checks = _verify.verify_plan(model, decided, inputs, options=options, on_check=on_check)

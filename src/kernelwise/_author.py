@@ -16,6 +16,7 @@ from torch import nn
 
 from kernelwise import sources
 from kernelwise._capture import Group, group
+from kernelwise._check import Options
 from kernelwise._config import KernelConfig
 from kernelwise._data import Check, Checks, Decision, Kernel, KernelRef, Layer, Plan
 from kernelwise._decide import current_target, plan_safely
@@ -25,7 +26,7 @@ from kernelwise._models import load_model
 from kernelwise._plan import reasons_against
 from kernelwise._progress import progress_of
 from kernelwise._prove import ImportFailedError, Prover, remember
-from kernelwise._verify import Options, check_group, verify_plan
+from kernelwise._verify import check_group, verify_plan
 
 MODELS: tuple[str, ...] = ("llama", "gemma2", "gpt_oss", "olmo2", "phi3", "gpt_neox")
 ISOLATED = Options(isolate=True)

@@ -19,11 +19,11 @@ from torch import nn
 from kernelwise import sources
 from kernelwise._alike import function_code, traits_of
 from kernelwise._capture import Group, module_of
+from kernelwise._check import own_code
 from kernelwise._data import Decision, Kernel, KernelRef, Layer
 from kernelwise._errors import KernelConfigError, KernelLoadError, Problem
 from kernelwise._mapping import Rule
 from kernelwise._reference import read_metadata, read_reference, show
-from kernelwise._verify import own_code
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "rms_norm": ("package:liger_kernel.transformers.rms_norm:LigerRMSNorm",),

@@ -18,6 +18,7 @@ from torch import nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from kernelwise._capture import Group, module_of
+from kernelwise._check import defaults_of, own_code
 from kernelwise._compare import compare as compare
 from kernelwise._compare import on_device
 from kernelwise._data import Kernel, Layer
@@ -35,7 +36,6 @@ from kernelwise._observe import (
     own_call,
     user_random_state,
 )
-from kernelwise._verify import defaults_of, own_code
 from kernelwise.ops import OPERATIONS
 
 CACHE = 32 << 20

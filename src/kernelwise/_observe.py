@@ -362,7 +362,7 @@ def _device_of(case: Case) -> AbstractContextManager[Any]:
 
 @contextmanager
 def _surroundings(case: Case) -> Iterator[None]:
-    """Record gradients where a case has them, and cast nothing, whatever the user does around: the worker knows nothing of it."""
+    """Record gradients where a case has them, and cast nothing, whatever the user does around: the worker knows none of it."""
     kinds = {"cpu", *(v.device.type for v in case.arguments.values() if isinstance(v, torch.Tensor))}
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))

@@ -30,9 +30,10 @@ from kernelwise import _results
 from kernelwise._alike import function_code, traits_of
 from kernelwise._cache import cache_directory
 from kernelwise._capture import Group
+from kernelwise._check import AT_DEFAULTS, Options, own_code
 from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Recognition, from_json, to_json
 from kernelwise._errors import KernelLoadError, PlanError
-from kernelwise._verify import AT_DEFAULTS, Options, check_group, own_code
+from kernelwise._verify import check_group
 from kernelwise._worker import MEMORY, Worker, WorkerError, WorkerStartError
 from kernelwise._worker import SECONDS as LIMIT
 

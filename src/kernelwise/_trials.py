@@ -21,6 +21,7 @@ from torch.utils._pytree import tree_leaves
 from kernelwise import _prove, _results, sources
 from kernelwise._candidates import Kind
 from kernelwise._capture import Group, capture
+from kernelwise._check import Options
 from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Target, to_json
 from kernelwise._errors import KernelLoadError
 from kernelwise._evidence import Candidate, Timing
@@ -29,7 +30,7 @@ from kernelwise._measure import measure_group
 from kernelwise._plan import reasons_against
 from kernelwise._shares import Share
 from kernelwise._units import size
-from kernelwise._verify import Options, check_group
+from kernelwise._verify import check_group
 from kernelwise._workload import Workload, undisturbed
 
 CHECK_S = 120.0

@@ -8,8 +8,9 @@ import gallery
 from torch import nn
 
 from kernelwise import discover, register_layer
+from kernelwise._check import Options, check_kernel, own_code
 from kernelwise._data import Check, Decision, Kernel, Layer
-from kernelwise._verify import Options, _made, check_kernel, own_code
+from kernelwise._verify import _made
 from kernelwise._worker import Worker
 
 for cls, name in (

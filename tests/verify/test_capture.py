@@ -20,8 +20,9 @@ import kernelwise as kw
 from kernelwise import _inputs as _inputs_module
 from kernelwise import _judge, _verify
 from kernelwise._capture import capture, capture_in_passes, group, group_wholes
+from kernelwise._check import Options, check_kernel, own_code
 from kernelwise._data import Check
-from kernelwise._verify import Options, check_group, check_kernel, own_code
+from kernelwise._verify import check_group
 
 
 @pytest.fixture(autouse=True)

@@ -18,13 +18,14 @@ from torch import nn
 import kernelwise as kw
 from kernelwise import _inputs as _inputs_module
 from kernelwise._capture import capture, group
+from kernelwise._check import Here, Options, _one_case, check_kernel, own_code
 from kernelwise._data import STATUSES, Check, Checks, Target, from_json
 from kernelwise._decide import current_target
 from kernelwise._inputs import Sample, beyond, cases
 from kernelwise._observe import growth, observe, own_call
 from kernelwise._plan import reasons_against
 from kernelwise._process import settings
-from kernelwise._verify import Options, _Here, _made, _one_case, check_kernel, own_code
+from kernelwise._verify import _made
 from kernelwise.sources import builtin_refs, load
 
 LAYERS = (gallery.Norm, gallery.LateNorm, gallery.MLP, gallery.Attention, gallery.PlainLayerNorm)
@@ -361,7 +362,7 @@ def test_what_is_wrong_beyond_so_many_elements_is_found_on_repeated_rows(kernel,
     sample = _made(decided.layer, module, "inference", 0)
     case = beyond(decided.layer, sample, "inference")
     assert case.copies * sample.arguments["hidden_states"].numel() > 1 << 15
-    runner = _Here(decided.layer, decided.kernel, "inference")
+    runner = Here(decided.layer, decided.kernel, "inference")
     base = Check("0", ("0",), "k", ("inference",), "", "passed")
     check = _one_case(runner, own_call(decided.layer, own_code(module, decided.layer)), case, base)
     assert check.status == status, str(check)

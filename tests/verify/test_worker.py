@@ -22,8 +22,8 @@ from torch import nn
 
 import kernelwise as kw
 from kernelwise import KernelRef, _worker
+from kernelwise._check import Options
 from kernelwise._process import settings
-from kernelwise._verify import Options
 from kernelwise._worker import Worker, WorkerStartError
 from kernelwise.sources import load
 
