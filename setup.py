@@ -23,6 +23,7 @@ VECTOR_SOURCES = (
     "activation.cpp",
     "cross_entropy.cpp",
     "gated_activation.cpp",
+    "gemm.cpp",
     "layer_norm.cpp",
     "linear.cpp",
     "qk_norm_rotary.cpp",

@@ -9,12 +9,7 @@ from exact import assert_as_exact
 cpu = pytest.importorskip("kernelwise.kernels.cpu.linear", exc_type=ImportError)
 
 HALVES = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
-NEVER = 1 << 62
-WAYS = {
-    "few rows": cpu._Choice(few=64, many=NEVER, training=0),
-    "block by block": cpu._Choice(few=-1, many=0, training=0),
-    "torch": cpu._Choice(few=-1, many=NEVER, training=0),
-}
+WAYS = {"ours": cpu._Choice(most=1 << 62, training=0), "torch": cpu._Choice(most=-1, training=0)}
 
 
 @pytest.fixture
@@ -39,8 +34,9 @@ def check(inputs, *, scales=(1.0,)):
 @HALVES
 @EVERY_WAY
 @pytest.mark.parametrize("bias", [True, False])
-def test_exact_at_every_scale(dtype, way, bias):
-    check(given(dtype, bias=bias), scales=(1e-2, 1.0, 1e2))
+@pytest.mark.parametrize("rows", [3, 6])
+def test_exact_at_every_scale(dtype, way, bias, rows):
+    check(given(dtype, rows=(rows,), bias=bias), scales=(1e-2, 1.0, 1e2))
 
 
 @HALVES
@@ -54,9 +50,9 @@ def test_exact_at_every_scale(dtype, way, bias):
         {"width": 577, "out": 7},
         {"width": 2304, "out": 5},
         {"width": 5120, "out": 3},
-        {"rows": (1,)},
         {"rows": ()},
-        {"rows": (64,)},
+        *({"rows": (rows,), "width": 70, "out": 51} for rows in (1, 2, 3, 4, 5, 7, 8, 9, 13, 64)),
+        *({"rows": (6,), "width": width, "out": out} for width, out in ((1, 1), (15, 48), (577, 49), (1300, 100))),
         {"rows": (2, 3, 4)},
         {"rows": (0,)},
     ],
@@ -67,11 +63,11 @@ def test_exact_for_every_shape(dtype, way, shape):
 
 
 @HALVES
-@pytest.mark.parametrize("way", ["block by block"], indirect=True)
+@pytest.mark.parametrize("way", ["ours"], indirect=True)
 def test_exact_over_several_blocks_of_weights_and_of_rows(dtype, way):
-    """More than 2^20 numbers of the weight and more than 1024 rows: sums go on from block to block."""
+    """More than 384 numbers of a row, 2^20 of the weight, 1024 rows: sums go on from block to block."""
     check(given(dtype, rows=(1100,), width=72, out=40))
-    check(given(dtype, rows=(3,), width=4096, out=600))
+    check(given(dtype, rows=(9,), width=4096, out=600))
 
 
 @HALVES
@@ -85,8 +81,9 @@ def test_exact_for_every_layout(dtype, way):
 
 @HALVES
 @EVERY_WAY
-def test_nan_and_infinity_pass_through(dtype, way):
-    inputs = given(dtype, rows=(4,))
+@pytest.mark.parametrize("rows", [4, 6])
+def test_nan_and_infinity_pass_through(dtype, way, rows):
+    inputs = given(dtype, rows=(rows,))
     inputs["x"][1, 2], inputs["weight"][3, 5] = float("nan"), float("inf")
     assert_as_exact(torch.nn.functional.linear, cpu.linear, inputs, scales=(1.0,), grad=False)
 
@@ -110,7 +107,7 @@ def test_a_frozen_weight_keeps_no_input_for_the_backward_pass(way):
 
 @pytest.mark.parametrize(("rows", "ours"), [(7, False), (8, True)])
 def test_few_rows_with_gradients_are_torchs(monkeypatch, rows, ours):
-    monkeypatch.setitem(cpu._chosen, torch.bfloat16, cpu._Choice(few=64, many=NEVER, training=8))
+    monkeypatch.setitem(cpu._chosen, torch.bfloat16, cpu._Choice(most=64, training=8))
     inputs = given(torch.bfloat16, rows=(rows,))
     inputs["weight"].requires_grad_()
     assert (type(cpu.linear(**inputs).grad_fn).__name__ == "_LinearBackward") == ours
@@ -135,10 +132,10 @@ def test_the_operators_refuse_what_does_not_fit():
     operators = torch.ops.kernelwise
     x, weight = torch.randn(3, 8).bfloat16(), torch.randn(5, 8).bfloat16()
     for call, complaint in (
-        (lambda: operators.linear(x.float(), weight.float(), None, 64), "weight must be bfloat16 or float16"),
-        (lambda: operators.linear(x[:, :7], weight, None, 64), "does not fit"),
-        (lambda: operators.linear(x, weight, torch.randn(4).bfloat16(), 64), "bias must be"),
-        (lambda: operators.linear(x, weight.half(), None, 64), "one dtype"),
+        (lambda: operators.linear(x.float(), weight.float(), None), "weight must be bfloat16 or float16"),
+        (lambda: operators.linear(x[:, :7], weight, None), "does not fit"),
+        (lambda: operators.linear(x, weight, torch.randn(4).bfloat16()), "bias must be"),
+        (lambda: operators.linear(x, weight.half(), None), "one dtype"),
         (lambda: operators.linear_grad_x(x, weight), "does not fit"),
         (lambda: operators.linear_grad_weight(x, weight), "does not fit"),
     ):
@@ -146,10 +143,23 @@ def test_the_operators_refuse_what_does_not_fit():
             call()
 
 
-def test_more_rows_than_the_product_for_few_rows_takes():
-    inputs = given(torch.bfloat16, rows=(80,), bias=False)
-    y = torch.ops.kernelwise.linear(inputs["x"], inputs["weight"], None, NEVER)
-    assert torch.allclose(y.float(), inputs["x"].float() @ inputs["weight"].float().t(), atol=0.05)
+@HALVES
+@EVERY_WAY
+def test_a_row_is_the_same_among_others(dtype, way):
+    """Whatever the number of rows: not one of them sees the others, nor memory beyond its own."""
+    inputs = given(dtype, rows=(9,), width=50, out=30)
+    whole = cpu.linear(**inputs)
+    inputs["x"][5:] = float("nan")
+    assert torch.equal(cpu.linear(**inputs)[:5], whole[:5])
+
+
+@pytest.mark.parametrize(("rows", "ours"), [(32, True), (33, False)])
+def test_more_rows_than_it_is_chosen_for_are_torchs(monkeypatch, rows, ours):
+    monkeypatch.setitem(cpu._chosen, torch.bfloat16, cpu._Choice(most=32, training=0))
+    called = []
+    monkeypatch.setattr(cpu, "_own", lambda *args: called.append(args) or torch.nn.functional.linear(*args))
+    cpu.linear(**given(torch.bfloat16, rows=(rows,)))
+    assert bool(called) != ours
 
 
 def test_a_reason_where_it_is_not_worthwhile(monkeypatch):

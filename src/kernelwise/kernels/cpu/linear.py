@@ -1,8 +1,9 @@
 """The linear layer with bfloat16 or float16 weights, for CPUs on which torch's own product of them is slow.
 
-Few rows: a product in C++ that widens the weights to float32 in the cache. Many rows: the weights become float32 block
-by block (4 MiB at a time, nothing is kept) and torch's float32 product does the rest; so do both gradients. Which of
-these is faster than torch's own product depends on the processor and the number of rows: `_CHOICES` says from where on.
+Up to four rows: dot products that take as long as the weight takes to arrive from memory. More rows: the weight becomes
+float32 panel by panel in the cache, where it is multiplied; so does the gradient of x. The gradient of the weight goes block
+by block through torch's float32 product. No float32 copy is kept. Which of these is faster than torch's own product depends
+on the processor and the number of rows: `_CHOICES` says how far.
 """
 
 from __future__ import annotations
@@ -21,35 +22,31 @@ _grad_x = _ops.linear_grad_x.default
 _grad_weight = _ops.linear_grad_weight.default
 _own = torch.nn.functional.linear
 
-_NEVER = 1 << 62
+_ALL = 1 << 62
 
 
 @dataclass(frozen=True, slots=True)
 class _Choice:
-    """Numbers of rows: up to `few` the product that widens in the cache, from `many` on block by block, else torch's own.
+    """Numbers of rows: up to `most` the products here, beyond it torch's own.
 
-    With gradients, less than `training` rows are all torch's; from there on both gradients are computed block by block.
+    With gradients, less than `training` rows are all torch's; from there on both gradients are computed here.
     """
 
-    few: int
-    many: int
+    most: int
     training: int
 
 
 # By instruction set in use, dtype, and what the processor has for products of that dtype. Times over torch 2.13's own
 # product, one thread, shapes of SmolLM2: docs/cpu.md.
 _CHOICES = {
-    # torch falls back to loops: few rows 1.2-4.3 x, many 4-50 x, gradients 1.2-350 x
-    ("avx2", torch.bfloat16, "none"): _Choice(few=48, many=49, training=4),
-    ("avx2", torch.float16, "none"): _Choice(few=48, many=49, training=4),
-    # oneDNN converts by itself: few rows 1.3-2.9 x, many 2.2-20 x, gradients 1.0-13 x from 4 rows
-    ("avx512", torch.bfloat16, "none"): _Choice(few=32, many=33, training=4),
-    # torch falls back to loops: few rows 1.3-4.3 x, many 4-50 x, gradients 2-350 x
-    ("avx512", torch.float16, "none"): _Choice(few=24, many=25, training=4),
-    # avx512_bf16 multiplies no faster than float32: few rows 1.04-2.4 x, from 48 rows 1.0-2 x, gradients 1.2-1.7 x
-    ("avx512", torch.bfloat16, "vector"): _Choice(few=16, many=48, training=48),
-    # avx512_fp16 multiplies twice as fast: only the product for few rows gains, 1.2-2.5 x
-    ("avx512", torch.float16, "vector"): _Choice(few=6, many=_NEVER, training=_NEVER),
+    ("avx2", torch.bfloat16, "none"): _Choice(most=_ALL, training=4),
+    ("avx2", torch.float16, "none"): _Choice(most=_ALL, training=4),
+    ("avx512", torch.bfloat16, "none"): _Choice(most=_ALL, training=4),
+    ("avx512", torch.float16, "none"): _Choice(most=_ALL, training=4),
+    # avx512_bf16 multiplies no faster than float32
+    ("avx512", torch.bfloat16, "vector"): _Choice(most=_ALL, training=48),
+    # avx512_fp16 multiplies twice as fast where the weight need not arrive from far
+    ("avx512", torch.float16, "vector"): _Choice(most=32, training=_ALL),
 }
 _UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}
 
@@ -94,9 +91,9 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, choice: _Choice) -> torch.Tensor:
-    if choice.few < _num_rows(x) < choice.many:
+    if _num_rows(x) > choice.most:
         return _own(x, weight, bias)
-    y: torch.Tensor = _forward(x, weight, bias, choice.few)
+    y: torch.Tensor = _forward(x, weight, bias)
     return y
 
 

@@ -92,11 +92,30 @@ using CrossEntropyBackwardRows = void (*)(const CrossEntropyArgs&, const float* 
                                           void* grad_logits, int64_t grad_stride, int64_t begin, int64_t end);
 using Widen = void (*)(const void* from, float* to, int64_t num);
 using Narrow = void (*)(const float* from, const float* bias, void* to, int64_t num);
-// The most rows that FewRows takes.
-constexpr int64_t kMostFewRows = 64;
-// y[rows, begin:end] = x[rows, width] weight[begin:end, width]^T + bias; y's rows are y_stride apart.
-using FewRows = void (*)(const float* x, const void* weight, const float* bias, void* y, int64_t rows, int64_t width,
-                         int64_t y_stride, int64_t begin, int64_t end);
+// y[rows, begin:end] = x[rows, width] weight[begin:end, width]^T + bias for one number of rows; y's rows are y_stride apart,
+// x is float32 and was written by lay_out, row by row. Null where there are none, as in Gemm.
+constexpr int64_t kMostFewRows = 4;
+struct FewRows {
+  Widen lay_out;
+  void (*columns)(const float* x, const void* weight, const float* bias, void* y, int64_t width, int64_t y_stride,
+                  int64_t begin, int64_t end);
+};
+// c[rows, columns] = a[rows, depth] b^T + bias, b being [columns, depth], or with b_by_depth [depth, columns].
+struct GemmArgs {
+  const float* a;  // element [i, k] at i * a_row_stride + k * a_depth_stride
+  int64_t a_row_stride, a_depth_stride;
+  const void* b;  // rows b_stride apart, unit last stride
+  int64_t b_stride;
+  bool b_by_depth;
+  const float* bias;  // [columns] or null
+  void* c;            // in b's dtype, rows c_stride apart
+  int64_t c_stride, rows, depth;
+};
+// Columns begin to end of c; begin is a multiple of `panel`. sums: [rows, panel], for the caller's thread alone.
+struct Gemm {
+  int64_t panel;
+  void (*columns)(const GemmArgs&, float* sums, int64_t begin, int64_t end);
+};
 
 // Each returns null for a combination of dtypes that is not built.
 struct Kernels {
@@ -116,7 +135,8 @@ struct Kernels {
   CrossEntropyBackwardRows (*cross_entropy_backward)(DType);
   Widen (*widen)(DType);
   Narrow (*narrow)(DType);
-  FewRows (*few_rows)(DType);
+  FewRows (*few_rows)(DType, int64_t rows);
+  Gemm (*gemm)(DType);
 };
 
 // One set of getters per instruction set; KERNELWISE_ISA is given on the compiler's command line.
@@ -137,7 +157,8 @@ struct Kernels {
   CrossEntropyBackwardRows cross_entropy_backward(DType);                                 \
   Widen widen(DType);                                                                     \
   Narrow narrow(DType);                                                                   \
-  FewRows few_rows(DType);                                                                \
+  FewRows few_rows(DType, int64_t rows);                                                  \
+  Gemm gemm(DType);                                                                       \
   }
 KERNELWISE_DECLARE(baseline)
 KERNELWISE_DECLARE(avx2)

@@ -1,12 +1,9 @@
-// Pieces of the linear layer with half-precision weights: conversion of whole blocks, and a product for few rows that
-// widens the weights in the cache. Compiled once per instruction set.
+// Pieces of the linear layer: conversion of whole blocks, and products of few rows, which take as long as the weight takes
+// to arrive from memory. Compiled once per instruction set.
 #include "vec.h"
 
 namespace kernelwise {
 namespace {
-
-constexpr int64_t kTile = 4;      // rows of the weight that are widened together
-constexpr int64_t kDepth = 1024;  // numbers of each row at a time: the tile takes 16 KiB, x two rows of 4 KiB
 
 template <class T>
 static void widen_all(const void* from, float* to, int64_t num) {
@@ -26,73 +23,120 @@ static void narrow_all(const float* from, const float* bias, void* to, int64_t n
   }
 }
 
-static inline void one_by_four(const float* x, const float* w, int64_t depth, float* sums) {
-  const float *w0 = w, *w1 = w + kDepth, *w2 = w + 2 * kDepth, *w3 = w + 3 * kDepth;
-  float a0 = 0, a1 = 0, a2 = 0, a3 = 0;
-#pragma omp simd reduction(+ : a0, a1, a2, a3)
-  for (int64_t k = 0; k < depth; k++) {
-    const float u = x[k];
-    a0 += u * w0[k];
-    a1 += u * w1[k];
-    a2 += u * w2[k];
-    a3 += u * w3[k];
-  }
-  sums[0] += a0;
-  sums[1] += a1;
-  sums[2] += a2;
-  sums[3] += a3;
+#if defined(__GNUC__)
+
+#if defined(__AVX512F__)
+constexpr int64_t kLanes = 16;
+#elif defined(__AVX2__)
+constexpr int64_t kLanes = 8;
+#else
+constexpr int64_t kLanes = 4;
+#endif
+constexpr int64_t kStep = 2 * kLanes;  // numbers of a row that are widened together
+typedef float Floats __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
+typedef uint32_t Bits __attribute__((vector_size(kLanes * 4), aligned(2), may_alias));
+
+// Two vectors of bfloat16 numbers: those at even places, then those at odd places, which need no shuffling.
+static inline void widen_step(const bf16* from, Floats& first, Floats& second) {
+  const Bits bits = *reinterpret_cast<const Bits*>(from);
+  first = reinterpret_cast<Floats>(bits << 16);
+  second = reinterpret_cast<Floats>(bits & 0xffff0000u);
 }
 
-static inline void two_by_four(const float* x, int64_t x_stride, const float* w, int64_t depth, float* sums) {
-  const float *w0 = w, *w1 = w + kDepth, *w2 = w + 2 * kDepth, *w3 = w + 3 * kDepth;
-  const float* z = x + x_stride;
-  float a0 = 0, a1 = 0, a2 = 0, a3 = 0, b0 = 0, b1 = 0, b2 = 0, b3 = 0;
-#pragma omp simd reduction(+ : a0, a1, a2, a3, b0, b1, b2, b3)
-  for (int64_t k = 0; k < depth; k++) {
-    const float u = x[k], v = z[k];
-    a0 += u * w0[k];
-    a1 += u * w1[k];
-    a2 += u * w2[k];
-    a3 += u * w3[k];
-    b0 += v * w0[k];
-    b1 += v * w1[k];
-    b2 += v * w2[k];
-    b3 += v * w3[k];
+static inline void widen_step(const fp16* from, Floats& first, Floats& second) {
+#if defined(__AVX512F__)
+  const __m256i* in = reinterpret_cast<const __m256i*>(from);
+  first = reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(in)));
+  second = reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(in + 1)));
+#elif defined(__F16C__)
+  const __m128i* in = reinterpret_cast<const __m128i*>(from);
+  first = reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(in)));
+  second = reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(in + 1)));
+#else
+  float wide[kStep];
+  widen(from, wide, kStep);
+  first = *reinterpret_cast<const Floats*>(wide);
+  second = *reinterpret_cast<const Floats*>(wide + kLanes);
+#endif
+}
+
+// A row of x as float32, in the order that widen_step gives. What is left over comes last, as it is.
+template <class T>
+static void widen_for_few(const void* from, float* to, int64_t num) {
+  const T* in = static_cast<const T*>(from);
+  int64_t k = 0;
+  for (; k + kStep <= num; k += kStep) {
+    Floats first, second;
+    widen_step(in + k, first, second);
+    *reinterpret_cast<Floats*>(to + k) = first;
+    *reinterpret_cast<Floats*>(to + k + kLanes) = second;
   }
-  sums[0] += a0;
-  sums[1] += a1;
-  sums[2] += a2;
-  sums[3] += a3;
-  sums[4] += b0;
-  sums[5] += b1;
-  sums[6] += b2;
-  sums[7] += b3;
+  widen(in + k, to + k, num - k);
+}
+
+// The products of R rows of x with W rows of the weight. The W rows after them are asked for meanwhile: processors look
+// ahead on few streams at once, and not beyond a page.
+template <class T, int R, int W>
+static inline void dots(const float* x, const T* weight, int64_t width, float* products) {
+  Floats sums[R][W] = {};
+  int64_t k = 0;
+  for (; k + kStep <= width; k += kStep) {
+#pragma GCC unroll 8
+    for (int j = 0; j < W; j++) {
+      Floats first, second;
+      __builtin_prefetch(weight + (j + W) * width + k, 0, 2);
+      widen_step(weight + j * width + k, first, second);
+#pragma GCC unroll 4
+      for (int i = 0; i < R; i++) {
+        sums[i][j] += first * *reinterpret_cast<const Floats*>(x + i * width + k);
+        sums[i][j] += second * *reinterpret_cast<const Floats*>(x + i * width + k + kLanes);
+      }
+    }
+  }
+  for (int i = 0; i < R; i++) {
+    for (int j = 0; j < W; j++) {
+      float sum = 0, left[kStep];
+      for (int l = 0; l < kLanes; l++) sum += sums[i][j][l];
+      widen(weight + j * width + k, left, width - k);
+      for (int64_t l = k; l < width; l++) sum += x[i * width + l] * left[l - k];
+      products[i * W + j] = sum;
+    }
+  }
+}
+
+template <class T, int R, int W>
+static void few(const float* x, const void* weight, const float* bias, void* y, int64_t width, int64_t y_stride, int64_t begin,
+                int64_t end) {
+  const T* w = static_cast<const T*>(weight);
+  T* out = static_cast<T*>(y);
+  float products[R * W];
+  for (int64_t n = begin; n < end;) {
+    const int64_t num = end - n < W ? 1 : W;
+    if (num == W) {
+      dots<T, R, W>(x, w + n * width, width, products);
+    } else {
+      dots<T, R, 1>(x, w + n * width, width, products);
+    }
+    for (int64_t i = 0; i < R; i++) {
+      if (bias != nullptr)
+        for (int64_t j = 0; j < num; j++) products[i * num + j] += bias[n + j];
+      narrow(products + i * num, out + i * y_stride + n, num);
+    }
+    n += num;
+  }
 }
 
 template <class T>
-static void few(const float* x, const void* weight, const float* bias, void* y, int64_t rows, int64_t width,
-                int64_t y_stride, int64_t begin, int64_t end) {
-  float tile[kTile * kDepth], sums[kMostFewRows * kTile];
-  const T* w = static_cast<const T*>(weight);
-  T* out = static_cast<T*>(y);
-  for (int64_t n = begin; n < end; n += kTile) {
-    const int64_t num = smaller(kTile, end - n);
-    std::memset(sums, 0, sizeof(float) * rows * kTile);
-    if (num < kTile) std::memset(tile, 0, sizeof(tile));
-    for (int64_t k = 0; k < width; k += kDepth) {
-      const int64_t depth = smaller(kDepth, width - k);
-      for (int64_t t = 0; t < num; t++) widen(w + (n + t) * width + k, tile + t * kDepth, depth);
-      int64_t m = 0;
-      for (; m + 1 < rows; m += 2) two_by_four(x + m * width + k, width, tile, depth, sums + m * kTile);
-      if (m < rows) one_by_four(x + m * width + k, tile, depth, sums + m * kTile);
-    }
-    for (int64_t m = 0; m < rows; m++) {
-      if (bias != nullptr)
-        for (int64_t t = 0; t < num; t++) sums[m * kTile + t] += bias[n + t];
-      narrow(sums + m * kTile, out + m * y_stride + n, num);
-    }
+static FewRows few_of(int64_t rows) {
+  switch (rows) {
+    case 1: return {widen_for_few<T>, few<T, 1, 8>};
+    case 2: return {widen_for_few<T>, few<T, 2, 4>};
+    case 3: return {widen_for_few<T>, few<T, 3, 2>};
+    default: return {widen_for_few<T>, few<T, 4, 2>};
   }
 }
+
+#endif
 
 }  // namespace
 
@@ -116,12 +160,15 @@ Narrow narrow(DType dtype) {
   return nullptr;
 }
 
-FewRows few_rows(DType dtype) {
+FewRows few_rows(DType dtype, int64_t rows) {
+#if defined(__GNUC__)
   switch (dtype) {
-    case DType::kBFloat16: return few<bf16>;
-    case DType::kFloat16: return few<fp16>;
-    default: return nullptr;
+    case DType::kBFloat16: return few_of<bf16>(rows);
+    case DType::kFloat16: return few_of<fp16>(rows);
+    default: break;
   }
+#endif
+  return {nullptr, nullptr};
 }
 
 }  // namespace KERNELWISE_ISA

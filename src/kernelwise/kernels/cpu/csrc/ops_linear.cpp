@@ -1,4 +1,7 @@
 // The linear layer with half-precision weights.
+//
+// Few rows go through dot products, more through panels of the weight that are widened in the cache. Without AVX2 there are
+// no panels: the weight is widened block by block for torch's float32 product. So it is for the weight's gradient everywhere.
 #include "products.h"
 
 namespace kernelwise {
@@ -13,9 +16,14 @@ struct LinearShape {
   Half weight_half() const { return {static_cast<char*>(weight.data_ptr()), in, dtype}; }
 };
 
+DType half_of(const Tensor& t, const char* name) {
+  const DType dtype = dtype_of(t, name);
+  STD_TORCH_CHECK(dtype != DType::kFloat32, "kernelwise::linear: ", name, " must be bfloat16 or float16");
+  return dtype;
+}
+
 LinearShape linear_of(const Tensor& x, const Tensor& weight) {
-  const DType dtype = dtype_of(weight, "weight");
-  STD_TORCH_CHECK(dtype != DType::kFloat32, "kernelwise::linear: weight must be bfloat16 or float16");
+  const DType dtype = half_of(weight, "weight");
   STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "kernelwise::linear: x and weight must have one dtype");
   STD_TORCH_CHECK(weight.dim() == 2, "kernelwise::linear: weight must be [out, in]");
   Rows rows = rows_of(x);
@@ -40,7 +48,15 @@ int64_t block_of(const LinearShape& s) {
   return std::min(s.out, std::max<int64_t>(64, kWideWeights / std::max<int64_t>(1, s.in) / 64 * 64));
 }
 
-Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, int64_t few_rows) {
+void by_panels(const Gemm& gemm, const GemmArgs& args, int64_t columns) {
+  const int64_t panels = (columns + gemm.panel - 1) / gemm.panel;
+  each_row(panels, gemm.panel * args.depth * std::min<int64_t>(args.rows, 16), [&](int64_t begin, int64_t end) {
+    std::vector<float> sums(args.rows * gemm.panel);
+    gemm.columns(args, sums.data(), begin * gemm.panel, std::min(columns, end * gemm.panel));
+  });
+}
+
+Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   const LinearShape s = linear_of(x, weight);
   const std::vector<float> wide_bias = widened(bias, s);
   const float* b = bias ? wide_bias.data() : nullptr;
@@ -48,19 +64,32 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias, in
   sizes.values[sizes.num - 1] = s.out;
   Tensor y = empty(sizes, x.scalar_type());
   if (y.numel() == 0) return y;
-  const Half in = s.x_half(), w = s.weight_half(), out{static_cast<char*>(y.data_ptr()), s.out, s.dtype};
-  if (s.rows <= std::min(few_rows, kMostFewRows)) {
-    const Scratch wide_x(s.rows * s.in);
-    in.widen(wide_x.data, 0, 0, s.rows, s.in);
-    const FewRows kernel = kernels().few_rows(s.dtype);
-    const int64_t quads = (s.out + 3) / 4;
-    each_row(quads, 4 * s.in, [&](int64_t begin, int64_t end) {
-      kernel(wide_x.data, w.data, b, out.data, s.rows, s.in, s.out, 4 * begin, std::min(s.out, 4 * end));
-    });
+  char* y_data = static_cast<char*>(y.data_ptr());
+  if (s.rows <= kMostFewRows) {
+    if (const FewRows kernel = kernels().few_rows(s.dtype, s.rows); kernel.columns != nullptr) {
+      const Scratch wide_x(s.rows * s.in);
+      for (int64_t m = 0; m < s.rows; m++) kernel.lay_out(s.x.data + m * s.x.stride * 2, wide_x.data + m * s.in, s.in);
+      const int64_t octets = (s.out + 7) / 8;
+      each_row(octets, 8 * s.in, [&](int64_t begin, int64_t end) {
+        kernel.columns(wide_x.data, s.weight.data_ptr(), b, y_data, s.in, s.out, 8 * begin, std::min(s.out, 8 * end));
+      });
+      return y;
+    }
+  }
+  const Gemm gemm = kernels().gemm(s.dtype);
+  const int64_t tile = std::min(s.rows, kRowTile);
+  const Half in = s.x_half(), w = s.weight_half(), out{y_data, s.out, s.dtype};
+  const Scratch wide_x(tile * s.in);
+  if (gemm.columns != nullptr) {
+    for (int64_t m = 0; m < s.rows; m += tile) {
+      const int64_t rows = std::min(tile, s.rows - m);
+      in.widen(wide_x.data, m, 0, rows, s.in);
+      by_panels(gemm, {wide_x.data, s.in, 1, w.data, s.in, false, b, y_data + m * s.out * 2, s.out, rows, s.in}, s.out);
+    }
     return y;
   }
-  const int64_t block = block_of(s), tile = std::min(s.rows, kRowTile);
-  const Scratch wide_x(tile * s.in), wide_w(block * s.in), product(tile * block);
+  const int64_t block = block_of(s);
+  const Scratch wide_w(block * s.in), product(tile * block);
   for (int64_t m = 0; m < s.rows; m += tile) {
     const int64_t rows = std::min(tile, s.rows - m);
     in.widen(wide_x.data, m, 0, rows, s.in);
@@ -81,11 +110,22 @@ Tensor linear_grad_x(const Tensor& grad, const Tensor& weight) {
                   "kernelwise::linear_grad_x: grad [..., out] does not fit weight [out, in]");
   const Rows g = rows_of(grad);
   const Tensor contiguous = torch::stable::contiguous(weight);
-  const LinearShape s{g, contiguous, dtype_of(weight, "weight"), g.num, weight.size(1), weight.size(0)};
+  const LinearShape s{g, contiguous, half_of(weight, "weight"), g.num, weight.size(1), weight.size(0)};
   Dims sizes = sizes_of(grad);
   sizes.values[sizes.num - 1] = s.in;
   Tensor dx = empty(sizes, grad.scalar_type());
   if (dx.numel() == 0) return dx;
+  if (const Gemm gemm = kernels().gemm(s.dtype); gemm.columns != nullptr && s.out > 0) {
+    const int64_t most = std::min(s.rows, std::min(kRowTile, std::max<int64_t>(64, kWideRows / s.out)));
+    const Scratch wide(most * s.out);
+    for (int64_t m = 0; m < s.rows; m += most) {
+      const int64_t rows = std::min(most, s.rows - m);
+      s.x_half().widen(wide.data, m, 0, rows, s.out);
+      by_panels(gemm, {wide.data, s.out, 1, contiguous.data_ptr(), s.in, true, nullptr,
+                       static_cast<char*>(dx.data_ptr()) + m * s.in * 2, s.in, rows, s.out}, s.in);
+    }
+    return dx;
+  }
   const Half from = s.x_half(), w = s.weight_half(), out{static_cast<char*>(dx.data_ptr()), s.in, s.dtype};
   const int64_t block = block_of(s), tile = std::min(s.rows, kRowTile);
   const Scratch wide_g(tile * block), wide_w(block * s.in), sum(tile * s.in);
@@ -109,7 +149,7 @@ Tensor linear_grad_weight(const Tensor& grad, const Tensor& x) {
   const Rows g = rows_of(grad), rows = rows_of(x);
   STD_TORCH_CHECK(g.num == rows.num, "kernelwise::linear_grad_weight: grad does not fit x");
   Tensor dw = empty(Dims{{g.width, rows.width}, 2}, grad.scalar_type());
-  const LinearShape s{rows, dw, dtype_of(grad, "grad"), rows.num, rows.width, g.width};
+  const LinearShape s{rows, dw, half_of(grad, "grad"), rows.num, rows.width, g.width};
   const Half from{const_cast<char*>(g.data), g.stride, s.dtype}, in = s.x_half(), out = s.weight_half();
   const int64_t block = block_of(s), tile = std::max<int64_t>(1, std::min(s.rows, kRowTile));
   const Scratch wide_g(tile * block), wide_x(tile * s.in), sum(block * s.in);
@@ -131,7 +171,7 @@ Tensor linear_grad_weight(const Tensor& grad, const Tensor& x) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kernelwise, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias, int few_rows) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
   m.def("linear_grad_x(Tensor grad, Tensor weight) -> Tensor");
   m.def("linear_grad_weight(Tensor grad, Tensor x) -> Tensor");
 }

@@ -8,6 +8,7 @@
 namespace kernelwise {
 
 constexpr int64_t kRowTile = 1024;         // rows of x that are float32 at a time
+constexpr int64_t kWideRows = 1 << 22;     // numbers of a gradient that are float32 at a time (16 MiB)
 constexpr int64_t kWideWeights = 1 << 20;  // numbers of the weight that are float32 at a time (4 MiB)
 
 struct Matrix {  // float32, over memory that somebody else owns
