@@ -340,7 +340,9 @@ def cover(types: dict[str, tuple[str, ...]], jobs: int, *, summary: bool) -> Non
     lists = counted()
     here = transformers.__version__ == json.loads(LISTS.read_text())["transformers"] and kernels_used() == "used"
     if summary or not here:  # the models of what cannot be built and recognised alone are enough
-        alone = models.classes_alone([name for kind, names in lists.items() if kind != "rotary" for name in names])
+        # What a layer norm is depends on how its model makes it: of most, over the last dimension or over the channels.
+        kinds = [kind for kind in lists if kind not in ("rotary", "LayerNorm")]
+        alone = models.classes_alone([name for kind in kinds for name in lists[kind]])
         alone += models.functions_alone(lists["rotary"])
         known = {row.name: row.op for row in alone}
         open_still = {n for kind, names in lists.items() for n in names if not {known.get(n)} & {*KINDS[kind]}}

@@ -50,6 +50,41 @@ def test_a_size_that_code_names_is_tried(forward: Callable[..., Any]):
     assert "in bfloat16, but not on inputs" in reason(with_forward(Norm, forward))
 
 
+def doubled_where_square(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if x.shape[-1] == x.shape[-2] else x, self.weight, self.eps)
+
+
+def doubled_in_a_batch_larger_than_long(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if x.dim() > 2 and x.shape[0] > x.shape[1] else x, self.weight, self.eps)
+
+
+def doubled_by_a_table(self: Any, x: Tensor) -> Tensor:
+    return rms(x * {128: 2}.get(x.shape[-2], 1), self.weight, self.eps)
+
+
+def doubled_for_a_number_of_elements(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if x.numel() == 32768 else x, self.weight, self.eps)
+
+
+def doubled_for_a_pair_of_dtypes(self: Any, x: Tensor) -> Tensor:
+    mixed = x.dtype == torch.float16 and self.weight.dtype == torch.float32
+    return rms(x * 2 if mixed else x, self.weight, self.eps)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        doubled_where_square,
+        doubled_in_a_batch_larger_than_long,
+        doubled_by_a_table,
+        doubled_for_a_number_of_elements,
+        doubled_for_a_pair_of_dtypes,
+    ],
+)
+def test_what_code_compares_is_tried(forward: Callable[..., Any]):
+    assert "in bfloat16, but not on inputs of" in reason(with_forward(Norm, forward))
+
+
 def doubled_for_one_row(self: Any, x: Tensor) -> Tensor:
     return rms(x * 2 if x.dim() == 1 else x, self.weight, self.eps)
 
@@ -284,3 +319,91 @@ def test_libraries_may_look_at_types_and_keep_them():
         return rms(library.same(x), self.weight, self.eps)
 
     assert operation(with_forward(Norm, forward)) == "rms_norm"
+
+
+# --- what a tensor is, besides its values -----------------------------------------------------------------------------
+
+CPU = torch.device("cpu")
+
+
+def on_another_device(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if x.device != torch.device("cpu") else x, self.weight, self.eps)
+
+
+def on_one_of_some_devices(self: Any, x: Tensor) -> Tensor:
+    device = x.device
+    return rms(x if device in (CPU,) else x * 2, self.weight, self.eps)
+
+
+def by_the_name_of_the_device(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if "cuda" in str(x.device) else x, self.weight, self.eps)
+
+
+def by_the_device_in_a_text(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if f"{x.device}" == "cuda:0" else x, self.weight, self.eps)
+
+
+def by_the_kind_of_device(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if x.device.type.startswith("cu") else x, self.weight, self.eps)
+
+
+def by_a_table_of_devices(self: Any, x: Tensor) -> Tensor:
+    return rms(x * {"cpu": 1}.get(x.device.type, 2), self.weight, self.eps)
+
+
+def by_the_name_of_the_type(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if x.type() == "torch.cuda.FloatTensor" else x, self.weight, self.eps)
+
+
+def for_parameters(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if isinstance(x, nn.Parameter) else x, self.weight, self.eps)
+
+
+def for_views(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if x._base is not None else x, self.weight, self.eps)
+
+
+def for_results(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if x.grad_fn is not None else x, self.weight, self.eps)
+
+
+def for_tensors_that_are_marked(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if hasattr(x, "scale") else x, self.weight, self.eps)
+
+
+def by_the_clock(self: Any, x: Tensor) -> Tensor:
+    import time
+
+    return rms(x * 2 if time.time() < 0 else x, self.weight, self.eps)
+
+
+def by_threads(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if torch.get_num_threads() > 64 else x, self.weight, self.eps)
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        on_another_device, on_one_of_some_devices, by_the_name_of_the_device, by_the_device_in_a_text,
+        by_the_kind_of_device, by_a_table_of_devices, by_the_name_of_the_type, for_parameters, for_views, for_results,
+        for_tensors_that_are_marked, by_the_clock, by_threads,
+    ],
+)  # fmt: skip
+def test_what_else_a_tensor_is_makes_a_layer_unknown(forward: Callable[..., Any]):
+    assert reason(with_forward(Norm, forward)).startswith(
+        ("what it computes may depend on", "it asks which attributes")
+    )
+
+
+def moved_by_a_variable(self: Any, x: Tensor) -> Tensor:
+    device = self.weight.device
+    return rms(x.to(device), self.weight, self.eps)
+
+
+def moved_to_where_the_weight_is(self: Any, x: Tensor) -> Tensor:
+    return rms(x.to(device=self.weight.device), self.weight, self.eps)
+
+
+def test_a_device_that_is_only_handed_on_decides_nothing():
+    for forward in (moved_to_where_the_weight_is, moved_by_a_variable):
+        assert operation(with_forward(Norm, forward)) == "rms_norm"

@@ -29,8 +29,34 @@ _WRITES = frozenset(
     {"append", "appendleft", "extend", "insert", "add", "update", "setdefault", "pop", "popitem", "popleft", "remove"}
     | {"discard", "clear", "write", "put", "__setitem__", "__setattr__"}
 )
+# The same of a tensor itself, and of the process; in the model's own code alone, as libraries may look at such things.
+_ASKED_OF_TENSORS = frozenset(
+    {
+        "is_nested",
+        "is_sparse",
+        "is_quantized",
+        "is_mkldnn",
+        "is_shared",
+        "is_pinned",
+        "is_neg",
+        "is_conj",
+        "layout",
+        "names",
+    }
+    | {"Parameter", "Buffer"}
+    | {"_version", "_base", "_is_view", "grad", "grad_fn", "output_nr", "retains_grad", "untyped_storage", "storage"}
+    | {
+        "get_num_threads",
+        "get_num_interop_threads",
+        "get_default_dtype",
+        "is_deterministic_algorithms_warn_only_enabled",
+    }
+)
 _SIZES = frozenset({"shape", "size", "numel", "nelement", "len", "dim", "ndim"})
+_DTYPES = frozenset({"dtype", "half", "float16", "finfo", "itemsize", "element_size", "is_floating_point"})
 _LARGEST = 1 << 17
+_SMALL = 8
+"""Numbers below it stand in most code that takes sizes apart (`x.shape[-1] // 2`), and are tried only where it decides."""
 _COMPARES = frozenset({"COMPARE_OP", "CONTAINS_OP", "IS_OP"})
 
 
@@ -73,6 +99,13 @@ def chains(code: types.CodeType) -> frozenset[Chain]:
 
 
 @functools.lru_cache(maxsize=4096)
+def imported(code: types.CodeType) -> frozenset[str]:
+    """The top modules that code, or a function defined inside it, imports when it runs."""
+    found = (i.argval for part in inner(code) for i in instructions(part) if i.opname == "IMPORT_NAME")
+    return frozenset(str(name).partition(".")[0] for name in found)
+
+
+@functools.lru_cache(maxsize=4096)
 def looks_on_its_class(code: types.CodeType) -> bool:
     """Whether code looks names up on a class instead of on the object: `super()`, `type(self)`."""
     return any(name in ("super", "type", "__class__") for name in global_names(code)) or "__class__" in code.co_freevars
@@ -81,15 +114,21 @@ def looks_on_its_class(code: types.CodeType) -> bool:
 @functools.lru_cache(maxsize=4096)
 def sizes_named(code: types.CodeType) -> frozenset[int] | None:
     """Whole numbers in code that looks at sizes and decides something: a branch on one size has to name it. None elsewhere."""
-    deciding = [part for part in inner(code) if _decides_by_size(part)]
-    return frozenset(n for part in deciding for n in _numbers(part)) if deciding else None
+    parts = [part for part in inner(code) if _SIZES & {*part.co_names}]
+    found = {n for part in parts for n in _numbers(part) if n >= _SMALL}
+    deciding = [part for part in parts if _decides(part)]
+    found |= {n for part in deciding for n in _numbers(part)}
+    return frozenset(found) if deciding or found else None
 
 
-def _decides_by_size(code: types.CodeType) -> bool:
-    names = {*code.co_names}
-    return bool(_SIZES & names) and any(
-        ("JUMP" in i.opname and "IF" in i.opname) or "COMPARE" in i.opname for i in instructions(code)
-    )
+@functools.lru_cache(maxsize=4096)
+def decides_by_dtype(code: types.CodeType) -> bool:
+    """Whether code, or a function defined inside it, looks at dtypes and decides something."""
+    return any(_DTYPES & {*part.co_names} and _decides(part) for part in inner(code))
+
+
+def _decides(code: types.CodeType) -> bool:
+    return any(("JUMP" in i.opname and "IF" in i.opname) or i.opname in _COMPARES for i in instructions(code))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -125,7 +164,31 @@ def problem_of(code: types.CodeType) -> str | None:
                 return "it asks whether a value is one very object"
             if _is_device_type(known, index):
                 return "what it computes may depend on more than its inputs (device.type)"
+            if _asks_what_it_has(known, index, first):
+                return f"it asks which attributes an argument has ({instruction.argval})"
+            if _is_name_of_type(known, index):
+                return "what it computes may depend on more than its inputs (type)"
+        asked = sorted(_ASKED_OF_TENSORS & {i.argval for i in known if i.opname in _ATTRIBUTE})
+        if asked:
+            return f"what it computes may depend on more than its inputs ({', '.join(asked)})"
+        if uses_device(part):
+            return "what it computes may depend on more than its inputs (device)"
     return None
+
+
+def _is_name_of_type(known: tuple[dis.Instruction, ...], index: int) -> bool:
+    """Whether code calls `x.type()`, whose answer names the device too."""
+    if known[index].opname not in _ATTRIBUTE or known[index].argval != "type" or index + 1 >= len(known):
+        return False
+    return known[index + 1].opname.startswith("CALL") and known[index + 1].arg == 0
+
+
+def _asks_what_it_has(known: tuple[dis.Instruction, ...], index: int, first: tuple[str, ...]) -> bool:
+    """Whether code asks an argument, not the module itself, for an attribute that a tensor may have or not."""
+    if known[index].opname != "LOAD_GLOBAL" or known[index].argval not in ("hasattr", "getattr", "vars", "id"):
+        return False
+    value = known[index + 1] if index + 1 < len(known) else None
+    return value is not None and value.opname.startswith("LOAD_FAST") and value.argval not in first
 
 
 def _is_type_of(known: tuple[dis.Instruction, ...], index: int) -> bool:
@@ -232,3 +295,83 @@ def only_passes_on(code: types.CodeType, name: str) -> bool:
         if name in names and (names[-1] != name or two is None or two.opname not in ("DICT_MERGE", "CALL_FUNCTION_EX")):
             return False
     return name not in (*code.co_cellvars, *code.co_freevars)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# What becomes of a value
+# ---------------------------------------------------------------------------------------------------------------------
+
+_PUSHES = ("LOAD_FAST", "LOAD_CONST", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_SMALL_INT")
+_IDLE = _SKIPPED | {"KW_NAMES"}
+_ABOUT_AUTOCAST = frozenset({"is_autocast_enabled", "get_autocast_dtype", "autocast", "maybe_autocast"})
+_NAMED = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD"})
+_TELLS = frozenset({"str", "repr", "format", "hash", "print"})
+
+
+@functools.lru_cache(maxsize=4096)
+def uses_device(code: types.CodeType) -> bool:
+    """Whether code does more with the device of a tensor than to hand it on to a call.
+
+    Its type may also be handed on by code that asks for autocast, and be compared with "mps", on which no kernel of ours
+    runs.
+    """
+    every = list(dis.get_instructions(code))
+    kept: set[str] = set()
+    for index, one in enumerate(every):
+        if one.opname in _ATTRIBUTE and one.argval == "device":
+            root = _before(every, index)
+            if root.opname == "LOAD_GLOBAL" and root.argval == "torch":
+                continue
+            if not _is_handed_on(every, index, kept):
+                return True
+    return any(
+        one.opname.startswith("LOAD_FAST") and one.argval in kept and not _is_handed_on(every, index, kept)
+        for index, one in enumerate(every)
+    )
+
+
+def _is_handed_on(every: list[dis.Instruction], index: int, kept: set[str]) -> bool:
+    user = _user_of(every, index)
+    if user is None:
+        return False
+    used = every[user]
+    if used.opname.startswith("STORE_FAST") and isinstance(used.argval, str):
+        kept.add(used.argval)
+        return True
+    if used.opname in _ATTRIBUTE and used.argval in ("type", "index"):
+        if not _ABOUT_AUTOCAST & {one.argval for one in every if one.opname in _NAMED}:
+            return False
+        user = _user_of(every, user)
+        if user is None:
+            return False
+        used = every[user]
+        if used.opname in _COMPARES and any(i.argval == "mps" for i in every[user - 2 : user]):
+            return True
+    if used.opname in ("BUILD_MAP", "BUILD_CONST_KEY_MAP", "DICT_MERGE"):
+        return True
+    return used.opname.startswith(("CALL", "PRECALL")) and not _is_told(every, index)
+
+
+def _is_told(every: list[dis.Instruction], index: int) -> bool:
+    """Whether the value is an argument of `str` and the like: what is called stands right before what it is read from."""
+    calls = [one for one in every[:index] if one.opname not in _IDLE and one.opname not in _ATTRIBUTE][-2:]
+    return any(one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and one.argval in _TELLS for one in calls)
+
+
+def _before(every: list[dis.Instruction], index: int) -> dis.Instruction:
+    return next(one for one in every[index - 1 :: -1] if one.opname not in _IDLE)
+
+
+def _user_of(every: list[dis.Instruction], index: int) -> int | None:
+    """The instruction that takes the value which an instruction has left on the stack; None where a jump comes before."""
+    depth = 0  # values above the one that is followed
+    for place in range(index + 1, len(every)):
+        one = every[place]
+        if one.opname in _IDLE and one.opname not in ("PRECALL", "PUSH_NULL"):
+            continue
+        effect = dis.stack_effect(one.opcode, one.arg, jump=False)
+        is_push = one.opname.startswith(_PUSHES) or one.opname == "PUSH_NULL"
+        if not is_push and (depth == 0 or depth + effect <= 0):
+            return place
+        depth += effect
+    return None

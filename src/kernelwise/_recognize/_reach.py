@@ -21,7 +21,9 @@ from kernelwise._recognize._code import (
     ASKED,
     Chain,
     chains,
+    decides_by_dtype,
     global_names,
+    imported,
     looks_on_its_class,
     only_passes_on,
     problem_of,
@@ -283,12 +285,32 @@ def not_only_of_its_inputs(reads: Reads, functions: Iterable[Any], cls: type | N
     own = {_package(item) for item in (*functions, *(() if cls is None else _bases(cls)))}
     for function in _reached((*functions, *methods(reads)), cls):
         asked |= ASKED & global_names(function.__code__)
-        problem = (problem_of(function.__code__) or writes_to(function)) if _package(function) in own else None
+        problem = None
+        if _package(function) in own:
+            problem = problem_of(function.__code__) or writes_to(function) or _asks_the_world(function)
         if problem is not None:
             return problem
     if asked:
         return f"what it computes may depend on more than its inputs ({', '.join(sorted(asked))})"
     return None
+
+
+# Modules of Python whose answers are not the same at every call.
+_WORLD = frozenset(
+    {"time", "datetime", "random", "secrets", "uuid", "socket", "threading", "gc", "resource", "subprocess", "tempfile"}
+)
+
+
+def _asks_the_world(function: types.FunctionType) -> str | None:
+    """Return why what a function computes may change from call to call: it asks for the time, or draws by itself."""
+    for chain in chains(function.__code__):
+        value = function.__globals__.get(chain[0])
+        source = value if isinstance(value, types.ModuleType) else getattr(value, "__self__", value)
+        name = getattr(source, "__name__" if isinstance(source, types.ModuleType) else "__module__", None)
+        if isinstance(name, str) and name.partition(".")[0] in _WORLD:
+            return f"what it computes may depend on more than its inputs ({'.'.join(chain)})"
+    asked = sorted(_WORLD & imported(function.__code__))
+    return f"what it computes may depend on more than its inputs ({', '.join(asked)})" if asked else None
 
 
 def _package(value: Any) -> str:
@@ -317,6 +339,11 @@ def sizes_in(reads: Reads, functions: Iterable[Any], cls: type | None = None) ->
     named = [sizes_named(function.__code__) for function in _reached((*functions, *methods(reads)), cls)]
     found = [numbers for numbers in named if numbers is not None]
     return tuple(sorted(frozenset().union(*found))[:_MOST_SIZES]) if found else None
+
+
+def decides_by_dtype_in(reads: Reads, functions: Iterable[Any], cls: type | None = None) -> bool:
+    """Whether code that a trace has run, or may run, decides something by a dtype."""
+    return any(decides_by_dtype(function.__code__) for function in _reached((*functions, *methods(reads)), cls))
 
 
 def methods(reads: Reads) -> list[Any]:

@@ -72,8 +72,14 @@ ROUNDS = (
     Round((11, 13), Widths(F16, F16)),
     Round((11, 13), Widths(BF16, BF16, F32)),
 )
-# For code that looks at sizes and decides something: it may ask for a rank, without a number to be found.
-ROUNDS_OF_RANKS = (Round((), FIRST.widths), Round((2, 3, 5, 7), FIRST.widths))
+# For code that looks at sizes: it may ask for a rank, or compare sizes, without a number to be found.
+_ROUNDS_OF_RANKS = (Round((), FIRST.widths), Round((2, 3, 5, 7), FIRST.widths))
+_ROUNDS_OF_RELATIONS = (Round((29, 3), FIRST.widths), Round((17, 17), FIRST.widths))
+# For code that looks at dtypes and decides something: those that are not among the usual ones.
+ROUNDS_OF_DTYPES = tuple(
+    Round((11, 13), Widths(activations, parameters))
+    for activations, parameters in ((F16, F32), (F32, F16), (F16, BF16), (BF16, F16))
+)
 
 
 def rounds_at(sizes: Iterable[int]) -> tuple[Round, ...]:
@@ -81,9 +87,16 @@ def rounds_at(sizes: Iterable[int]) -> tuple[Round, ...]:
     return tuple(Round((number, number), FIRST.widths) for number in _near(sizes))
 
 
-def rounds_of_modules(sizes: Iterable[int] | None) -> tuple[Round, ...]:
-    """Rounds for a module whose code names these sizes, or looks at none and decides nothing by them (None)."""
-    return (*ROUNDS_OF_RANKS, *rounds_at(sizes)) if sizes is not None else ()
+def rounds_of_modules(sizes: Iterable[int] | None, width: int) -> tuple[Round, ...]:
+    """Rounds for a module of a width whose code names these sizes, or looks at none (None).
+
+    It may compare sizes with each other and with the width, and name a number of elements.
+    """
+    if sizes is None:
+        return ()
+    leads = ((width, 13), (11, width), *((1, size // width) for size in sizes if size >= width and size % width == 0))
+    whole = tuple(Round(lead, FIRST.widths) for lead in leads)
+    return (*_ROUNDS_OF_RANKS, *_ROUNDS_OF_RELATIONS, *whole, *rounds_at(sizes))
 
 
 def rounds_of_widths(widths: Iterable[int]) -> tuple[Round, ...]:
@@ -106,6 +119,16 @@ def rounds_of_heads(widths: Iterable[int]) -> tuple[Round, ...]:
 ROUNDS_OF_FUNCTIONS = (
     *(replace(FIRST, sizes=sizes) for sizes in ((("Hk", 3),), (("Hk", 1),), (("Hq", 1), ("Hk", 1)), (("R", 46),))),
     replace(FIRST, shared=True),
+)
+
+
+# For functions whose code looks at sizes: two of them are the same, or the other way round than usual.
+ROUNDS_OF_COMPARED_SIZES = (
+    *_ROUNDS_OF_RELATIONS,
+    Round((11, 46), FIRST.widths),
+    Round((46, 13), FIRST.widths),
+    *(replace(FIRST, sizes=((name, size),)) for name in ("Hq", "Hk") for size in (11, 13, 46)),
+    replace(FIRST, sizes=(("Hq", 5), ("Hk", 3))),
 )
 
 

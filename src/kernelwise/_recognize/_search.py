@@ -24,12 +24,14 @@ from kernelwise._recognize._code import numbers_in
 from kernelwise._recognize._compare import Candidate, bindings, compare, fits, may_be, prove, prove_without
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound
-from kernelwise._recognize._reach import sizes_in
+from kernelwise._recognize._reach import decides_by_dtype_in, sizes_in
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Failed, Source, Untraceable
 from kernelwise._recognize._rounds import (
     FIRST,
     ROUNDS,
+    ROUNDS_OF_COMPARED_SIZES,
+    ROUNDS_OF_DTYPES,
     ROUNDS_OF_FUNCTIONS,
     Round,
     arguments_of,
@@ -92,11 +94,11 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
             problem = problem or prove_without(op, variant, fixed, candidate, found.roles, optional)
             if problem is None:
                 named = sizes_in(reads, (forward,), type(module))
-                elsewhere = (
-                    *rounds_of_modules(named),
-                    replace(FIRST, width=OTHER_WIDTH),
-                    *rounds_of_widths(named or ()),
-                )
+                width = _width_of(graph, (*needed, *optional))
+                elsewhere = (*rounds_of_modules(named, width), replace(FIRST, width=OTHER_WIDTH))
+                elsewhere = (*elsewhere, *rounds_of_widths(named or ()))
+                if decides_by_dtype_in(reads, (forward,), type(module)):
+                    elsewhere = (*elsewhere, *ROUNDS_OF_DTYPES)
                 problem = prove(op, variant, fixed, candidate, found.roles, elsewhere)
             if problem is None and not fits(op, variant, fixed, graph, found.roles):
                 problem = f"looks like {op.name}, but the sizes of its tensors only fit by broadcasting"
@@ -107,6 +109,12 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
                 problem = f"looks like {op.name}, but a role is filled by something a kernel cannot be given"
             near = near or problem
     return Finding(None, near or "no known operation has this graph", str(graph), reads)
+
+
+def _width_of(graph: Graph, arguments: tuple[str, ...]) -> int:
+    """The last dimension of what a module was first traced with."""
+    sources = [Source("argument", name) for name in arguments]
+    return next(node.shape[-1] for node in graph.reachable() if node.op == "input" and node.args[0] in sources)
 
 
 def _integers(op: Operation, reads: Reads) -> list[dict[str, int]]:
@@ -299,8 +307,13 @@ class _TracedFunction:
         if found is None:
             return ""
         problem = prove(op, variant, fixed, candidate, found.roles, ROUNDS)
-        named = sizes_in(Reads(), (self._function,)) or ()
+        looked_at = sizes_in(Reads(), (self._function,))
+        named = looked_at or ()
         elsewhere = (*rounds_at(named), *rounds_of_heads((OTHER_HEAD, *named)))
+        if looked_at is not None:
+            elsewhere = (*elsewhere, *ROUNDS_OF_COMPARED_SIZES)
+        if decides_by_dtype_in(Reads(), (self._function,)):
+            elsewhere = (*elsewhere, *ROUNDS_OF_DTYPES)
         problem = problem or prove(op, variant, fixed, candidate, found.roles, (*elsewhere, *ROUNDS_OF_FUNCTIONS))
         if problem is None and self._takes_more(arguments, variant, fixed):
             problem = f"is {op.name} {dict(variant.options)}, but also takes more elements or tokens than it turns"
