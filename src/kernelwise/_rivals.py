@@ -50,13 +50,12 @@ def _too_late(course: Course, name: str, workload: Workload) -> str | None:
     """Say why there is no time for a rival that must be compiled, or None."""
     if not is_compiled(name):
         return None
-    left = course.until - time.monotonic()
-    needed = compile_seconds(course.model, workload) + TURNS * course.seconds[workload.name]
-    if needed <= left:
+    compiling = compile_seconds(course.model, workload)
+    if compiling + TURNS * course.seconds[workload.name] <= course.until - time.monotonic():
         return None
     return (
-        f"not run: it would take about {duration(needed * 1e6)}, and {duration(max(0.0, left) * 1e6)} of the time are left; "
-        f"kernelwise bench MODEL --contender {COMPILED} runs it, and so does tuning again with more time"
+        f"no time was left to compile it, which takes about {duration(compiling * 1e6)}: tuning again goes on from here, or "
+        f"kernelwise bench MODEL --contender {COMPILED} runs it"
     )
 
 
