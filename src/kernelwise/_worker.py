@@ -97,7 +97,8 @@ class Worker:
         path = os.pathsep.join([os.path.dirname(os.path.dirname(__file__)), *filter(None, sys.path)])
         try:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", "kernelwise._worker"],
+                # Importing the package imports this module too, of which Python warns: no words of a kernel.
+                [sys.executable, "-W", "ignore::RuntimeWarning:runpy", "-m", "kernelwise._worker"],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
