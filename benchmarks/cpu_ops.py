@@ -2,7 +2,8 @@
 
 Contenders take turns, call by call, so that whatever else the machine does meets them alike; a result is the median
 over the rounds of (time of the own code / time of the contender), with the quartiles. Shapes are those of
-SmolLM2-135M. Writes a JSON file that names hardware, versions, date and command, and prints a table.
+SmolLM2-135M. Writes a JSON file that names hardware, versions, date and command, and prints a table. Where other processes
+take the cores, `--cpu-time` counts the processor time of one thread instead of seconds.
 
 To see what another processor would gain, limit what torch, oneDNN and MKL may use:
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/cpu_ops.py linear
@@ -227,20 +228,22 @@ def _made(ops, num, dtype):
             )
 
 
-def race(case: Case, *, compiled: bool, seconds: float) -> Iterator[Result]:
+def race(
+    case: Case, *, compiled: bool, seconds: float, clock: Callable[[], float] = time.perf_counter
+) -> Iterator[Result]:
     """Time the contenders of one case in turns."""
     contenders = {"own": case.own, "kernel": case.kernel}
     if compiled:
         torch._dynamo.reset()
         contenders["torch.compile"] = torch.compile(case.own, fullgraph=True)
     calls = {name: _call(function, case) for name, function in contenders.items()}
-    once = max(_time(call, 1) for call in [*calls.values(), *calls.values()])  # the first turn warms up
+    once = max(_time(call, 1, clock) for call in [*calls.values(), *calls.values()])  # the first turn warms up
     number = max(1, int(2e-4 / once))
     times: dict[str, list[float]] = {name: [] for name in calls}
     start = time.perf_counter()
     while len(times["own"]) < 5 or (time.perf_counter() - start < seconds and len(times["own"]) < 500):
         for name, call in calls.items():
-            times[name].append(_time(call, number))
+            times[name].append(_time(call, number, clock))
     for name in calls:
         if name == "own":
             continue
@@ -277,12 +280,12 @@ def _call(function: Callable[..., object], case: Case) -> Callable[[], object]:
     return forward_and_backward
 
 
-def _time(call: Callable[[], object], number: int) -> float:
+def _time(call: Callable[[], object], number: int, clock: Callable[[], float]) -> float:
     """Seconds of one call, averaged over `number` calls in a row."""
-    start = time.perf_counter()
+    start = clock()
     for _ in range(number):
         call()
-    return (time.perf_counter() - start) / number
+    return (clock() - start) / number
 
 
 def machine() -> dict[str, object]:
@@ -311,17 +314,19 @@ def main() -> None:
     parser.add_argument("--rows", type=int, nargs="+", default=[1, 8, 512, 4096])
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
+    parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread instead of seconds")
     parser.add_argument("--compile", action="store_true", help="race torch.compile too (compiles every case first)")
     parser.add_argument("--seconds", type=float, default=0.5, help="at most, for each case")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_ops.json")
     options = parser.parse_args()
-    if options.threads:
-        torch.set_num_threads(options.threads)
+    if options.threads or options.cpu_time:
+        torch.set_num_threads(1 if options.cpu_time else options.threads)
 
-    about = machine()
+    about = machine() | {"clock": "processor time" if options.cpu_time else "seconds"}
+    clock = time.process_time if options.cpu_time else time.perf_counter
     results = []
     for case in cases(options.ops, options.rows, options.dtypes):
-        for r in race(case, compiled=options.compile, seconds=options.seconds):
+        for r in race(case, compiled=options.compile, seconds=options.seconds, clock=clock):
             results.append(r)
             print(
                 f"{r.op:21}{r.variant:14}{r.dtype:9}{r.rows:6} {'train' if r.training else 'infer':6}{r.contender:14}"

@@ -46,8 +46,8 @@ static inline void widen_step(const bf16* from, Floats& first, Floats& second) {
 static inline void widen_step(const fp16* from, Floats& first, Floats& second) {
 #if defined(__AVX512F__)
   const __m256i* in = reinterpret_cast<const __m256i*>(from);
-  first = reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(in)));
-  second = reinterpret_cast<Floats>(_mm512_cvtph_ps(_mm256_loadu_si256(in + 1)));
+  first = reinterpret_cast<Floats>(_mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256(in)));
+  second = reinterpret_cast<Floats>(_mm512_maskz_cvtph_ps(__mmask16(-1), _mm256_loadu_si256(in + 1)));
 #elif defined(__F16C__)
   const __m128i* in = reinterpret_cast<const __m128i*>(from);
   first = reinterpret_cast<Floats>(_mm256_cvtph_ps(_mm_loadu_si128(in)));
