@@ -64,6 +64,7 @@ def least(calls: dict[str, Callable[[], object]], rounds: int) -> dict[str, floa
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument("--work", nargs="+", choices=("prefill", "decode"), default=["prefill", "decode"])
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
@@ -77,7 +78,7 @@ def main() -> None:
     for dtype in options.dtypes:
         models = build(None, DTYPES[dtype])
         models["nothing"] = without_products(models["ours"])
-        for work in ("prefill", "decode"):
+        for work in options.work:
             calls = {name: call_of(work, name, models, time.process_time) for name in models}
             s = least(calls, options.rounds)
             products = s["ours"] - s["nothing"]
