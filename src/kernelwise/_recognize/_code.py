@@ -13,10 +13,10 @@ import types
 from collections.abc import Iterator
 from typing import Any
 
+from kernelwise._recognize._device import ATTRIBUTES, COMPARISONS, SKIPPED, uses_device
+
 Chain = tuple[str, ...]  # a global name and the attributes that are looked up on it
 
-_SKIPPED = frozenset({"CACHE", "PUSH_NULL", "PRECALL", "RESUME", "EXTENDED_ARG", "NOP", "COPY_FREE_VARS", "NOT_TAKEN"})
-_ATTRIBUTE = frozenset({"LOAD_ATTR", "LOAD_METHOD"})
 _SHARED = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLASSDEREF"})  # what outlives a call
 
 # What a trace answers in one way, and a call may answer in another one: where it runs, in which mode, how a tensor lies.
@@ -57,13 +57,12 @@ _DTYPES = frozenset({"dtype", "half", "float16", "finfo", "itemsize", "element_s
 _LARGEST = 1 << 17
 _SMALL = 8
 """Numbers below it stand in most code that takes sizes apart (`x.shape[-1] // 2`), and are tried only where it decides."""
-_COMPARES = frozenset({"COMPARE_OP", "CONTAINS_OP", "IS_OP"})
 
 
 @functools.lru_cache(maxsize=4096)
 def instructions(code: types.CodeType) -> tuple[dis.Instruction, ...]:
     """The instructions of code that do something, in order."""
-    return tuple(i for i in dis.get_instructions(code) if i.opname not in _SKIPPED)
+    return tuple(i for i in dis.get_instructions(code) if i.opname not in SKIPPED)
 
 
 def inner(code: types.CodeType) -> Iterator[types.CodeType]:
@@ -89,7 +88,7 @@ def chains(code: types.CodeType) -> frozenset[Chain]:
         for instruction in instructions(part):
             if instruction.opname in ("LOAD_GLOBAL", "LOAD_NAME"):
                 chain = (str(instruction.argval),)
-            elif chain and instruction.opname in _ATTRIBUTE:
+            elif chain and instruction.opname in ATTRIBUTES:
                 chain = (*chain, str(instruction.argval))
             else:
                 chain = ()
@@ -128,7 +127,7 @@ def decides_by_dtype(code: types.CodeType) -> bool:
 
 
 def _decides(code: types.CodeType) -> bool:
-    return any(("JUMP" in i.opname and "IF" in i.opname) or i.opname in _COMPARES for i in instructions(code))
+    return any(("JUMP" in i.opname and "IF" in i.opname) or i.opname in COMPARISONS for i in instructions(code))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -158,7 +157,7 @@ def problem_of(code: types.CodeType) -> str | None:
             if _is_type_of(known, index):
                 # A trace runs on an object of a subclass. What is looked up on the type is the same there.
                 own = known[index + 1].argval in first
-                if not own or known[min(index + 3, len(known) - 1)].opname not in _ATTRIBUTE:
+                if not own or known[min(index + 3, len(known) - 1)].opname not in ATTRIBUTES:
                     return "it asks for the type of " + ("its first argument" if own else "an argument")
             if instruction.opname == "IS_OP" and not _is_of_values(known, index, first):
                 return "it asks whether a value is one very object"
@@ -168,7 +167,7 @@ def problem_of(code: types.CodeType) -> str | None:
                 return f"it asks which attributes an argument has ({instruction.argval})"
             if _is_name_of_type(known, index):
                 return "what it computes may depend on more than its inputs (type)"
-        asked = sorted(_ASKED_OF_TENSORS & {i.argval for i in known if i.opname in _ATTRIBUTE})
+        asked = sorted(_ASKED_OF_TENSORS & {i.argval for i in known if i.opname in ATTRIBUTES})
         if asked:
             return f"what it computes may depend on more than its inputs ({', '.join(asked)})"
         if uses_device(part):
@@ -178,7 +177,7 @@ def problem_of(code: types.CodeType) -> str | None:
 
 def _is_name_of_type(known: tuple[dis.Instruction, ...], index: int) -> bool:
     """Whether code calls `x.type()`, whose answer names the device too."""
-    if known[index].opname not in _ATTRIBUTE or known[index].argval != "type" or index + 1 >= len(known):
+    if known[index].opname not in ATTRIBUTES or known[index].argval != "type" or index + 1 >= len(known):
         return False
     return known[index + 1].opname.startswith("CALL") and known[index + 1].arg == 0
 
@@ -202,13 +201,13 @@ def _is_device_type(known: tuple[dis.Instruction, ...], index: int) -> bool:
 
     Nor does a comparison with "mps" on a device for which there is a kernel here.
     """
-    names = [i.argval for i in known[index : index + 2] if i.opname in _ATTRIBUTE]
+    names = [i.argval for i in known[index : index + 2] if i.opname in ATTRIBUTES]
     if names not in (["device", "type"], ["device", "index"]) or index + 3 >= len(known):
         return False
     first, second = known[index + 2], known[index + 3]
-    if first.opname.startswith("STORE") or first.opname in _COMPARES:
+    if first.opname.startswith("STORE") or first.opname in COMPARISONS:
         return True
-    return second.opname in _COMPARES and first.argval != "mps" and not first.opname.startswith("CALL")
+    return second.opname in COMPARISONS and first.argval != "mps" and not first.opname.startswith("CALL")
 
 
 def _is_of_values(known: tuple[dis.Instruction, ...], index: int, first: tuple[str, ...]) -> bool:
@@ -225,13 +224,13 @@ def _is_of_values(known: tuple[dis.Instruction, ...], index: int, first: tuple[s
         return True
     fixed = [i.opname in ("LOAD_CONST", "LOAD_GLOBAL") for i in (left, right)]
     own = [i.opname.startswith("LOAD_FAST") and i.argval in first for i in (left, right)]
-    own = [is_own and known[end].opname in _ATTRIBUTE for is_own, end in zip(own, (before, index - 1), strict=True)]
+    own = [is_own and known[end].opname in ATTRIBUTES for is_own, end in zip(own, (before, index - 1), strict=True)]
     return all(a or b for a, b in zip(fixed, own, strict=True))
 
 
 def _operand(known: tuple[dis.Instruction, ...], end: int) -> tuple[dis.Instruction | None, int]:
     """What an expression that ends at an instruction starts with, and the instruction before it; None for a call."""
-    while end >= 0 and known[end].opname in _ATTRIBUTE:
+    while end >= 0 and known[end].opname in ATTRIBUTES:
         end -= 1
     if end < 0 or not known[end].opname.startswith("LOAD"):
         return None, -1
@@ -248,7 +247,7 @@ def _written(code: types.CodeType) -> tuple[tuple[str, str, str], ...]:
     for part in inner(code):
         known = instructions(part)
         for index, instruction in enumerate(known):
-            if instruction.opname in _ATTRIBUTE and instruction.argval in _WRITES:
+            if instruction.opname in ATTRIBUTES and instruction.argval in _WRITES:
                 root, _ = _operand(known, index)
             elif instruction.opname in ("STORE_ATTR", "DELETE_ATTR"):
                 root, _ = _operand(known, index - 1)
@@ -295,83 +294,3 @@ def only_passes_on(code: types.CodeType, name: str) -> bool:
         if name in names and (names[-1] != name or two is None or two.opname not in ("DICT_MERGE", "CALL_FUNCTION_EX")):
             return False
     return name not in (*code.co_cellvars, *code.co_freevars)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# What becomes of a value
-# ---------------------------------------------------------------------------------------------------------------------
-
-_PUSHES = ("LOAD_FAST", "LOAD_CONST", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", "LOAD_CLOSURE", "LOAD_SMALL_INT")
-_IDLE = _SKIPPED | {"KW_NAMES"}
-_ABOUT_AUTOCAST = frozenset({"is_autocast_enabled", "get_autocast_dtype", "autocast", "maybe_autocast"})
-_NAMED = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD"})
-_TELLS = frozenset({"str", "repr", "format", "hash", "print"})
-
-
-@functools.lru_cache(maxsize=4096)
-def uses_device(code: types.CodeType) -> bool:
-    """Whether code does more with the device of a tensor than to hand it on to a call.
-
-    Its type may also be handed on by code that asks for autocast, and be compared with "mps", on which no kernel of ours
-    runs.
-    """
-    every = list(dis.get_instructions(code))
-    kept: set[str] = set()
-    for index, one in enumerate(every):
-        if one.opname in _ATTRIBUTE and one.argval == "device":
-            root = _before(every, index)
-            if root.opname == "LOAD_GLOBAL" and root.argval == "torch":
-                continue
-            if not _is_handed_on(every, index, kept):
-                return True
-    return any(
-        one.opname.startswith("LOAD_FAST") and one.argval in kept and not _is_handed_on(every, index, kept)
-        for index, one in enumerate(every)
-    )
-
-
-def _is_handed_on(every: list[dis.Instruction], index: int, kept: set[str]) -> bool:
-    user = _user_of(every, index)
-    if user is None:
-        return False
-    used = every[user]
-    if used.opname.startswith("STORE_FAST") and isinstance(used.argval, str):
-        kept.add(used.argval)
-        return True
-    if used.opname in _ATTRIBUTE and used.argval in ("type", "index"):
-        if not _ABOUT_AUTOCAST & {one.argval for one in every if one.opname in _NAMED}:
-            return False
-        user = _user_of(every, user)
-        if user is None:
-            return False
-        used = every[user]
-        if used.opname in _COMPARES and any(i.argval == "mps" for i in every[user - 2 : user]):
-            return True
-    if used.opname in ("BUILD_MAP", "BUILD_CONST_KEY_MAP", "DICT_MERGE"):
-        return True
-    return used.opname.startswith(("CALL", "PRECALL")) and not _is_told(every, index)
-
-
-def _is_told(every: list[dis.Instruction], index: int) -> bool:
-    """Whether the value is an argument of `str` and the like: what is called stands right before what it is read from."""
-    calls = [one for one in every[:index] if one.opname not in _IDLE and one.opname not in _ATTRIBUTE][-2:]
-    return any(one.opname in ("LOAD_GLOBAL", "LOAD_NAME") and one.argval in _TELLS for one in calls)
-
-
-def _before(every: list[dis.Instruction], index: int) -> dis.Instruction:
-    return next(one for one in every[index - 1 :: -1] if one.opname not in _IDLE)
-
-
-def _user_of(every: list[dis.Instruction], index: int) -> int | None:
-    """The instruction that takes the value which an instruction has left on the stack; None where a jump comes before."""
-    depth = 0  # values above the one that is followed
-    for place in range(index + 1, len(every)):
-        one = every[place]
-        if one.opname in _IDLE and one.opname not in ("PRECALL", "PUSH_NULL"):
-            continue
-        effect = dis.stack_effect(one.opcode, one.arg, jump=False)
-        is_push = one.opname.startswith(_PUSHES) or one.opname == "PUSH_NULL"
-        if not is_push and (depth == 0 or depth + effect <= 0):
-            return place
-        depth += effect
-    return None
