@@ -181,9 +181,13 @@ def deviation(
     if not own.is_floating_point():
         differs = own != new
         return _at(differs, new, own, wrong, "") if bool(differs.any()) else Deviation("passed")
-    own_wide, wide = own.double(), new.double()
+    if not own.numel():
+        return Deviation("passed")
+    own_wide = own.double()
+    wide = own_wide if torch.equal(own, new) else new.double()
+    errors, own_errors = _errors(wide, own_wide, exact)
     judged = None  # all of them, as nearly always
-    if not bool((exact.sum() + own_wide.sum() + wide.sum()).isfinite()):
+    if not bool((errors.max() + own_errors.max()).isfinite()):
         # Where the reference is not finite the kernel must be not finite in the same way, or in that of the own code
         # (oneDNN's gelu of infinity is NaN, say). Where only the own code overflows, its dtype is too narrow and the kernel,
         # which may round less often, is free.
@@ -197,17 +201,17 @@ def deviation(
         if not bool(judged.any()):
             return Deviation("passed")
         exact = torch.where(judged, exact, 0.0)
-        own_wide, wide = torch.where(judged, own_wide, 0.0), torch.where(judged, wide, 0.0)
-    elif not own.numel():
-        return Deviation("passed")
-    errors, own_errors = (wide - exact).abs_(), (own_wide - exact).abs_()
-    bounds = _bounds(own_errors, exact.abs(), own.dtype, terms)
+        errors, own_errors = _errors(torch.where(judged, wide, 0.0), torch.where(judged, own_wide, 0.0), exact)
+    # Large tensors are gone through as seldom as can be: what a row's bound depends on is its largest numbers alone.
+    by_row = own.dim() > 1 and own.shape[-1] >= ROW_WIDTH
+    most, own_most, sizes = (_largest(tensor, by_row) for tensor in (errors, own_errors, exact.abs()))
+    bounds = _bounds(own_most, sizes, own.dtype, terms)
     # The worst element is the one that errs most by what is allowed there; where all is right, that which errs most.
-    beyond = errors > bounds
-    worst = int((torch.where(beyond, errors / bounds, -1.0) if bool(beyond.any()) else errors).argmax())
-    error = float(errors.flatten()[worst])
-    allowed = float(bounds.expand_as(errors)[_index(worst, own.shape)])
-    own_error = float(own_errors.max())
+    beyond = most > bounds
+    row = int((torch.where(beyond, most / bounds, -1.0) if bool(beyond.any()) else most).argmax())
+    place = _index(row, most.shape[:-1])
+    place += _index(int(errors[place].argmax()), errors[place].shape)
+    error, allowed, own_error = float(errors[place]), float(bounds.flatten()[row]), float(own_most.max())
     detail = ""
     if error <= allowed and mean and own.dtype in (torch.float16, torch.bfloat16) and own.numel() >= MEAN_ELEMENTS:
         every = slice(None) if judged is None else judged
@@ -215,13 +219,24 @@ def deviation(
     return Deviation(
         "passed" if error <= allowed and not detail else wrong,
         detail,
-        _index(worst, own.shape),
-        _number(new.flatten()[worst]),
-        _number(exact.flatten()[worst]),
+        place,
+        _number(new[place]),
+        _number(exact[place]),
         error,
         own_error,
         allowed,
     )
+
+
+def _errors(new: torch.Tensor, own: torch.Tensor, exact: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """How far two results are from what is exact; once, where they are one."""
+    own_errors = (own - exact).abs_()
+    return own_errors if new is own else (new - exact).abs_(), own_errors
+
+
+def _largest(values: torch.Tensor, by_row: bool) -> torch.Tensor:
+    """The largest number of each row, with a last dimension of 1; or of all, without a dimension."""
+    return values.amax(-1, keepdim=True) if by_row else values.max()
 
 
 def _rounded_more_often(own: torch.Tensor, new: torch.Tensor, exact: torch.Tensor) -> str:
@@ -236,24 +251,23 @@ def _rounded_more_often(own: torch.Tensor, new: torch.Tensor, exact: torch.Tenso
     return f"the root mean square of its errors is {mean_new:.3g}, allowed {allowed:.3g}: it rounds more often"
 
 
-def _bounds(own_errors: torch.Tensor, sizes: torch.Tensor, dtype: torch.dtype, terms: int) -> torch.Tensor:
-    """Return what each row may err, as a tensor that broadcasts: by the size of the row, and no more than by that of all.
+def _bounds(own_most: torch.Tensor, sizes: torch.Tensor, dtype: torch.dtype, terms: int) -> torch.Tensor:
+    """Return what each row may err: by the size of the row, and no more than by that of all.
 
-    How much the own code errs is taken over all rows, as a share of each row's largest number: the error of a single row is
-    a matter of luck.
+    `own_most` and `sizes` are the largest error of the own code and the largest number of each row, or of all. How much the own
+    code errs is taken over all rows, as a share of each row's largest number: the error of a single row is a matter of luck.
     """
     floor = math.sqrt(terms) / 8
     largest = sizes.max()
-    whole = FACTOR * own_errors.max() + FLOOR_ULPS * _ulp(largest, dtype) + floor * _ulp(largest, torch.float32)
-    if sizes.dim() < 2 or sizes.shape[-1] < ROW_WIDTH:
+    whole = FACTOR * own_most.max() + FLOOR_ULPS * _ulp(largest, dtype) + floor * _ulp(largest, torch.float32)
+    if not sizes.dim():
         return whole
-    rows = sizes.amax(-1, keepdim=True)
     info = torch.finfo(dtype)
     # Subnormal numbers may be flushed to zero, but for those of float16, which all hardware keeps. And a row that is zero
     # because something saturates (a gradient of GELU) may be nearly so.
     least = info.smallest_normal / (1.0 if dtype == torch.float16 else info.eps)
-    rows = rows.clamp(min=least).maximum(largest * NOTHING)
-    share = (own_errors.amax(-1, keepdim=True) / rows).max()
+    rows = sizes.clamp(min=least).maximum(largest * NOTHING)
+    share = (own_most / rows).max()
     by_row = FACTOR * share * rows + FLOOR_ULPS * _ulp(rows, dtype) + floor * _ulp(rows, torch.float32)
     return by_row.minimum(whole)
 
