@@ -51,14 +51,14 @@ def _is_handed_on(every: list[dis.Instruction], index: int, kept: set[str]) -> b
         kept.add(used.argval)
         return True
     if used.opname in ATTRIBUTES and used.argval in ("type", "index"):
-        if not _ABOUT_AUTOCAST & {one.argval for one in every if one.opname in _NAMED}:
-            return False
         user = _user_of(every, user)
         if user is None:
             return False
         used = every[user]
         if used.opname in COMPARISONS and any(i.argval == "mps" for i in every[user - 2 : user]):
             return True
+        if not _ABOUT_AUTOCAST & {one.argval for one in every if one.opname in _NAMED}:
+            return False
     if used.opname in ("BUILD_MAP", "BUILD_CONST_KEY_MAP", "DICT_MERGE"):
         return True
     return used.opname.startswith(("CALL", "PRECALL")) and not _is_told(every, index)
