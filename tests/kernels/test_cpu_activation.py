@@ -27,6 +27,23 @@ def test_few_numbers_with_gradients_are_plain():
         assert (type(y.grad_fn).__name__ == "GeluBackward0") == plain
 
 
+@pytest.mark.parametrize(
+    ("name", "dtype", "num", "torchs"),
+    [
+        ("gelu", torch.bfloat16, 32769, True),
+        ("gelu", torch.float16, 32769, True),
+        ("gelu", torch.bfloat16, 32768, False),
+        ("gelu", torch.float32, 32769, False),
+        ("gelu_python", torch.bfloat16, 32769, False),
+    ],
+)
+def test_many_half_precision_numbers_go_to_the_gelu_of_torch(monkeypatch, name, dtype, num, torchs):
+    kernel, called = cpu._forward, []
+    monkeypatch.setattr(cpu, "_forward", lambda *args: called.append(args) or kernel(*args))
+    activation(torch.randn(num, dtype=dtype), activation=name)
+    assert bool(called) != torchs
+
+
 def check(name, x, *, scales=(1.0,), grad=True):
     assert_as_exact(ACTIVATIONS[name][0], lambda x: activation(x, activation=name), (x,), scales=scales, grad=grad)
 
