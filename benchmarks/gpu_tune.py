@@ -25,10 +25,10 @@ import torch
 from gpu_e2e import MODULES, build
 
 import kernelwise
-from kernelwise._bench import bench
 from kernelwise._data import to_json
 from kernelwise._evidence import EAGER, OWN_CODE, TUNED, Choice, Run, Tuning
-from kernelwise._page import save
+from kernelwise._measuring._bench import bench
+from kernelwise._reporting._page import save
 
 CONTENDERS = ("builtin", "torch.compile", "liger", "tuned")
 WORKLOADS = ("prefill", "decode", "training")

@@ -23,10 +23,10 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernelwise as kw
-from kernelwise import _prove
-from kernelwise._capture import group
-from kernelwise._check import Options
-from kernelwise._verify import verify_plan
+from kernelwise._verifying import _prove
+from kernelwise._verifying._capture import group
+from kernelwise._verifying._check import Options
+from kernelwise._verifying._verify import verify_plan
 
 KERNEL = """
 import torch

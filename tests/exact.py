@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch.utils._pytree import tree_flatten
 
-from kernelwise._exact import FACTOR, deviation, float64_mode
+from kernelwise._verifying._exact import FACTOR, deviation, float64_mode
 
 __all__ = ["FACTOR", "assert_as_exact", "float64_mode"]
 

@@ -20,7 +20,7 @@ from models import IDS, Snapshot, kernel, marked, only, tiny
 from torch import Tensor, nn
 
 import kernelwise as kw
-from kernelwise import _apply
+from kernelwise._applying import _apply
 from kernelwise._data import Kernel, KernelRef, Plan, Target
 from kernelwise._discover import STATE
 

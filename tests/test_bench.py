@@ -17,15 +17,15 @@ from fakehub import kernel_files
 from torch import Tensor, nn
 
 import kernelwise
-from kernelwise import _contenders
-from kernelwise._bench import bench, evidence, show
 from kernelwise._cli import main
 from kernelwise._errors import KernelwiseError, PlanError
 from kernelwise._evidence import Run, Tuning
+from kernelwise._measuring import _contenders
+from kernelwise._measuring._bench import bench, evidence, show
+from kernelwise._measuring._race import Contender, race, sharing_copy
+from kernelwise._measuring._workload import workloads_of
 from kernelwise._models import load_model
-from kernelwise._race import Contender, race, sharing_copy
 from kernelwise._weights import load_with_weights, make_inputs
-from kernelwise._workload import workloads_of
 
 SECONDS = 0.02
 
@@ -253,7 +253,7 @@ def test_eager_is_the_model_without_the_kernels_it_has(
         seen.append("no kernels" in str(kernelwise.report(contenders["eager"].model)))
         return race(contenders, *rest, **options)
 
-    monkeypatch.setattr("kernelwise._bench.race", spied)
+    monkeypatch.setattr("kernelwise._measuring._bench.race", spied)
     bench(copied, inputs, contenders=["builtin"], workloads=["prefill"], seconds=SECONDS)
     assert seen == [True]
 

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelwise import ApplyError
-from kernelwise._bind import (
+from kernelwise._applying._bind import (
     INPUT,
     LOST_GRADIENT,
     MORE,

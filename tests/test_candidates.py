@@ -13,9 +13,18 @@ from exact import assert_as_exact
 from torch import nn
 
 import kernelwise as kw
-from kernelwise._candidates import Kind, kinds_of, mapping_of, offered, patterns, read_given, spread_out, with_trust
 from kernelwise._data import KernelRef, Layer
 from kernelwise._errors import KernelConfigError, KernelLoadError
+from kernelwise._tuning._candidates import (
+    Kind,
+    kinds_of,
+    mapping_of,
+    offered,
+    patterns,
+    read_given,
+    spread_out,
+    with_trust,
+)
 from kernelwise.ops import OPERATIONS
 from kernelwise.sources import _inductor, load
 

@@ -13,9 +13,9 @@ from math import comb
 import pytest
 import torch
 
-from kernelwise import _compare
-from kernelwise._compare import compare, interval
 from kernelwise._evidence import Comparison
+from kernelwise._measuring import _compare
+from kernelwise._measuring._compare import compare, interval
 
 
 class Machine:

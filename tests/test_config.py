@@ -15,7 +15,7 @@ import torch
 from kernels import LayerRepository, LocalLayerRepository, Mode
 from torch import nn
 
-from kernelwise._config import KernelConfig
+from kernelwise._configuring._config import KernelConfig
 from kernelwise._data import KernelRef
 from kernelwise._errors import KernelConfigError
 

@@ -15,8 +15,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from kernels import Mode
 
-from kernelwise._config import KernelConfig
-from kernelwise._config_file import tomllib
+from kernelwise._configuring._config import KernelConfig
+from kernelwise._configuring._config_file import tomllib
 from kernelwise._data import DEVICE_TYPES, MODES
 from kernelwise._errors import KernelConfigError, Problem
 from kernelwise._mapping import Rule, parse_mapping, read_keys

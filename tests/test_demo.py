@@ -17,7 +17,7 @@ from torch import nn
 
 from kernelwise import _demo, _models
 from kernelwise._api import apply, plan, unkernelize
-from kernelwise._config import KernelConfig
+from kernelwise._configuring._config import KernelConfig
 from kernelwise._data import Plan, Target
 from kernelwise._demo import Outcome
 from kernelwise._errors import MissingDependencyError

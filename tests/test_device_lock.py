@@ -14,9 +14,11 @@ import torch
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import _bench, _device_lock, _tune
+from kernelwise import _device_lock
 from kernelwise._cache import cache_directory
 from kernelwise._device_lock import alone_on
+from kernelwise._measuring import _bench
+from kernelwise._tuning import _tune
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="nobody waits on Windows")
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from exact import assert_as_exact, float64_mode
 
-from kernelwise._exact import deviation
+from kernelwise._verifying._exact import deviation
 
 EPS = 1e-6
 

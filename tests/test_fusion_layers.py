@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import kernelwise as kw
-from kernelwise import _fuse
+from kernelwise._applying import _fuse
 from kernelwise._data import Recognition
 from kernelwise._recognize import recognize
 from kernelwise.kernels.cpu import decoder_layer as kernels

@@ -24,10 +24,10 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from transformers.loss.loss_utils import ForCausalLMLoss, ForMaskedLMLoss
 
 import kernelwise as kw
-from kernelwise import _join
+from kernelwise._applying import _join
+from kernelwise._applying._lazy_logits import READ, LazyLogits, lazy_logits
+from kernelwise._applying._logit_source import KEPT, Source
 from kernelwise._discover import discover
-from kernelwise._lazy_logits import READ, LazyLogits, lazy_logits
-from kernelwise._logit_source import KEPT, Source
 from kernelwise.kernels.cpu.linear_cross_entropy import linear_cross_entropy
 
 WIDTH, VOCABULARY = 24, 331

@@ -12,13 +12,13 @@ from torch import nn
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernelwise
-from kernelwise import _compare, _measure
-from kernelwise._capture import Group, capture, group
 from kernelwise._data import Decision, Kernel, KernelRef, Limits
-from kernelwise._environment import environment
 from kernelwise._evidence import Timing
-from kernelwise._inputs import Sample
-from kernelwise._measure import measure_group
+from kernelwise._measuring import _compare, _measure
+from kernelwise._measuring._environment import environment
+from kernelwise._measuring._measure import measure_group
+from kernelwise._verifying._capture import Group, capture, group
+from kernelwise._verifying._inputs import Sample
 from kernelwise.sources._layer_class import kernel_of
 
 

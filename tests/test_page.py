@@ -25,8 +25,8 @@ from kernelwise._cli import main
 from kernelwise._data import Target
 from kernelwise._errors import KernelwiseError
 from kernelwise._evidence import EAGER, OWN_CODE, Candidate, Choice, Comparison, Run, Tuning
-from kernelwise._page import page
-from kernelwise._tree import tree
+from kernelwise._reporting._page import page
+from kernelwise._reporting._tree import tree
 
 SCHEMA = json.loads(files("kernelwise").joinpath("evidence-schema.json").read_text())
 VOID = {"meta", "link", "input", "wbr"}

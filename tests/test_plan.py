@@ -335,7 +335,7 @@ def test_deciding_imports_no_torch() -> None:
     code = (
         "import sys, types, pathlib\n"
         "package = types.ModuleType('kernelwise'); package.__path__ = [sys.argv[1]]; sys.modules['kernelwise'] = package\n"
-        "import kernelwise._plan, kernelwise._report, kernelwise._mapping, kernelwise._signature, kernelwise._data\n"
+        "import kernelwise._plan, kernelwise._reporting._report, kernelwise._mapping, kernelwise._signature, kernelwise._data\n"
         "print(sorted({'torch', 'transformers', 'triton', 'kernels', 'huggingface_hub'} & set(sys.modules)))"
     )
     import kernelwise._plan

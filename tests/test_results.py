@@ -217,7 +217,7 @@ def run(*args: str) -> int:
 
 def test_the_proofs_of_the_worker_are_what_is_counted(directory: Path) -> None:
     """`_prove` writes its own files; their names must be among those that are counted and cleared."""
-    from kernelwise import _prove
+    from kernelwise._verifying import _prove
 
     for folder in ("proofs", "imports"):
         _prove._write(_prove._file(folder, ["a"]), [])

@@ -12,14 +12,15 @@ import torch
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import _confirm, _contenders, _rivals, _tune
-from kernelwise._confirm import Confirmation, Course
 from kernelwise._demo import _slower
 from kernelwise._errors import PlanError
 from kernelwise._evidence import EAGER, Comparison, Run, Tuning
+from kernelwise._measuring import _contenders
+from kernelwise._measuring._workload import Workload
 from kernelwise._models import load_model
-from kernelwise._page import page
-from kernelwise._workload import Workload
+from kernelwise._reporting._page import page
+from kernelwise._tuning import _confirm, _rivals, _tune
+from kernelwise._tuning._confirm import Confirmation, Course
 
 X = torch.randn(2, 8, 48)
 SPEEDS = dict[str, dict[str, float | str]]  # by workload and contender; a string is why it fails

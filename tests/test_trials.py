@@ -16,14 +16,15 @@ import torch
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import _capture, _confirm, _inputs, _prove, _trials
-from kernelwise._candidates import kinds_of
 from kernelwise._data import Check
 from kernelwise._evidence import EAGER, Candidate, Comparison, Run, Timing
+from kernelwise._measuring._workload import workloads_of
 from kernelwise._reference import read_reference
-from kernelwise._shares import Share
-from kernelwise._trials import Trials
-from kernelwise._workload import workloads_of
+from kernelwise._tuning import _confirm, _trials
+from kernelwise._tuning._candidates import kinds_of
+from kernelwise._tuning._shares import Share
+from kernelwise._tuning._trials import Trials
+from kernelwise._verifying import _capture, _inputs, _prove
 
 KERNELS = """
 import torch

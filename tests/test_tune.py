@@ -22,13 +22,15 @@ import torch
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import _apply, _choose, _confirm, _inputs, _ranks, _trials, _tune
+from kernelwise._applying import _apply
 from kernelwise._cli import main
-from kernelwise._config_file import tomllib
+from kernelwise._configuring._config_file import tomllib
 from kernelwise._errors import KernelConfigError, PlanError
 from kernelwise._evidence import EAGER, OWN_CODE, Candidate, Choice, Comparison, Run, Timing, Tuning, load
 from kernelwise._reference import read_reference
 from kernelwise._register import unregister_op
+from kernelwise._tuning import _choose, _confirm, _ranks, _trials, _tune
+from kernelwise._verifying import _inputs
 
 KERNELS = """
 import time
@@ -205,7 +207,7 @@ def test_the_evidence_is_no_part_of_the_config(tuned, tmp_path):
 
 
 def test_what_was_tuned_goes_in_without_being_proven_again(tuned, monkeypatch):
-    from kernelwise import _prove
+    from kernelwise._verifying import _prove
 
     monkeypatch.setattr(_prove, "check_group", lambda *args: pytest.fail("it is proven already"))
     model = kw.kernelize(Model().eval(), tuned)

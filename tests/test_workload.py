@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from kernelwise._errors import PlanError
+from kernelwise._measuring._workload import run_of, undisturbed, workloads_of
 from kernelwise._models import load_model
-from kernelwise._workload import run_of, undisturbed, workloads_of
 
 LENGTH, STEPS = 12, 4
 

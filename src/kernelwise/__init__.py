@@ -22,7 +22,7 @@ from kernelwise._api import (
     unkernelize,
     verify,
 )
-from kernelwise._config import KernelConfig
+from kernelwise._configuring._config import KernelConfig
 from kernelwise._data import KernelRef, Plan, Target
 from kernelwise._discover import discover, register_layer
 from kernelwise._errors import ApplyError, KernelConfigError, KernelLoadError, KernelwiseError, PlanError

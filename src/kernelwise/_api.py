@@ -13,14 +13,16 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from kernelwise import _apply, _check, _discover, _prove, _verify
-from kernelwise._capture import group
+from kernelwise import _discover
+from kernelwise._applying import _apply
 from kernelwise._data import Checks, Kernel, Plan, Target
 from kernelwise._decide import Config, decide, make_plan
 from kernelwise._errors import ApplyError, PlanError
-from kernelwise._progress import OnCheck, progress_of
-from kernelwise._report import Report, make_row
-from kernelwise._tune import tune as tune
+from kernelwise._reporting._progress import OnCheck, progress_of
+from kernelwise._reporting._report import Report, make_row
+from kernelwise._tuning._tune import tune as tune
+from kernelwise._verifying import _check, _prove, _verify
+from kernelwise._verifying._capture import group
 from kernelwise.sources.registered import is_registered
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -15,18 +15,18 @@ import torch
 from torch import nn
 
 from kernelwise import sources
-from kernelwise._capture import Group, group
-from kernelwise._check import Options
-from kernelwise._config import KernelConfig
+from kernelwise._configuring._config import KernelConfig
 from kernelwise._data import Check, Checks, Decision, Kernel, KernelRef, Layer, Plan
 from kernelwise._decide import current_target, plan_safely
 from kernelwise._discover import device_type, discover
 from kernelwise._errors import KernelwiseError
 from kernelwise._models import load_model
 from kernelwise._plan import reasons_against
-from kernelwise._progress import progress_of
-from kernelwise._prove import ImportFailedError, Prover, remember
-from kernelwise._verify import check_group, verify_plan
+from kernelwise._reporting._progress import progress_of
+from kernelwise._verifying._capture import Group, group
+from kernelwise._verifying._check import Options
+from kernelwise._verifying._prove import ImportFailedError, Prover, remember
+from kernelwise._verifying._verify import check_group, verify_plan
 
 MODELS: tuple[str, ...] = ("llama", "gemma2", "gpt_oss", "olmo2", "phi3", "gpt_neox")
 ISOLATED = Options(isolate=True)

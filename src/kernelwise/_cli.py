@@ -158,7 +158,7 @@ def plan_command(
 ) -> None:
     """Show which kernel goes into which layer of MODEL, and why not another. Nothing is changed."""
     from kernelwise._api import plan
-    from kernelwise._config import KernelConfig
+    from kernelwise._configuring._config import KernelConfig
 
     named = load_model(model, dtype=dtype)
     wanted = device or ("cpu" if _is_meta(named) else None)
@@ -304,8 +304,8 @@ def bench_command(
     html_file: HtmlFileOption = None,
 ) -> None:
     """Time MODEL end to end, all contenders side by side. Exit code 1: not even its own code ran."""
-    from kernelwise._bench import bench_command as run
-    from kernelwise._bench import show
+    from kernelwise._measuring._bench import bench_command as run
+    from kernelwise._measuring._bench import show
 
     _check_folders(json_file, html_file)
     with _progress() as progress:
@@ -385,9 +385,9 @@ def tune_command(
     html_file: HtmlFileOption = None,
 ) -> None:
     """Find the kernels that are right and fastest for MODEL on this machine. Run again after an interruption, it goes on."""
-    from kernelwise._config import KernelConfig
-    from kernelwise._config_file import check_suffix
-    from kernelwise._tune import tune
+    from kernelwise._configuring._config import KernelConfig
+    from kernelwise._configuring._config_file import check_suffix
+    from kernelwise._tuning._tune import tune
     from kernelwise._weights import load_inputs, load_with_weights, make_inputs
 
     _check_folders(out, json_file, html_file)
@@ -423,7 +423,7 @@ def _write_evidence(found: Tuning, json_file: Path | None, html_file: Path | Non
     if json_file is not None:
         json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n")
     if html_file is not None:
-        from kernelwise._page import save
+        from kernelwise._reporting._page import save
 
         save(found, html_file)
 
@@ -451,7 +451,7 @@ def report_command(
     if html is None:
         print(tuning)
     else:
-        from kernelwise._page import save
+        from kernelwise._reporting._page import save
 
         save(tuning, html)
         print(f"wrote {html}")

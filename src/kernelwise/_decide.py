@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from torch import nn
 
-from kernelwise import _discover, _plan, _prove, sources
-from kernelwise._config import KernelConfig
+from kernelwise import _discover, _plan, sources
+from kernelwise._configuring._config import KernelConfig
 from kernelwise._data import DEVICE_TYPES, MODES, Kernel, KernelRef, Layer, Plan, Target
 from kernelwise._errors import KernelLoadError, PlanError
 from kernelwise._mapping import DEVICE_HINTS, MISS_HINTS, MODE_HINTS, Rule, mode_name
 from kernelwise._reference import did_you_mean
+from kernelwise._verifying import _prove
 
 Config = KernelConfig | Mapping[Any, Any] | None
 

@@ -22,12 +22,12 @@ from rich.table import Table
 from torch import nn
 
 from kernelwise._api import apply, kernelize, plan, report, tune, unkernelize
-from kernelwise._config import KernelConfig
+from kernelwise._configuring._config import KernelConfig
 from kernelwise._data import Plan
 from kernelwise._demo_text import TEXT
 from kernelwise._evidence import EAGER, TUNED, Tuning
 from kernelwise._models import load_smollm2
-from kernelwise._page import save
+from kernelwise._reporting._page import save
 
 PROMPT = "The capital of France is"
 CONTINUES = " Paris."

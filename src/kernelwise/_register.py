@@ -11,8 +11,8 @@ from torch import Tensor
 
 from kernelwise import ops
 from kernelwise._data import DEVICE_TYPES, Kernel, KernelRef, Scalar
-from kernelwise._exact import deviation, float64_mode
 from kernelwise._reference import did_you_mean, read_reference
+from kernelwise._verifying._exact import deviation, float64_mode
 from kernelwise.ops import Operation, Role, Variant
 from kernelwise.sources import registered
 

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from kernelwise._bench import bench
+from kernelwise._measuring._bench import bench
 from kernelwise._weights import load_with_weights, make_inputs
 
 pytestmark = pytest.mark.gpu
@@ -32,8 +32,8 @@ def test_contenders_agree_and_their_memory_is_counted(dtype: str) -> None:
 
 
 def test_a_wrong_contender_is_found_on_the_device() -> None:
-    from kernelwise._race import Contender, race, sharing_copy
-    from kernelwise._workload import workloads_of
+    from kernelwise._measuring._race import Contender, race, sharing_copy
+    from kernelwise._measuring._workload import workloads_of
 
     model = load_with_weights("llama", device="cuda").model
     wrong = sharing_copy(model)

@@ -8,8 +8,8 @@ import pytest
 import torch
 
 import kernelwise as kw
-from kernelwise._lazy_logits import READ, LazyLogits
-from kernelwise._logit_source import KEPT
+from kernelwise._applying._lazy_logits import READ, LazyLogits
+from kernelwise._applying._logit_source import KEPT
 
 pytestmark = pytest.mark.gpu
 

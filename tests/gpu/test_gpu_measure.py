@@ -9,11 +9,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernelwise
-from kernelwise._capture import capture, group
-from kernelwise._compare import compare
-from kernelwise._environment import environment
 from kernelwise._evidence import Comparison, Timing
-from kernelwise._measure import measure_group
+from kernelwise._measuring._compare import compare
+from kernelwise._measuring._environment import environment
+from kernelwise._measuring._measure import measure_group
+from kernelwise._verifying._capture import capture, group
 
 pytestmark = pytest.mark.gpu
 

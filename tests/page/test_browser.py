@@ -16,7 +16,7 @@ import pytest
 from samples import CONFIG, bench_sample, sample
 
 from kernelwise._evidence import Tuning
-from kernelwise._page import save
+from kernelwise._reporting._page import save
 
 sync_api = pytest.importorskip("playwright.sync_api", reason="needs playwright, of the development packages")
 Page = sync_api.Page

@@ -8,10 +8,10 @@ import gallery
 from torch import nn
 
 from kernelwise import discover, register_layer
-from kernelwise._check import Options, check_kernel, own_code
 from kernelwise._data import Check, Decision, Kernel, Layer
-from kernelwise._verify import _made
-from kernelwise._worker import Worker
+from kernelwise._verifying._check import Options, check_kernel, own_code
+from kernelwise._verifying._verify import _made
+from kernelwise._verifying._worker import Worker
 
 for cls, name in (
     (gallery.Norm, "RMSNorm"),

@@ -12,10 +12,10 @@ from transformers.models.gpt_oss.modeling_gpt_oss import GptOssRMSNorm
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 import kernelwise as kw
-from kernelwise import _inputs, _prove, _worker
 from kernelwise._author import layers_for, read_reference, verify_kernel
 from kernelwise._cli import main
 from kernelwise._models import load_model
+from kernelwise._verifying import _inputs, _prove, _worker
 from kernelwise.sources import load
 
 LAYERS = """

@@ -17,12 +17,12 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernelwise as kw
-from kernelwise import _inputs as _inputs_module
-from kernelwise import _judge, _verify
-from kernelwise._capture import capture, capture_in_passes, group, group_wholes
-from kernelwise._check import Options, check_kernel, own_code
 from kernelwise._data import Check
-from kernelwise._verify import check_group
+from kernelwise._verifying import _inputs as _inputs_module
+from kernelwise._verifying import _judge, _verify
+from kernelwise._verifying._capture import capture, capture_in_passes, group, group_wholes
+from kernelwise._verifying._check import Options, check_kernel, own_code
+from kernelwise._verifying._verify import check_group
 
 
 @pytest.fixture(autouse=True)

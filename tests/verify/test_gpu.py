@@ -17,8 +17,8 @@ from torch import nn
 
 import kernelwise as kw
 from kernelwise import KernelRef
-from kernelwise._check import Options, check_kernel, own_code
-from kernelwise._inputs import Sample
+from kernelwise._verifying._check import Options, check_kernel, own_code
+from kernelwise._verifying._inputs import Sample
 from kernelwise.sources import load
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]

@@ -18,8 +18,8 @@ from checking import checks_of, decision
 from torch import nn
 
 from kernelwise import register_layer
-from kernelwise._check import Options
 from kernelwise._data import Check
+from kernelwise._verifying._check import Options
 
 pytestmark = [
     pytest.mark.gpu,

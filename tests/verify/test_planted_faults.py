@@ -7,7 +7,7 @@ import pytest
 import torch
 from checking import checks_of, decision
 
-from kernelwise._check import NO_BACKWARD, Options
+from kernelwise._verifying._check import NO_BACKWARD, Options
 
 
 @pytest.mark.parametrize(

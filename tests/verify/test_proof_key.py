@@ -15,8 +15,8 @@ import torch
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import _prove
 from kernelwise._data import Kernel, KernelRef, Limits, Parameter, Plan, Target
+from kernelwise._verifying import _prove
 from kernelwise.sources._layer_class import kernel_of
 
 KERNEL = kernel_of(KernelRef("path", "/gallery", "Good"), gallery.Good, limits=Limits(), content_hash="a" * 64)

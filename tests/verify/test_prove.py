@@ -18,11 +18,11 @@ import torch
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import _inputs, _prove, _worker
 from kernelwise._alike import function_code, traits_of
 from kernelwise._data import from_json
 from kernelwise._register import unregister_op
-from kernelwise._report import Report
+from kernelwise._reporting._report import Report
+from kernelwise._verifying import _inputs, _prove, _worker
 from kernelwise.sources import package
 
 LAYERS = """
@@ -382,7 +382,7 @@ def test_an_import_is_tried_once_on_a_machine(tmp_path, monkeypatch):
 import sys
 sys.path.insert(0, {str(Path(__file__).parent)!r})
 import checking, gallery, kernelwise as kw
-from kernelwise import _worker
+from kernelwise._verifying import _worker
 from torch import nn
 _worker.Worker.start = lambda self: sys.exit("a process was started")
 kw.kernelize(nn.Sequential(gallery.Norm()), {mapping!r})

@@ -16,16 +16,17 @@ from checking import checks_of, decision
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import _inputs as _inputs_module
-from kernelwise._capture import capture, group
-from kernelwise._check import Here, Options, _one_case, check_kernel, own_code
 from kernelwise._data import STATUSES, Check, Checks, Target, from_json
 from kernelwise._decide import current_target
-from kernelwise._inputs import Sample, beyond, cases
-from kernelwise._observe import growth, observe, own_call
 from kernelwise._plan import reasons_against
 from kernelwise._process import settings
-from kernelwise._verify import _made
+from kernelwise._verifying import _inputs as _inputs_module
+from kernelwise._verifying._calls import own_call
+from kernelwise._verifying._capture import capture, group
+from kernelwise._verifying._check import Here, Options, _one_case, check_kernel, own_code
+from kernelwise._verifying._inputs import Sample, beyond, cases
+from kernelwise._verifying._observe import growth, observe
+from kernelwise._verifying._verify import _made
 from kernelwise.sources import builtin_refs, load
 
 LAYERS = (gallery.Norm, gallery.LateNorm, gallery.MLP, gallery.Attention, gallery.PlainLayerNorm)

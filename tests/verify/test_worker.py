@@ -21,10 +21,11 @@ from checking import checks_of, decision
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import KernelRef, _worker
-from kernelwise._check import Options
+from kernelwise import KernelRef
 from kernelwise._process import settings
-from kernelwise._worker import Worker, WorkerStartError
+from kernelwise._verifying import _worker
+from kernelwise._verifying._check import Options
+from kernelwise._verifying._worker import Worker, WorkerStartError
 from kernelwise.sources import load
 
 LAYERS = """

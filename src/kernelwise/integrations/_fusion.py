@@ -18,7 +18,7 @@ from torch import nn
 from transformers import conversion_mapping, monkey_patching
 from transformers.integrations import hub_kernels
 
-from kernelwise import _config
+from kernelwise._configuring import _config
 from kernelwise._data import KernelRef
 from kernelwise._errors import ApplyError, KernelConfigError, PlanError, Problem
 from kernelwise._mapping import Rule

@@ -27,7 +27,9 @@ from typing import Any
 
 from torch import nn
 
-from kernelwise import _apply, _config, _decide
+from kernelwise import _decide
+from kernelwise._applying import _apply
+from kernelwise._configuring import _config
 from kernelwise._discover import STATE, discover
 from kernelwise._errors import MissingDependencyError
 from kernelwise._mapping import mode_name

@@ -1,0 +1,579 @@
+"""Apply: plan → model. The only module that changes a model.
+
+Every call is bound before the first module changes; an error halfway unwinds what was done. What changes is one entry of an
+instance's `__dict__`: its innermost forward, which becomes a dispatcher that runs what the module's state (`_kernelwise`)
+holds for its mode. Two more entries, `__reduce_ex__` and `__deepcopy__`, keep files free of us and copies kernelized.
+Parameters, buffers, hooks, the class and the `state_dict` stay as they are.
+"""
+
+from __future__ import annotations
+
+import copy
+import threading
+import weakref
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import lru_cache, partial
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn import functional as F
+
+from kernelwise._applying._bind import Call, dispatcher, function_call, layer_call, rebuild
+from kernelwise._applying._fuse import passing_of
+from kernelwise._applying._join import around, head_call
+from kernelwise._data import Decision, Layer, Plan
+from kernelwise._discover import (
+    JOINED,
+    OURS,
+    STATE,
+    class_name,
+    globals_called,
+    innermost_slot,
+    is_dispatcher,
+    model_device,
+    own_forward,
+    places_of,
+)
+from kernelwise._errors import ApplyError
+from kernelwise._recognize._losses import LABELS
+
+_SLOTS = ("forward", "_old_forward")
+_lock = threading.RLock()
+
+
+class Token:
+    """Stands for one kernelization, so that it can be undone apart from others. Copies of a model share it."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Token:
+        return self
+
+
+@dataclass(slots=True, eq=False)
+class Entry:
+    """What one kernelization put on one module for one layer: a call per mode (None: the own code there). Not changed.
+
+    `asked` has the modes in which a rule of the user decided; there this entry beats what mere defaults put in.
+    """
+
+    token: Token
+    layer: Layer
+    decisions: tuple[Decision, ...]
+    inference: Call | None
+    training: Call | None
+    asked: frozenset[str] = frozenset()
+    fallbacks: Counter[str] | None = None  # calls of a function that fell back; a module's own stand in its state
+
+
+class ModuleState:
+    """What Kernelwise knows about one module. `inference` and `training` are what its forward runs."""
+
+    inference: Call
+    training: Call
+
+    def __init__(self) -> None:
+        self.found: Any = None  # the forward that stood on the instance before ours
+        self.installed = False  # whether our dispatcher was put on the instance
+        self.entries: list[Entry] = []
+        self.joined: tuple[Token, ...] = ()  # kernelizations of a model whose head this is, with its loss
+        self.plans: dict[Token, Plan] = {}
+        self.attributes: dict[str, Any] = {}  # what stood in attributes that `set_attribute` changed
+        self.fallbacks: dict[str, int] = {}
+        self.pins: dict[str, Any] = {}  # what the recognition of the layer depends on, as it was
+
+    def refresh(self, module: nn.Module) -> None:
+        """Choose what runs in each mode: the newest kernelization that speaks of it, else the module's own code."""
+        self._choose(module)
+        if self.joined:
+            self.inference, self.training = _lazy(self.inference), _lazy(self.training)
+
+    def _choose(self, module: nn.Module) -> None:
+        if len(self.entries) == 1:  # by far the most frequent case
+            entry = self.entries[0]
+            inference, training, function = entry.inference, entry.training, entry.layer.function
+            if inference is not None and training is not None:
+                if function is not None:
+                    is_same = inference is training
+                    inference = _rebuilt(module, {function: inference})
+                    training = inference if is_same else _rebuilt(module, {function: training})
+                self.inference, self.training = inference, training
+                return
+        inference, training = self._effective(module, "inference"), self._effective(module, "training")
+        self.inference, self.training = inference, training
+
+    def chosen(self, function: str | None, mode: str) -> Entry | None:
+        """Return the entry that decides a mode: the newest that a rule made, else the newest that defaults made."""
+        entries = [entry for entry in reversed(self.entries) if entry.layer.function == function]
+        asked = next((entry for entry in entries if mode in entry.asked), None)
+        return asked or next((entry for entry in entries if getattr(entry, mode) is not None), None)
+
+    def _effective(self, module: nn.Module, mode: str) -> Call:
+        functions = dict.fromkeys(entry.layer.function for entry in self.entries)
+        chosen = {function: self.chosen(function, mode) for function in functions}
+        calls = {function: getattr(entry, mode) for function, entry in chosen.items() if entry is not None}
+        if calls.get(None) is not None:
+            return calls[None]  # type: ignore[no-any-return]
+        replaced = {name: call for name, call in calls.items() if name is not None and call is not None}
+        if replaced:
+            return _rebuilt(module, replaced)
+        return _run_class_forward if self.found is None else _run_found_forward
+
+    def run_own(self, module: nn.Module, why: str | None, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Run the module's own code; count `why` unless a graph is being compiled."""
+        if why is not None and not torch.compiler.is_compiling():
+            self.fallbacks[why] = self.fallbacks.get(why, 0) + 1
+        if self.found is None:
+            return own_forward(module)(module, *args, **kwargs)
+        return self.found(*args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ModuleState:
+        copied = ModuleState()
+        copied.found, copied.installed = copy.deepcopy(self.found, memo), self.installed
+        copied.entries, copied.plans = list(self.entries), dict(self.plans)
+        copied.joined = self.joined
+        copied.attributes = copy.deepcopy(self.attributes, memo)
+        copied.pins = copy.deepcopy(self.pins, memo)
+        copied.inference, copied.training = self.inference, self.training
+        return copied
+
+
+def _run_class_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return type(self).forward(self, *args, **kwargs)
+
+
+def _run_found_forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    return getattr(self, STATE).found(*args, **kwargs)
+
+
+def _lazy(call: Call) -> Call:
+    """Return what a head runs that is joined with its loss, where it is known of what function its own call is."""
+    if call is _run_class_forward:
+        return head_call(call, F.linear)
+    kernel: Any = getattr(call, "kernel_function", None)
+    return head_call(call, kernel) if getattr(kernel, "__module__", "").startswith("kernelwise.kernels.") else call
+
+
+# The rebuilt forwards in use, shared by all modules of a class in one kernelization. A rebuilt forward holds its calls, so
+# an id in a key is not reused while its value lives.
+_rebuilt_forwards: weakref.WeakValueDictionary[tuple[int, ...], Any] = weakref.WeakValueDictionary()
+
+
+def _rebuilt(module: nn.Module, functions: dict[str, Call]) -> Call:
+    forward = own_forward(module)
+    if JOINED in functions:
+        called = {name: call for name, call in functions.items() if name != JOINED}
+        joined: Call = functions[JOINED](_rebuilt(module, called) if called else forward)
+        return joined
+    key = (id(forward), *(part for name, call in sorted(functions.items()) for part in (hash(name), id(call))))
+    rebuilt = _rebuilt_forwards.get(key)
+    if rebuilt is None:
+        rebuilt = rebuild(forward, functions)
+        if rebuilt is None:
+            names = ", ".join(sorted(functions))
+            raise ApplyError(
+                f"the forward of {type(module).__name__} cannot be rebuilt around {names}\n"
+                "  tried      a copy of it with globals of its own, with its decorators copied around it\n"
+                '  go on      keep the own code there ("none")'
+            )
+        _rebuilt_forwards[key] = rebuilt
+    return rebuilt
+
+
+def apply(model: nn.Module, plan: Plan) -> Token:
+    """Put every kernel of a plan into the model and return the token that undoes it.
+
+    Raises:
+        ApplyError: the model is on the meta device, a path of the plan is not in the model, or a kernel cannot be bound. The
+            model is as it was.
+    """
+    token = Token()
+    with _lock:
+        prepared = _prepare(model, plan, token)
+        try:
+            for module, entry in prepared:
+                _put_in(module, entry)
+        except BaseException:
+            for module, _ in prepared:
+                _take_out(module, lambda entry: entry.token is token)
+            raise
+        _state_of(model).plans[token] = plan
+    return token
+
+
+def _prepare(model: nn.Module, plan: Plan, token: Token) -> list[tuple[nn.Module, Entry]]:
+    """Bind every call that the plan needs. Layers that no kernelization has a kernel for are left out."""
+    by_layer: dict[tuple[str, str | None], list[Decision]] = {}
+    for decision in plan.decisions:
+        by_layer.setdefault((decision.layer.path, decision.layer.function), []).append(decision)
+    bound: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # alike layers share their calls
+    found = {"": model}
+    prepared: list[tuple[nn.Module, Entry]] = []
+    for decisions in by_layer.values():
+        layer = decisions[0].layer
+        has_kernel = is_asked = False
+        for decision in decisions:
+            has_kernel |= decision.kernel is not None
+            is_asked |= decision.asked_by != "default"
+        if not has_kernel and not is_asked:
+            continue
+        module = _find(layer, found)
+        if not has_kernel and STATE not in module.__dict__:
+            continue
+        key = _what_binds(module, layer, decisions)
+        calls = bound.get(key)
+        if calls is None:
+            calls = bound[key] = _bind(module, layer, decisions)
+        prepared.append((module, Entry(token, layer, tuple(decisions), *calls)))
+    return prepared
+
+
+def _what_binds(module: nn.Module, layer: Layer, decisions: Sequence[Decision]) -> tuple[Any, ...]:
+    """Everything that the calls of a layer depend on; what `discover` shares between layers stands by its identity."""
+    held = module.__dict__
+    return (
+        id(own_forward(module)),
+        id(layer.signature),
+        id(layer.recognition),
+        id(layer.recognition_in_training),
+        layer.function,
+        *held["_parameters"],
+        *held["_modules"],
+        *[part for d in decisions for part in (id(d.kernel), d.mode, d.asked_by)],
+    )
+
+
+def _bind(
+    module: nn.Module, layer: Layer, decisions: Sequence[Decision]
+) -> tuple[Call | None, Call | None, frozenset[str], Counter[str] | None]:
+    """Bind the kernels of one layer: what `eval()` and `train()` run, the modes that a rule asked for, a function's counts."""
+    calls: dict[str, Call | None] = {}
+    fallbacks: Counter[str] | None = Counter() if layer.function is not None else None
+    for decision in decisions:
+        calls[decision.mode] = None
+        if decision.kernel is not None and layer.function == JOINED and fallbacks is not None:
+            calls[decision.mode] = _joined(layer, decision, fallbacks)
+        elif decision.kernel is not None and layer.function is not None and fallbacks is not None:
+            original = globals_called(own_forward(module))[layer.function]
+            call = function_call(layer, decision.kernel, decision.mode, original, fallbacks)
+            _rebuilt(module, {layer.function: call})  # what cannot be is known before any change
+            calls[decision.mode] = call
+        elif decision.kernel is not None:
+            parameters = tuple(name for name in decision.kernel.reads if name in module._parameters)
+            calls[decision.mode] = layer_call(
+                layer,
+                decision.kernel,
+                decision.mode,
+                own_forward(module),
+                parameters,
+                tuple(module._modules),
+                passing_of(module, layer, decision.kernel, decision.mode),
+            )
+    asked = _modes(len(decisions) == 1, *(d.mode for d in decisions if d.asked_by != "default"))
+    return *_in_both_modes(layer, calls), asked, fallbacks
+
+
+def _joined(layer: Layer, decision: Decision, fallbacks: Counter[str]) -> Call:
+    """Return what makes, of the forward of a model, one in which its head and its loss are joined by a kernel."""
+    kernel, found = decision.kernel, layer.computes(decision.mode)
+    if kernel is None or kernel.function is None or found is None or kernel.op != found.op:
+        raise ApplyError(
+            f"{kernel.ref if kernel else layer.path} is described, or for something else\n"
+            "  go on      plan on the machine that the model is on"
+        )
+    position = next(at for at, parameter in enumerate(layer.signature) if parameter.name == LABELS)
+    return partial(
+        around,
+        head=_head_of(layer),
+        labels=LABELS,
+        position=position,
+        loss=kernel.function,
+        limits=kernel.limits,
+        fallbacks=fallbacks,
+    )
+
+
+def _head_of(layer: Layer) -> str:
+    """Return the name of the child that is the head of a model with its loss."""
+    found = layer.recognition
+    assert found is not None
+    return str(dict(found.roles)["weight"].value).rpartition(".")[0]
+
+
+@lru_cache(maxsize=64)
+def _modes(is_fixed: bool, *named: str) -> frozenset[str]:
+    """Return which of `eval()` and `train()` some modes are about; a single fixed mode is about both."""
+    return frozenset(
+        m for m in ("inference", "training") if named and (is_fixed or any(n.startswith(m) for n in named))
+    )
+
+
+def _in_both_modes(layer: Layer, calls: dict[str, Call | None]) -> tuple[Call | None, Call | None]:
+    """Return what runs in `eval()` and in `train()`: one fixed mode serves both, where the layer computes the same in both."""
+    if len(calls) > 1:
+        return calls["inference"], calls["training"]
+    ((mode, call),) = calls.items()
+    other = call if layer.recognition == layer.recognition_in_training else None
+    return (other, call) if mode.startswith("training") else (call, other)
+
+
+def _find(layer: Layer, found: dict[str, nn.Module]) -> nn.Module:
+    """Return the module of a layer. `found` has the modules found before by their paths, the model itself by ""."""
+    path = layer.path.rpartition(".")[0] if layer.function is not None else layer.path
+    try:
+        module = _module_at(path, found)
+    except KeyError as error:
+        raise ApplyError(
+            f"the plan has a layer at {layer.path}, which this model does not have\n  go on      plan again for this model"
+        ) from error
+    if class_name(module) != layer.class_name:
+        raise ApplyError(
+            f"the plan has a {layer.class_name} at {layer.path}, where this model has a {class_name(module)}\n"
+            "  go on      plan again for this model"
+        )
+    own = next(iter(module._parameters.values()), None)
+    if (own is None or own.is_meta) and model_device(module) == "meta":
+        raise ApplyError(
+            f"{layer.path} is on the meta device: it can be planned, but kernels are put into a model that has its weights\n"
+            "  go on      load the weights first (from_pretrained, or to_empty and load_state_dict), then kernelize"
+        )
+    return module
+
+
+def _module_at(path: str, found: dict[str, nn.Module]) -> nn.Module:
+    module = found.get(path)
+    if module is None:
+        above, _, name = path.rpartition(".")
+        module = _module_at(above, found)._modules[name]
+        if module is None:
+            raise KeyError(path)
+        found[path] = module
+    return module
+
+
+def _state_of(module: nn.Module) -> ModuleState:
+    """Return the module's state, putting one on it first where there is none."""
+    state: ModuleState | None = module.__dict__.get(STATE)
+    if state is None:
+        state = ModuleState()
+        state.inference = state.training = _run_class_forward
+        module.__dict__[STATE] = state
+        module.__dict__["__reduce_ex__"] = MethodType(_reduce_clean, module)
+        module.__dict__["__deepcopy__"] = MethodType(_deepcopy, module)
+        module.__dict__["_replicate_for_data_parallel"] = MethodType(_replicate, module)
+    return state
+
+
+def _put_in(module: nn.Module, entry: Entry) -> None:
+    state = _state_of(module)
+    state.entries.append(entry)
+    found = entry.layer.recognition or entry.layer.recognition_in_training
+    if found is not None and found.depends and entry.layer.function is None:
+        state.pins.update({name: module._modules.get(name, module.__dict__.get(name)) for name in found.depends})
+    _install(module, state)
+    if entry.layer.function == JOINED:
+        head = module._modules[_head_of(entry.layer)]
+        assert head is not None
+        of_head = _state_of(head)
+        of_head.joined = (*of_head.joined, entry.token)
+        _install(head, of_head)
+
+
+def _install(module: nn.Module, state: ModuleState) -> None:
+    """Have a module run what its state chooses."""
+    if not state.installed:
+        slot = innermost_slot(module)
+        state.found = module.__dict__.get(slot)
+        state.refresh(module)
+        module.__dict__[slot] = MethodType(dispatcher(own_forward(module)), module)
+        state.installed = True
+    else:
+        state.refresh(module)
+
+
+def _take_out(module: nn.Module, gone: Callable[[Entry], bool]) -> int:
+    """Remove entries from a module and return how many; restore the module when nothing of ours is left on it."""
+    state: ModuleState | None = module.__dict__.get(STATE)
+    if state is None:
+        return 0
+    kept = [entry for entry in state.entries if not gone(entry)]
+    taken = [entry for entry in state.entries if entry not in kept]
+    state.entries = kept
+    state.refresh(module)
+    if not state.entries:
+        _restore(module, state)
+    for entry in taken:
+        if entry.layer.function == JOINED:
+            _part(module._modules.get(_head_of(entry.layer)), entry.token)
+    return len(taken)
+
+
+def _part(head: nn.Module | None, token: Token | None) -> None:
+    """Take a head apart from the loss of its model, for one kernelization or (None) for all."""
+    state: ModuleState | None = None if head is None else head.__dict__.get(STATE)
+    if head is not None and state is not None and state.joined:
+        state.joined = tuple(other for other in state.joined if token is not None and other is not token)
+        state.refresh(head)
+        if not state.entries:
+            _restore(head, state)
+
+
+def _restore(module: nn.Module, state: ModuleState) -> None:
+    """Put back the forward that was found. Where somebody wrapped our dispatcher, it stays inside as a pass-through."""
+    if state.joined:
+        return
+    slot = next((name for name in _SLOTS if is_dispatcher(module.__dict__.get(name))), None)
+    if slot is not None:
+        if state.found is not None:
+            module.__dict__[slot] = state.found
+        elif slot == "forward":
+            del module.__dict__["forward"]
+        else:  # accelerate put its hook around ours and calls what it keeps here
+            module.__dict__[slot] = MethodType(own_forward(module), module)
+        state.installed = False
+    elif state.installed and "forward" not in module.__dict__:
+        state.installed = False  # somebody took our dispatcher away
+    if not state.installed and not state.plans:
+        for name in OURS:
+            module.__dict__.pop(name, None)
+        module.__dict__.update(state.attributes)
+
+
+def set_attribute(module: nn.Module, name: str, value: Any) -> None:
+    """Change a plain attribute that a module has, until nothing of ours is left on it; a file holds what stood there."""
+    with _lock:
+        _state_of(module).attributes.setdefault(name, module.__dict__[name])
+        module.__dict__[name] = value
+
+
+def remove(model: nn.Module, *, token: Token | None = None, paths: Sequence[str] | None = None) -> int:
+    """Undo kernelizations and return how many layers got their own code back.
+
+    Args:
+        model: the model, or a part of it.
+        token: undo only this kernelization.
+        paths: undo only the layers at these paths, or below them.
+    """
+
+    with _lock:
+        places = places_of(model) if paths is not None else {}
+
+        def gone(module: nn.Module, entry: Entry) -> bool:
+            if token is not None and entry.token is not token:
+                return False
+            return paths is None or is_below(layer_paths(places[module], entry.layer), paths)
+
+        modules = list(model.modules())
+        count = sum(_take_out(module, partial(gone, module)) for module in modules)
+        if token is None and paths is None:
+            for module in modules:
+                _part(module, None)  # also the head of a model of which this is a part
+        for module in modules:
+            state: ModuleState | None = module.__dict__.get(STATE)
+            if state is not None and state.plans:
+                kept = {entry.token for _, entry in entries_of(module)}
+                state.plans = {token: plan for token, plan in state.plans.items() if token in kept}
+                if not state.entries:
+                    _restore(module, state)
+    return count
+
+
+def is_below(places: Sequence[str], paths: Sequence[str]) -> bool:
+    """Return whether one of a layer's places is one of these paths, or below it. The empty path is the model itself."""
+    return any(path in ("", place) or place.startswith(path + ".") for place in places for path in paths)
+
+
+def layer_paths(places: Sequence[str], layer: Layer) -> tuple[str, ...]:
+    """Return the paths of a layer whose module has these places: its own may be those in a part of the model."""
+    if layer.function is None:
+        return tuple(places)
+    return tuple(f"{place}.{layer.name}" if place else layer.name for place in places)
+
+
+def _reduce_clean(self: nn.Module, protocol: int) -> Any:
+    """Pickle the module as it was found, so that the file loads without Kernelwise and runs the model's own code."""
+    reduced: Any = type(self).__reduce_ex__(self, protocol)
+    if not (isinstance(reduced, tuple) and len(reduced) > 2 and isinstance(reduced[2], dict)):
+        return reduced
+    kept = {key: value for key, value in reduced[2].items() if key not in OURS} | getattr(self, STATE).attributes
+    found = getattr(self, STATE).found
+    for slot in _SLOTS:
+        if is_dispatcher(kept.get(slot)):
+            if found is None:
+                del kept[slot]
+            else:
+                kept[slot] = found
+    return (*reduced[:2], kept, *reduced[3:])
+
+
+def _replicate(self: nn.Module) -> nn.Module:
+    """Replicate for `nn.DataParallel`: the replica's bound methods are its own, so that they read its weights."""
+    replica: nn.Module = type(self)._replicate_for_data_parallel(self)  # type: ignore[no-untyped-call]
+    for name, value in replica.__dict__.items():
+        if isinstance(value, MethodType) and value.__self__ is self:
+            replica.__dict__[name] = MethodType(value.__func__, replica)
+    return replica
+
+
+def _deepcopy(self: nn.Module, memo: dict[int, Any]) -> nn.Module:
+    """Copy a module with its kernels: bound methods follow to the copy, the state is copied with fresh counts."""
+    of_class = getattr(type(self), "__deepcopy__", None)
+    if of_class is not None:
+        return of_class(self, memo)  # type: ignore[no-any-return]
+    reduced: Any = type(self).__reduce_ex__(self, 4)
+    make, args, attributes = reduced[:3]
+    copied: nn.Module = make(*args)
+    memo[id(self)] = copied
+    copied.__setstate__(copy.deepcopy(attributes, memo))  # type: ignore[no-untyped-call]
+    return copied
+
+
+def entries_of(model: nn.Module) -> list[tuple[nn.Module, Entry]]:
+    """Return every entry on a model's modules, in module order."""
+    return [
+        (module, entry)
+        for module in model.modules()
+        if STATE in module.__dict__
+        for entry in module.__dict__[STATE].entries
+    ]
+
+
+def kernelized_paths(model: nn.Module) -> list[str]:
+    """Return the paths in this model of every layer that a kernelization speaks of."""
+    places = places_of(model)
+    return [path for module, entry in entries_of(model) for path in layer_paths(places[module], entry.layer)]
+
+
+def decided(model: nn.Module) -> tuple[list[tuple[Decision, Mapping[str, int], bool]], list[str]]:
+    """Return what was decided about a model, and the notes of its plans, oldest first.
+
+    Each decision comes with its counts of calls that fell back, and whether it is what runs. Of several about one layer
+    and mode the one that runs is given, else the newest. Paths are those in this model, also where a part was kernelized.
+    """
+    places = places_of(model)
+    found: dict[tuple[str, str | None, str], tuple[Decision, Mapping[str, int], bool]] = {}
+    notes: list[str] = []
+    for module, paths in places.items():
+        state: ModuleState | None = module.__dict__.get(STATE)
+        for plan in state.plans.values() if state is not None else ():
+            notes += plan.notes
+            for decision in plan.decisions:
+                layer = decision.layer
+                path = ".".join(filter(None, (paths[0], layer.path)))
+                moved = replace(decision, layer=replace(layer, path=path)) if paths[0] else decision
+                key = path, layer.function, decision.mode
+                if key not in found or decision.asked_by != "default":
+                    found[key] = moved, {}, False
+    for module, entry in entries_of(model):
+        state = module.__dict__[STATE]
+        at = layer_paths(places[module], entry.layer)
+        layer = replace(entry.layer, path=at[0], paths=at)
+        for mode in ("inference", "training"):
+            if state.chosen(layer.function, mode) is entry:
+                counts = state.fallbacks if entry.fallbacks is None else entry.fallbacks
+                for decision in entry.decisions:
+                    if len(entry.decisions) == 1 or decision.mode.startswith(mode):
+                        found[at[0], layer.function, decision.mode] = replace(decision, layer=layer), counts, True
+    return list(found.values()), notes

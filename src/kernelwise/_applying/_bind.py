@@ -1,0 +1,475 @@
+"""Bind: a kernel and a layer → the function that runs in place of the layer's own code.
+
+The function is written as source for the layer's own signature and compiled once per distinct layer, so that a call costs
+no argument packing. What can go wrong at a call is looked at there and goes to the layer's own code, counted: an input of
+another dtype or device than the kernel takes, a tensor subclass, a gradient that the kernel cannot give.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from functools import lru_cache
+from types import CellType, FunctionType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from kernelwise._applying._fuse import REFUSALS, Passing, first
+from kernelwise._data import Binding, Kernel, Layer, Limits, Parameter, Recognition
+from kernelwise._discover import STATE, mark_dispatcher, wrapping
+from kernelwise._errors import ApplyError
+from kernelwise._recognize import condition, kinds_of
+from kernelwise._signature import bind, source
+
+Call = Callable[..., Any]
+
+_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
+INPUT = "the input has a dtype, device or tensor class that the kernel does not take"
+UNPROVEN = "its arguments do not fit together as those that the recognition was proven with"
+MORE = "it was called with a keyword that only its decorator takes"
+CHANGED = "what decides the computation was replaced or hooked since the kernel went in; kernelize again"
+REFUSED = "the kernel refused the input"
+NO_BACKWARD = "a gradient was needed and the kernel has no backward"
+LOST_GRADIENT = "the kernel gave an output without gradient"
+
+
+def needs_grad(module: torch.nn.Module | None, *arguments: Any) -> bool:
+    """Return whether a gradient can flow into any of the arguments or into a parameter of the module."""
+    for argument in arguments:
+        if isinstance(argument, Tensor):
+            if argument.requires_grad:
+                return True
+        elif isinstance(argument, (tuple, list)):
+            if needs_grad(None, *argument):
+                return True
+        elif isinstance(argument, dict) and needs_grad(None, *argument.values()):
+            return True
+    if module is None:
+        return False
+    # Its own parameters first, and directly: `module.parameters()` costs more than all the rest of a call.
+    for parameter in module._parameters.values():
+        if parameter is not None and parameter.requires_grad:
+            return True
+    return bool(module._modules) and any(parameter.requires_grad for parameter in module.parameters())
+
+
+def carries_grad(output: Any) -> bool:
+    """Return whether every floating tensor of an output is part of the graph."""
+    if isinstance(output, Tensor):
+        return output.requires_grad or not (output.is_floating_point() or output.is_complex())
+    if isinstance(output, dict):
+        return all(map(carries_grad, output.values()))
+    return not isinstance(output, (tuple, list)) or all(map(carries_grad, output))
+
+
+def unchanged(self: torch.nn.Module) -> bool:
+    """Return whether everything that a layer's recognition depends on still is what it was when its kernel went in."""
+    state = self.__dict__.get(STATE)
+    if state is None:  # undone while the call was under way
+        return False
+    for name, value in state.pins.items():
+        now = self._modules[name] if name in self._modules else self.__dict__.get(name)
+        if now is not value and not (
+            type(now) is type(value) and isinstance(now, (bool, int, float, str)) and now == value
+        ):
+            return False
+        if isinstance(now, torch.nn.Module) and (
+            now._forward_hooks or now._forward_pre_hooks or now._backward_hooks or now._backward_pre_hooks
+        ):
+            return False
+    return True
+
+
+def holding(recognition: Recognition) -> Callable[[torch.nn.Module], bool] | None:
+    """Return what says whether a layer still has the values inside of its attributes, and the modes, it was recognised by."""
+    held = tuple((tuple(path.split(".")), value) for path, value in recognition.held)
+    modes = tuple(tuple(path.split(".")) for path in recognition.modes)
+    if not held and not modes:
+        return None
+
+    def holds(self: torch.nn.Module) -> bool:
+        for path in modes:
+            if getattr(_follow(self, path), "training", None) is not self.training:
+                return False
+        for path, value in held:
+            now = _follow(self, path)
+            if path[-1] == "_modules":
+                if kinds_of(now) != value:
+                    return False
+            elif type(value) is tuple:
+                if type(now) not in (tuple, list) or tuple(now) != value:
+                    return False
+            elif type(now) is not type(value) or now != value:
+                return False
+        return True
+
+    return holds
+
+
+def _follow(value: Any, path: tuple[str, ...]) -> Any:
+    for name in path:
+        if isinstance(value, torch.nn.Module):
+            value = value._modules[name] if name in value._modules else getattr(value, name, None)
+        elif isinstance(value, dict):
+            value = value.get(name)
+        else:
+            value = getattr(value, name, None)
+    return value
+
+
+def run_own(self: torch.nn.Module, why: str | None, *args: Any, **kwargs: Any) -> Any:
+    """Run the layer's own code in place of its kernel and count why; never counts while compiling."""
+    try:
+        state = getattr(self, STATE)
+    except AttributeError:  # undone while the call was under way
+        return type(self).forward(self, *args, **kwargs)
+    return state.run_own(self, why, args, kwargs)
+
+
+def layer_call(
+    layer: Layer,
+    kernel: Kernel,
+    mode: str,
+    own: Call,
+    parameters: tuple[str, ...] = (),
+    children: tuple[str, ...] = (),
+    passing: Passing | None = None,
+) -> Call:
+    """Return the function `(self, ...)`, in the layer's own signature, that runs the kernel for this layer.
+
+    `own` is the forward of the layer's class. Where its decorators take keywords that its signature does not tell of, a
+    call with such a keyword goes to the own code. `parameters` names those of the layer's own that a layer class reads,
+    `children` its submodules. `passing` says how the kernel of a whole layer calls them.
+
+    Raises:
+        ApplyError: the plan was made by hand and the kernel cannot be bound.
+    """
+    if kernel.function is None:
+        raise ApplyError(f"{kernel.ref} is described, not loaded; plan on the machine that the model is on")
+    call = _compile(
+        kernel.function,
+        layer.signature,
+        kernel.signature,
+        layer.computes(mode) if kernel.op is not None else None,
+        kernel.limits,
+        kernel.has_backward,
+        kernel.can_torch_compile,
+        True,
+        parameters=parameters,
+        takes_more=_takes_any_keyword(own) and all(p.kind != "var_keyword" for p in layer.signature),
+        children=children,
+        passing=passing,
+    )(run_own)
+    call.kernel_function = kernel.function  # type: ignore[attr-defined]  # a kernel that stands for this one asks
+    return call
+
+
+def function_call(layer: Layer, kernel: Kernel, mode: str, original: Call, fallbacks: Counter[str]) -> Call:
+    """Return the function that runs the kernel in place of a function `original` that a forward calls."""
+    if kernel.function is None:
+        raise ApplyError(f"{kernel.ref} is described, not loaded; plan on the machine that the model is on")
+
+    def run_original(why: str | None, *args: Any, **kwargs: Any) -> Any:
+        if why is not None and not torch.compiler.is_compiling():
+            fallbacks[why] += 1
+        return original(*args, **kwargs)
+
+    function = kernel.function
+    if kernel.op is None:
+        function = function.__get__(original)  # the forward of a kernel's layer class, with the wrapper as its self
+    call = _compile(
+        function,
+        layer.signature,
+        kernel.signature,
+        layer.computes(mode) if kernel.op is not None else None,
+        kernel.limits,
+        kernel.has_backward,
+        kernel.can_torch_compile,
+        False,
+    )(run_original)
+    plain = type(original).forward if isinstance(original, torch.nn.Module) else original
+    parameters = list(inspect.signature(plain).parameters.values())
+    _set_defaults(call, parameters[1:] if isinstance(original, torch.nn.Module) else parameters)
+    return call
+
+
+@lru_cache(maxsize=4096)
+def _compile(
+    function: Call,
+    layer: tuple[Parameter, ...],
+    kernel: tuple[Parameter, ...],
+    recognition: Recognition | None,
+    limits: Limits,
+    has_backward: bool,
+    can_torch_compile: bool,
+    has_self: bool,
+    parameters: tuple[str, ...] = (),
+    takes_more: bool = False,
+    children: tuple[str, ...] = (),
+    passing: Passing | None = None,
+) -> Callable[[Call], Call]:
+    """Write and compile one adapter. Returns a function that takes what to run for the layer's own code.
+
+    Everything that is not the layer's own stands under a name with the prefix `_kw_`, which no forward gives a parameter.
+    """
+    declared, passed = source(layer)
+    names = ", ".join(p.name for p in layer)
+    self_, module = ("self", "self") if has_self else ("", "None")
+
+    def run_own(why: str, more: str = "") -> str:
+        return f"        return _kw_own({', '.join(filter(None, (self_, why, passed, more)))})"
+
+    holds = holding(recognition) if recognition is not None and has_self else None
+    more = "**_kw_more" if takes_more else ""
+    lines = [f"def _kw_call({', '.join(filter(None, (self_, declared, more)))}):"]
+    if takes_more:
+        lines += ["    if _kw_more:", run_own("_kw_MORE", more)]
+    if not can_torch_compile:
+        lines += ["    if _kw_is_compiling():", run_own("None")]
+    if recognition is not None:
+        arguments = ", ".join(_role_arguments(recognition, kernel, passing))
+        weight = _weight(recognition)
+        if weight:
+            # The dict first: a parameter found through nn.Module.__getattr__ costs several times as much.
+            lines += [
+                "    _kw_parameters = self._parameters",
+                f'    _kw_weight = _kw_parameters["{weight}"] if "{weight}" in _kw_parameters else self.{weight}',
+            ]
+        guard = _guard(recognition, limits)
+    else:
+        arguments, reasons = bind(layer, kernel)
+        if reasons:
+            raise ApplyError(f"{function.__qualname__} cannot be bound: {'; '.join(reasons)}")
+        if has_self:
+            arguments = f"self, {arguments}" if arguments else "self"
+        guard = _plain_guard(layer, parameters)
+    if guard:
+        lines += [f"    if not ({guard}):", run_own("_kw_INPUT")]
+    fits = condition(recognition) if recognition is not None else None
+    if fits:
+        lines += [f"    if not ({fits}):", run_own("_kw_UNPROVEN")]
+    if recognition is not None and has_self:
+        for name in recognition.depends:
+            if name in children:  # by far the most frequent case, without a call
+                lines += [
+                    f"    _kw_state, _kw_child = self.__dict__.get({STATE!r}), self._modules.get({name!r})",
+                    f"    if _kw_state is None or _kw_child is not _kw_state.pins.get({name!r}) or _kw_child._forward_hooks or "
+                    "_kw_child._forward_pre_hooks or _kw_child._backward_hooks or _kw_child._backward_pre_hooks:",
+                    run_own("_kw_CHANGED"),
+                ]
+        if set(recognition.depends) - set(children):
+            lines += ["    if not _kw_unchanged(self):", run_own("_kw_CHANGED")]
+        if holds is not None:
+            lines += ["    if not _kw_holds(self):", run_own("_kw_CHANGED")]
+    if passing is not None:
+        if passing.least:
+            hidden = dict(recognition.roles)["x"].value if recognition is not None else ""
+            lines += [f"    if {hidden}.numel() < {passing.least}:", run_own("None")]
+        lines += ["    _kw_children = self._modules"]
+        if passing.refused is not None:
+            lines += [f"    if {passing.refused} is not None:", run_own("None")]
+    if not has_backward:
+        lines += [
+            f"    if _kw_is_grad_enabled() and _kw_needs_grad({module}, {names}):",
+            run_own("_kw_NO_BACKWARD"),
+        ]
+    if has_backward and recognition is None:
+        lines += [
+            f"    _kw_output = _kw_kernel({arguments})",
+            # By far the most frequent case first; what looks into the output last, as it costs most.
+            "    if _kw_is_grad_enabled() and not (type(_kw_output) is _kw_Tensor and _kw_output.requires_grad) and "
+            f"_kw_needs_grad({module}, {names}) and not _kw_carries_grad(_kw_output):",
+            run_own("_kw_LOST_GRADIENT"),
+            "    return _kw_output",
+        ]
+    elif recognition is not None and passing is not None:
+        # Children have run when it fails, and may have written to a cache: nothing can be run again.
+        lines += [f"    return _kw_kernel({arguments})"]
+    elif recognition is not None:
+        # Kernels by roles never write their inputs, so the own code can run after one that does not take them.
+        lines += ["    try:", f"        return _kw_kernel({arguments})", "    except _kw_OutOfMemory:", "        raise"]
+        lines += ["    except _kw_refusals:", "        pass", run_own("_kw_REFUSED").removeprefix("    ")]
+    else:
+        lines += [f"    return _kw_kernel({arguments})"]
+    body = "\n".join("    " + line for line in lines)
+    namespace: dict[str, Any] = {
+        "_kw_kernel": function,
+        "_kw_plain": _PLAIN,
+        "_kw_plain_or_none": _PLAIN | {type(None)},
+        "_kw_Tensor": torch.Tensor,
+        "_kw_dtypes": frozenset(getattr(torch, name) for name in limits.dtypes),
+        "_kw_is_compiling": torch.compiler.is_compiling,
+        "_kw_is_grad_enabled": torch.is_grad_enabled,
+        "_kw_needs_grad": needs_grad,
+        "_kw_carries_grad": carries_grad,
+        "_kw_unchanged": unchanged,
+        "_kw_holds": holds,
+        "_kw_OutOfMemory": torch.OutOfMemoryError,
+        "_kw_refusals": REFUSALS,
+        "_kw_CHANGED": CHANGED,
+        "_kw_REFUSED": REFUSED,
+        "_kw_INPUT": INPUT,
+        "_kw_UNPROVEN": UNPROVEN,
+        "_kw_MORE": MORE,
+        "_kw_NO_BACKWARD": NO_BACKWARD,
+        "_kw_LOST_GRADIENT": LOST_GRADIENT,
+        "_kw_first": first,
+        "_kw_sum_norm": None if passing is None else passing.sum_norm,
+    }
+    exec(f"def make(_kw_own):\n{body}\n    return _kw_call", namespace)
+    make: Callable[[Call], Call] = namespace["make"]
+    return lru_cache(maxsize=1)(make) if has_self else make
+
+
+def _role_arguments(
+    recognition: Recognition, kernel: tuple[Parameter, ...], passing: Passing | None = None
+) -> list[str]:
+    taken = {p.name for p in kernel}
+    weight = _weight(recognition)
+    called = dict(passing.children) if passing is not None else {}
+    arguments = [
+        f"{role}={'_kw_weight' if role == 'weight' and weight else called.get(role) or _expression(binding)}"
+        for role, binding in recognition.roles
+        if not taken or role in taken
+    ]
+    if passing is not None and passing.sum_norm is not None:
+        arguments.append("sum_norm=lambda _kw_added, _kw_x: _kw_sum_norm(self, _kw_added, _kw_x)")
+    return arguments + [f"{name}={value!r}" for name, value in recognition.options if not taken or name in taken]
+
+
+def _expression(binding: Binding) -> str:
+    if binding.kind == "argument":
+        return str(binding.value)
+    if binding.kind == "child":  # as the weight: through nn.Module.__getattr__ it costs several times as much
+        name = binding.value
+        return f'(self._modules["{name}"] if "{name}" in self._modules else self.{name})'
+    return f"self.{binding.value}" if binding.kind == "attribute" else repr(binding.value)
+
+
+def _guard(recognition: Recognition, limits: Limits) -> str:
+    """The condition under which an operation's kernel may see its input: plain tensors of its dtypes, on its device."""
+    given = [str(b.value) for _, b in recognition.roles if b.kind == "argument"]
+    if not given:
+        return ""
+    first, *others = given
+    tests = [f"type({first}) in _kw_plain"]
+    if limits.dtypes:
+        tests.append(f"{first}.dtype in _kw_dtypes")
+    if limits.devices:
+        flags = {"cpu": "is_cpu", "cuda": "is_cuda", "rocm": "is_cuda", "xpu": "is_xpu", "mps": "is_mps"}
+        known = sorted({flags[device] for device in limits.devices if device in flags})
+        if known:
+            tests.append("(" + " or ".join(f"{first}.{flag}" for flag in known) + ")")
+    if _weight(recognition):
+        tests.append("type(_kw_weight) in _kw_plain" + " and _kw_weight.dtype in _kw_dtypes" * bool(limits.dtypes))
+    return " and ".join([*tests, *map(_is_plain, others)])
+
+
+def _plain_guard(layer: tuple[Parameter, ...], parameters: tuple[str, ...]) -> str:
+    """The condition under which a layer class may see its input: no tensor of a subclass, given or read from the module."""
+    given = [_is_plain(p.name) for p in layer if not p.kind.startswith("var_")]
+    read = [f'type(self._parameters.get("{name}")) in _kw_plain_or_none' for name in parameters]
+    return " and ".join([*given, *read])
+
+
+def _is_plain(name: str) -> str:
+    return f"(type({name}) in _kw_plain or not isinstance({name}, _kw_Tensor))"
+
+
+def _weight(recognition: Recognition) -> str | None:
+    """Return the attribute that holds the layer's weight, if it has one."""
+    binding = dict(recognition.roles).get("weight")
+    return str(binding.value) if binding is not None and binding.kind == "attribute" else None
+
+
+@lru_cache(maxsize=4096)
+def dispatcher(own: Call) -> Call:
+    """Return the forward that is put on an instance: it runs what the module's state holds for its mode.
+
+    It takes what `own` takes with its decorators. Whoever keeps it longer than the state lasts gets the own code.
+    """
+    parameters = _accepted(own)
+    declared, passed = source([Parameter(p.name, p.kind.name.lower(), p.default is not p.empty) for p in parameters])
+    namespace: dict[str, Any] = {"_kw_own": own}
+    exec(
+        f"def forward(self, {declared}):\n"
+        "    try:\n"
+        f"        _kw_state = self.{STATE}\n"
+        "    except AttributeError:\n"
+        f"        return _kw_own(self, {passed})\n"
+        f"    return (_kw_state.training if self.training else _kw_state.inference)(self, {passed})",
+        namespace,
+    )
+    forward: Call = namespace["forward"]
+    _set_defaults(forward, parameters)
+    mark_dispatcher(forward)
+    forward.__doc__ = own.__doc__
+    forward.__qualname__ = getattr(own, "__qualname__", "forward")
+    forward.__module__ = getattr(own, "__module__", __name__)
+    forward.__annotations__ = dict(getattr(own, "__annotations__", {}))
+    # Trainers ask which arguments a model takes, and are told what its decorators let them see.
+    with suppress(TypeError, ValueError):
+        forward.__signature__ = inspect.signature(own)  # type: ignore[attr-defined]
+    return forward
+
+
+@lru_cache(maxsize=4096)
+def _accepted(own: Call) -> tuple[inspect.Parameter, ...]:
+    """Return the parameters that a forward really takes after `self`: those of its outermost decorator."""
+    try:
+        if "__signature__" in getattr(own, "__dict__", {}):
+            raise ValueError("a signature that was set by hand is a claim")
+        parameters = tuple(inspect.signature(own, follow_wrapped=False).parameters.values())
+    except (TypeError, ValueError):
+        return (
+            inspect.Parameter("args", inspect.Parameter.VAR_POSITIONAL),
+            inspect.Parameter("kwargs", inspect.Parameter.VAR_KEYWORD),
+        )
+    return (
+        parameters[1:] if parameters[:1] and parameters[0].kind is not inspect.Parameter.VAR_POSITIONAL else parameters
+    )
+
+
+def _takes_any_keyword(own: Call) -> bool:
+    return any(parameter.kind is parameter.VAR_KEYWORD for parameter in _accepted(own))
+
+
+def _set_defaults(function: Call, parameters: Sequence[inspect.Parameter]) -> None:
+    """Give a generated function the default values of the parameters that it repeats."""
+    positional = [p.default for p in parameters if p.default is not p.empty and p.kind is not p.KEYWORD_ONLY]
+    keyword = {p.name: p.default for p in parameters if p.default is not p.empty and p.kind is p.KEYWORD_ONLY}
+    function.__defaults__ = tuple(positional) or None
+    function.__kwdefaults__ = keyword or None
+
+
+def rebuild(forward: Call, replacements: dict[str, Call]) -> Call | None:
+    """Return a copy of a forward that sees other values behind some of its global names; None where that is not possible.
+
+    The copy has globals of its own, so no other model is changed. Decorators made with `functools.wraps` are copied around
+    it: each must hold the function it wraps in exactly one closure cell.
+    """
+    found = wrapping(forward)
+    if isinstance(found, str):
+        return None
+    # Without a module name, torch.compile takes the values from these globals and not from the module they came from.
+    scope = {name: value for name, value in found.inner.__globals__.items() if name != "__name__"} | replacements
+    rebuilt = _copy_function(found.inner, scope, found.inner.__closure__)
+    for outer, holds in found.decorators:
+        cell = CellType(rebuilt)
+        closure = tuple(cell if index == holds else other for index, other in enumerate(outer.__closure__ or ()))
+        rebuilt = _copy_function(outer, outer.__globals__, closure)
+        rebuilt.__wrapped__ = cell.cell_contents  # type: ignore[attr-defined]
+    return rebuilt
+
+
+def _copy_function(function: FunctionType, scope: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:
+    copied = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    copied.__dict__.update(function.__dict__)
+    copied.__qualname__, copied.__doc__ = function.__qualname__, function.__doc__
+    copied.__annotations__, copied.__module__ = function.__annotations__, function.__module__
+    return copied

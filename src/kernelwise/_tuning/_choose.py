@@ -1,0 +1,94 @@
+"""Choose: what was found out about candidates → one of them for each kind of layers, or the layers' own code. Pure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+
+from kernelwise._evidence import Candidate, Comparison, Objective
+from kernelwise._tuning._candidates import Kind
+
+MARGIN = 0.02
+"""By which part of the layer's own time a candidate must be better than one that was offered before it."""
+
+
+def choose_all(
+    tried: Mapping[Kind, Sequence[Candidate]], objective: Objective, run_s: Mapping[str, float], *, notes: list[str]
+) -> tuple[dict[Kind, str | None], dict[Kind, str]]:
+    """Return for each kind of layers the best kernel, or None for its own code, and the reasons.
+
+    Kinds without a candidate that could be timed have a reason alone. `run_s` are the seconds of one run of each workload.
+    """
+    chosen: dict[Kind, str | None] = {}
+    reasons: dict[Kind, str] = {}
+    timings = [timing for found in tried.values() for candidate in found for timing in candidate.timings]
+    by_memory = objective == "memory" and any(timing.comparison.peak is not None for timing in timings)
+    if objective == "memory" and not by_memory:
+        notes.append("memory is not counted on this device, so this is tuned for latency")
+    for kind, found in tried.items():
+        kernel, reasons[kind] = choose(found, objective, run_s, by_memory=by_memory)
+        if any(candidate.timings for candidate in found):
+            chosen[kind] = kernel
+    for kind, kernel in chosen.items():  # a kernel that computes what its child is for does not call that child
+        above = next((other for other in chosen if chosen[other] is not None and _is_part_of(kind, other)), None)
+        if kernel is not None and above is not None:
+            chosen[kind], reasons[kind] = None, f"{chosen[above]} computes it for {above.layer.path}"
+    return chosen, reasons
+
+
+def _is_part_of(kind: Kind, other: Kind) -> bool:
+    found = other.layer.computes(other.mode)
+    parts = {f"{path}.{name}" for path in other.paths for name in (found.depends if found else ())}
+    return kind.mode == other.mode and set(kind.paths) <= parts
+
+
+def choose(
+    tried: Sequence[Candidate], objective: Objective, run_s: Mapping[str, float], *, by_memory: bool = False
+) -> tuple[str | None, str]:
+    """Return the best of what was tried, or None for the own code, and why."""
+    best: tuple[float, Candidate] | None = None
+    for candidate in tried:
+        if not candidate.timings:
+            continue
+        gain = _memory_gain(candidate) if by_memory else _time_gain(candidate, objective, run_s)
+        if gain > (best[0] + MARGIN if best else 0.0):
+            best = gain, candidate
+    if best is None:
+        if not tried:
+            return None, "nothing was tried in time"
+        if not any(candidate.timings for candidate in tried):
+            return None, "every candidate is out" if all(c.out for c in tried) else "no candidate could be timed"
+        return None, "no candidate needs less memory" if by_memory else "no candidate is clearly faster"
+    return best[1].kernel, ", ".join(f"{_words(t.comparison)} in {t.workload}" for t in best[1].timings)
+
+
+def _time_gain(candidate: Candidate, objective: Objective, run_s: Mapping[str, float]) -> float:
+    """Which part of the layers' time a candidate saves over all workloads; differences that are not clear count nothing.
+
+    For latency each workload counts as much as another, for throughput as much as it takes.
+    """
+    saved, own = 0.0, 0.0
+    for timing in candidate.timings:
+        found = timing.comparison
+        weight = timing.calls * found.own_us
+        if objective != "throughput":
+            weight /= run_s[timing.workload] * 1e6
+        own += weight
+        if found.verdict != "no clear difference":
+            saved += weight * (1 - 1 / found.speedup)
+    return saved / own if own else 0.0
+
+
+def _memory_gain(candidate: Candidate) -> float:
+    """Which part of the layers' memory a candidate saves, at the worst of all workloads; less than a hundredth is none."""
+    gains = [
+        1 - t.comparison.peak / t.comparison.own_peak
+        for t in candidate.timings
+        if t.comparison.peak is not None and t.comparison.own_peak
+    ]
+    return min(gains) if gains and min(gains) > 0.01 else 0.0
+
+
+def _words(found: Comparison) -> str:
+    if found.verdict == "no clear difference":
+        return found.verdict
+    return f"{found.speedup:.3g} ({found.low:.3g}-{found.high:.3g}) times as fast"

@@ -1,0 +1,47 @@
+"""Calls: a layer's own code, or a kernel, as a function of a module and the arguments of its forward, without any guard."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from kernelwise._data import Binding, Kernel, Layer, Parameter
+from kernelwise._signature import bind, source
+
+Call = Callable[..., Any]
+"""`call(module, **arguments)`: the layer's own code or a kernel, with a copy of the module and the forward's arguments."""
+
+
+def own_call(layer: Layer, own: Callable[..., Any]) -> Call:
+    """Return the call of the layer's own code: a class's forward, or the function that a forward calls."""
+    _, passed = source(layer.signature)
+    return _function(layer.signature, passed if layer.function is not None else f"_module, {passed}", own)
+
+
+def kernel_call(layer: Layer, kernel: Kernel, mode: str) -> Call:
+    """Return the call of a kernel for a layer, without any guard: what it does is what is to be seen."""
+    assert kernel.function is not None
+    found = layer.computes(mode) if kernel.op is not None else None
+    if found is None:
+        passed, _ = bind(layer.signature, kernel.signature)
+        return _function(layer.signature, f"_module, {passed}", kernel.function)
+    taken = {p.name for p in kernel.signature}
+    passed = ", ".join(
+        [f"{role}={_expression(binding)}" for role, binding in found.roles if not taken or role in taken]
+        + [f"{name}={value!r}" for name, value in found.options if not taken or name in taken]
+    )
+    return _function(layer.signature, passed, kernel.function)
+
+
+def _expression(binding: Binding) -> str:
+    if binding.kind == "argument":
+        return str(binding.value)
+    return f"_module.{binding.value}" if binding.kind in ("attribute", "child") else repr(binding.value)
+
+
+def _function(parameters: Sequence[Parameter], passed: str, function: Callable[..., Any]) -> Call:
+    namespace: dict[str, Any] = {"_function": function}
+    names = "".join(f", {p.name}" for p in parameters)
+    exec(f"def call(_module{names}):\n    return _function({passed})", namespace)
+    call: Call = namespace["call"]
+    return call
