@@ -159,3 +159,49 @@ def test_t5_keeps_its_own_norms() -> None:
     before = model(ids).last_hidden_state
     kw.kernelize(model)
     torch.testing.assert_close(model(ids).last_hidden_state, before)
+
+
+class InLists(nn.Module):
+    """A gated MLP whose children stand in a `ModuleList` and in a `Sequential`."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.ends = nn.ModuleList([nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)])
+        self.gate = nn.Sequential(nn.Linear(width, width, bias=False), nn.SiLU())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.ends[1](self.gate(x) * self.ends[0](x))
+
+
+class InPlainList(nn.Module):
+    """A gated MLP whose children stand in a list and are registered under numbers."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.layers = [nn.Linear(width, width, bias=False) for _ in range(3)]
+        for index, layer in enumerate(self.layers):
+            self.add_module(str(index), layer)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers[2](nn.functional.silu(self.layers[0](x)) * self.layers[1](x))
+
+
+@pytest.mark.parametrize("kind", [InLists, InPlainList])
+def test_children_in_lists_are_reached(kind: type[nn.Module], x: torch.Tensor) -> None:
+    model = nn.Sequential(kind(16)).eval()
+    expected = model(x)
+    assert not kw.verify(model).failures
+    kw.kernelize(model)
+    row = kw.report(model).rows[0]
+    assert row.kernel == "builtin:SwiGLUMLP"
+    torch.testing.assert_close(model(x), expected)
+    assert not model[0].__dict__["_kernelwise"].fallbacks
+
+
+@pytest.mark.parametrize("at", [0, 1])
+def test_a_hook_on_a_child_of_a_container_that_the_kernel_absorbs_fires(at: int, x: torch.Tensor) -> None:
+    model = nn.Sequential(InLists(16)).eval()
+    kw.kernelize(model)
+    before = model(x)
+    model[0].gate[at].register_forward_hook(lambda module, given, output: output * 2)
+    assert not torch.allclose(model(x), before)

@@ -10,6 +10,7 @@ import torch
 from exact import float64_mode
 from torch import Tensor, nn
 
+from kernelwise._applying._bind import follow
 from kernelwise._data import Recognition
 from kernelwise._recognize import recognize
 from kernelwise._recognize._children import record_calls
@@ -29,7 +30,7 @@ def reference_arguments(recognition: Recognition, module: nn.Module | None, give
             arguments[role] = getattr(module, str(binding.value))
         elif binding.kind == "child":
             assert module is not None
-            arguments[role] = first_of(module.get_submodule(str(binding.value)))
+            arguments[role] = first_of(follow(module, tuple(str(binding.value).split("."))))
         else:
             arguments[role] = binding.value
     return arguments

@@ -93,10 +93,10 @@ def holding(recognition: Recognition) -> Callable[[torch.nn.Module], bool] | Non
 
     def holds(self: torch.nn.Module) -> bool:
         for path in modes:
-            if getattr(_follow(self, path), "training", None) is not self.training:
+            if getattr(follow(self, path), "training", None) is not self.training:
                 return False
         for path, value in held:
-            now = _follow(self, path)
+            now = follow(self, path)
             if path[-1] == "_modules":
                 if kinds_of(now) != value:
                     return False
@@ -110,15 +110,25 @@ def holding(recognition: Recognition) -> Callable[[torch.nn.Module], bool] | Non
     return holds
 
 
-def _follow(value: Any, path: tuple[str, ...]) -> Any:
+def follow(value: Any, path: tuple[str, ...]) -> Any:
+    """Return what stands at a path below a module: children, items of lists and dicts, attributes; None where nothing does."""
     for name in path:
-        if isinstance(value, torch.nn.Module):
-            value = value._modules[name] if name in value._modules else getattr(value, name, None)
+        children = getattr(value, "_modules", None)
+        if isinstance(children, dict) and name in children:
+            value = children[name]
         elif isinstance(value, dict):
             value = value.get(name)
+        elif isinstance(value, (list, tuple)):
+            value = value[int(name)] if name.isdigit() and int(name) < len(value) else None
         else:
             value = getattr(value, name, None)
     return value
+
+
+def reach(module: str, path: str) -> str:
+    """Return the expression for what stands at a path of a module; what is in a `ModuleList` has a number for a name."""
+    names = tuple(path.split("."))
+    return f"{module}.{path}" if all(map(str.isidentifier, names)) else f"_kw_follow({module}, {names!r})"
 
 
 def run_own(self: torch.nn.Module, why: str | None, *args: Any, **kwargs: Any) -> Any:
@@ -237,7 +247,7 @@ def _compile(
             # The dict first: a parameter found through nn.Module.__getattr__ costs several times as much.
             lines += [
                 "    _kw_parameters = self._parameters",
-                f'    _kw_weight = _kw_parameters["{weight}"] if "{weight}" in _kw_parameters else self.{weight}',
+                f'    _kw_weight = _kw_parameters["{weight}"] if "{weight}" in _kw_parameters else {reach("self", weight)}',
             ]
         guard = _guard(recognition, limits)
     else:
@@ -308,6 +318,7 @@ def _compile(
         "_kw_carries_grad": carries_grad,
         "_kw_unchanged": unchanged,
         "_kw_holds": holds,
+        "_kw_follow": follow,
         "_kw_OutOfMemory": torch.OutOfMemoryError,
         "_kw_refusals": REFUSALS,
         "_kw_CHANGED": CHANGED,
@@ -346,8 +357,8 @@ def _expression(binding: Binding) -> str:
         return str(binding.value)
     if binding.kind == "child":  # as the weight: through nn.Module.__getattr__ it costs several times as much
         name = binding.value
-        return f'(self._modules["{name}"] if "{name}" in self._modules else self.{name})'
-    return f"self.{binding.value}" if binding.kind == "attribute" else repr(binding.value)
+        return f'(self._modules["{name}"] if "{name}" in self._modules else {reach("self", str(name))})'
+    return reach("self", str(binding.value)) if binding.kind == "attribute" else repr(binding.value)
 
 
 def _guard(recognition: Recognition, limits: Limits) -> str:

@@ -24,7 +24,7 @@ from kernelwise._recognize._explain import NearMiss, near_miss
 from kernelwise._recognize._fit import condition
 from kernelwise._recognize._memory import Entry, modes
 from kernelwise._recognize._reach import is_library, not_only_of_its_inputs, plain_function
-from kernelwise._recognize._reads import OF_THE_MODULE, SCALARS, Reads, is_child_token
+from kernelwise._recognize._reads import OF_THE_MODULE, SCALARS, Reads, has_hooks, is_child_token
 from kernelwise._recognize._record import Untraceable
 from kernelwise._recognize._search import Finding, find_function
 from kernelwise._recognize._trace import innermost_forward
@@ -149,8 +149,11 @@ def _child(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
 
 
 def kinds_of(children: dict[str, nn.Module | None]) -> tuple[str, ...]:
-    """Names and classes of the children of a container."""
-    return tuple(f"{name}: {type(child).__qualname__}" for name, child in children.items())
+    """Names and classes of the children of a container, and which of them run more than the forward of their class."""
+    return tuple(
+        f"{name}: {type(child).__qualname__}{' with hooks' if child is not None and has_hooks(child) else ''}"
+        for name, child in children.items()
+    )
 
 
 def _is_scalar(value: object) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
+from kernelwise._applying._bind import follow, reach
 from kernelwise._data import Binding, Kernel, Layer, Parameter
 from kernelwise._signature import bind, source
 
@@ -36,11 +37,11 @@ def kernel_call(layer: Layer, kernel: Kernel, mode: str) -> Call:
 def _expression(binding: Binding) -> str:
     if binding.kind == "argument":
         return str(binding.value)
-    return f"_module.{binding.value}" if binding.kind in ("attribute", "child") else repr(binding.value)
+    return reach("_module", str(binding.value)) if binding.kind in ("attribute", "child") else repr(binding.value)
 
 
 def _function(parameters: Sequence[Parameter], passed: str, function: Callable[..., Any]) -> Call:
-    namespace: dict[str, Any] = {"_function": function}
+    namespace: dict[str, Any] = {"_function": function, "_kw_follow": follow}
     names = "".join(f", {p.name}" for p in parameters)
     exec(f"def call(_module{names}):\n    return _function({passed})", namespace)
     call: Call = namespace["call"]
