@@ -21,7 +21,8 @@ GPU = {
     "Llama-3-8B shape": "gpu_e2e_h100.json",
     "Qwen3-8B shape": "gpu_e2e_h100_qwen3.json",
     "Gemma-3-4B shape": "gpu_e2e_h100_gemma3.json",
-}CPU = ("cpu_e2e_avx2.json", "cpu_e2e_avx2_two_threads.json")  # what is in both counts as in the last
+}
+CPU = ("cpu_e2e_avx2.json", "cpu_e2e_avx2_two_threads.json")  # what is in both counts as in the last
 WORK = {"prefill": "prefill_ms", "decode": "decode_dynamic_ms", "training": "train_ms"}
 CPU_WORK = {"prefill": "prefill", "decode": "decode", "training": "train"}
 VARIANTS = {"Kernelwise": ("ours", "ours+loss"), "torch.compile": ("compile",), "Liger": ("liger", "liger+loss")}
