@@ -24,7 +24,7 @@ import torch
 from torch import nn
 
 from kernelwise._cache import cache_directory as cache_directory
-from kernelwise._errors import KernelwiseError, MissingDependencyError
+from kernelwise._errors import KernelwiseError, MissingDependencyError, said
 from kernelwise._reference import nearest
 
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
@@ -107,7 +107,7 @@ def named_object(spec: str) -> Any:
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:
-        raise KernelwiseError(f"cannot import {module_name!r} for {spec!r}: {one_line(error)}\n{FORMS}") from error
+        raise KernelwiseError(f"cannot import {module_name!r} for {spec!r}: {said(error)}\n{FORMS}") from error
     for part in name.split("."):
         found = getattr(found, part, None)
     if found is None:
@@ -122,7 +122,7 @@ def from_factory(spec: str, dtype: str | None) -> NamedModel:
             found = found()
         except Exception as error:
             raise KernelwiseError(
-                f"{spec} failed: {one_line(error)}\n  go on      name a function that takes no arguments and returns a module"
+                f"{spec} failed: {said(error)}\n  go on      name a function that takes no arguments and returns a module"
             ) from error
     if not isinstance(found, nn.Module):
         raise KernelwiseError(
@@ -150,7 +150,7 @@ def config_of(transformers: Any, spec: str) -> Any:
     try:
         return transformers.AutoConfig.from_pretrained(spec, trust_remote_code=False)
     except Exception as error:  # a missing file, no network, custom code, a type this transformers does not know
-        raise KernelwiseError(f"cannot read the config of {spec!r}: {one_line(error)}\n{FORMS}") from error
+        raise KernelwiseError(f"cannot read the config of {spec!r}: {said(error)}\n{FORMS}") from error
 
 
 def config_class(transformers: Any, model_type: str) -> Any:
@@ -174,7 +174,7 @@ def _small(model_type: str, dtype: str | None) -> NamedModel:
             size = sum(parameter.numel() for parameter in instantiate(transformers, config, "float32", "").parameters())
     except Exception as error:
         raise KernelwiseError(
-            f"no small {model_type} can be built from a config alone: {one_line(error)}\n{go_on}"
+            f"no small {model_type} can be built from a config alone: {said(error)}\n{go_on}"
         ) from error
     if size > MAX_SMALL_PARAMETERS:
         raise KernelwiseError(f"{model_type} does not become small: {size / 1e6:.0f} M parameters are left\n{go_on}")
@@ -235,9 +235,7 @@ def instantiate(transformers: Any, config: Any, dtype: str, spec: str) -> nn.Mod
     except Exception as error:
         if not spec:
             raise
-        raise KernelwiseError(
-            f"transformers cannot build {spec!r} from its config: {one_line(error)}\n{FORMS}"
-        ) from error
+        raise KernelwiseError(f"transformers cannot build {spec!r} from its config: {said(error)}\n{FORMS}") from error
     finally:
         torch.set_default_dtype(before)
     return model.eval()
@@ -288,11 +286,6 @@ def transformers_library() -> Any:
         return importlib.import_module("transformers")
     except ImportError as error:
         raise MissingDependencyError(
-            f"this MODEL needs transformers, which cannot be imported: {one_line(error)}\n"
+            f"this MODEL needs transformers, which cannot be imported: {said(error)}\n"
             '  go on      pip install "kernelwise[transformers]", or name a module:factory'
         ) from error
-
-
-def one_line(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

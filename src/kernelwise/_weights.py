@@ -14,7 +14,7 @@ import torch
 from torch import nn
 from torch.utils._pytree import tree_map_only
 
-from kernelwise._errors import KernelwiseError
+from kernelwise._errors import KernelwiseError, said
 from kernelwise._models import (
     FORMS,
     HUB_ID,
@@ -26,7 +26,6 @@ from kernelwise._models import (
     load_model,
     named_object,
     no_directory,
-    one_line,
     small_config,
     transformers_library,
 )
@@ -102,7 +101,7 @@ def _trained(spec: str, dtype: str | None, place: torch.device, layers: int | No
     try:
         model = named.from_pretrained(source, config=config, dtype=wanted)
     except Exception as error:
-        raise KernelwiseError(f"cannot load the weights of {spec!r}: {one_line(error)}\n{FORMS}") from error
+        raise KernelwiseError(f"cannot load the weights of {spec!r}: {said(error)}\n{FORMS}") from error
     return NamedModel(model.to(place).eval(), notes)
 
 
@@ -116,7 +115,7 @@ def _of_type(spec: str, dtype: str | None, place: torch.device, full: bool, laye
     try:
         config = cls() if full else small_config(cls)
     except Exception as error:
-        raise KernelwiseError(f"no {spec} can be built from a config alone: {one_line(error)}\n{FORMS}") from error
+        raise KernelwiseError(f"no {spec} can be built from a config alone: {said(error)}\n{FORMS}") from error
     notes = _cut(config, layers)
     size = "with the sizes of its config's defaults" if full else "small"
     return _random(transformers, config, dtype or "float32", place, spec, (*notes, f"random weights, {size}"))
@@ -191,7 +190,7 @@ def load_inputs(spec: str, model: nn.Module) -> Any:
             found = found()
         except Exception as error:
             raise KernelwiseError(
-                f"{spec} failed: {one_line(error)}\n  go on      name a function that takes no arguments"
+                f"{spec} failed: {said(error)}\n  go on      name a function that takes no arguments"
             ) from error
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), found)

@@ -14,7 +14,6 @@ from torch import Tensor, nn
 from kernelwise._recognize import Recognizer, _recognize_function, recognize
 from kernelwise.sources.builtin import CATALOGUE
 
-LIMIT = 128
 LOG: list[Any] = []
 SEEN: dict[str, Any] = {}
 

@@ -343,7 +343,7 @@ def _role_arguments(
     weight = _weight(recognition)
     called = dict(passing.children) if passing is not None else {}
     arguments = [
-        f"{role}={'_kw_weight' if role == 'weight' and weight else called.get(role) or _expression(binding)}"
+        f"{role}={'_kw_weight' if role == 'weight' and weight else called.get(role) or expression(binding)}"
         for role, binding in recognition.roles
         if not taken or role in taken
     ]
@@ -352,13 +352,14 @@ def _role_arguments(
     return arguments + [f"{name}={value!r}" for name, value in recognition.options if not taken or name in taken]
 
 
-def _expression(binding: Binding) -> str:
+def expression(binding: Binding, module: str = "self") -> str:
+    """Return the expression for what fills a role, in a function that has `_kw_follow` and the module under a name."""
     if binding.kind == "argument":
         return str(binding.value)
     if binding.kind == "child":  # as the weight: through nn.Module.__getattr__ it costs several times as much
-        name = binding.value
-        return f'(self._modules["{name}"] if "{name}" in self._modules else {reach("self", str(name))})'
-    return reach("self", str(binding.value)) if binding.kind == "attribute" else repr(binding.value)
+        name = str(binding.value)
+        return f'({module}._modules["{name}"] if "{name}" in {module}._modules else {reach(module, name)})'
+    return reach(module, str(binding.value)) if binding.kind == "attribute" else repr(binding.value)
 
 
 def _guard(recognition: Recognition, limits: Limits) -> str:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kernelwise._applying._bind import follow, reach
-from kernelwise._data import Binding, Kernel, Layer, Parameter
+from kernelwise._applying._bind import expression, follow
+from kernelwise._data import Kernel, Layer, Parameter
 from kernelwise._signature import bind, source
 
 Call = Callable[..., Any]
@@ -28,16 +28,10 @@ def kernel_call(layer: Layer, kernel: Kernel, mode: str) -> Call:
         return _function(layer.signature, f"_module, {passed}", kernel.function)
     taken = {p.name for p in kernel.signature}
     passed = ", ".join(
-        [f"{role}={_expression(binding)}" for role, binding in found.roles if not taken or role in taken]
+        [f"{role}={expression(binding, '_module')}" for role, binding in found.roles if not taken or role in taken]
         + [f"{name}={value!r}" for name, value in found.options if not taken or name in taken]
     )
     return _function(layer.signature, passed, kernel.function)
-
-
-def _expression(binding: Binding) -> str:
-    if binding.kind == "argument":
-        return str(binding.value)
-    return reach("_module", str(binding.value)) if binding.kind in ("attribute", "child") else repr(binding.value)
 
 
 def _function(parameters: Sequence[Parameter], passed: str, function: Callable[..., Any]) -> Call:
