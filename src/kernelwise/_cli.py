@@ -22,7 +22,7 @@ from kernelwise._evidence import Tuning
 from kernelwise._mapping import DEVICE_HINTS, MISS_HINTS, MODE_HINTS
 from kernelwise._models import DTYPES, NamedModel, load_model
 from kernelwise._reference import did_you_mean, nearest
-from kernelwise._table import render
+from kernelwise._table import ROOT, render
 
 app = typer.Typer(
     add_completion=False,
@@ -97,21 +97,26 @@ def layers_command(
 ) -> None:
     """List the layers of MODEL where a kernel can go, what each computes, and the layers of which that is not known."""
     from kernelwise._discover import discover
-    from kernelwise._unknown import explain as explanation
-    from kernelwise._unknown import unknown_layers
+    from kernelwise._unknown import explain as explanations
+    from kernelwise._unknown import explanation_text, unknown_layers
 
     named = load_model(model, dtype=dtype)
     if explain is not None:
-        print(explanation(named.model, explain))
+        explained = explanations(named.model, explain)
+        if as_json:
+            _print_json({"explained": to_json(explained), "notes": named.notes})
+        else:
+            print(explanation_text(explained))
         return
     found, unknown = discover(named.model), unknown_layers(named.model)
     if as_json:
         _print_json({"layers": to_json(found), "unknown": to_json(unknown), "notes": named.notes})
     else:
         print(_layers_table(found, named))
-        print("\nNot recognised; a PATH after --explain shows more.")
-        rows = [(layer.path, layer.name, "", layer.like or "", layer.reason) for layer in unknown]
-        print(render(("layer", "class", "", "looks like", "why"), rows))
+        if unknown:
+            print("\nNot recognised; a PATH after --explain shows more.")
+            rows = [(layer.path, layer.name, "", layer.like or "", layer.reason) for layer in unknown]
+            print(render(("layer", "class", "", "looks like", "why"), rows))
 
 
 @app.command("plan")
@@ -555,7 +560,7 @@ def _explanation(decided: Plan) -> str:
     lines: list[str] = []
     for layer, decisions in by_layer.items():
         known = f"computes {layer.recognition.op}" if layer.recognition else "what it computes was not recognised"
-        lines.append(f"{layer.path or '(the model itself)'}  {layer.name}, {layer.how}, {known} ({layer.class_name})")
+        lines.append(f"{layer.path or ROOT}  {layer.name}, {layer.how}, {known} ({layer.class_name})")
         for decision, modes in decisions.items():
             kernel = str(decision.kernel.ref) if decision.kernel else "own code"
             lines.append(f"  {' + '.join(modes)}: {kernel}, asked by {decision.asked_by}")

@@ -6,6 +6,9 @@ import re
 from collections.abc import Sequence
 from io import StringIO
 
+ROOT = "(the model itself)"
+"""What stands for the empty path, that of the whole model, where people read it."""
+
 _MIN_WIDTH = 120
 
 
@@ -27,7 +30,7 @@ def fold(rows: Sequence[Sequence[str]]) -> list[list[str]]:
     folded = []
     for (pattern, *rest), paths in groups.items():
         label = paths[0] if len(paths) == 1 else f"{pattern} ({len(paths)})"
-        folded.append([label or "(the model itself)", *rest])
+        folded.append([label or ROOT, *rest])
     return folded
 
 

@@ -26,6 +26,7 @@ from kernelwise.ops import OPERATIONS, Operation, Variant
 
 _NORMS = frozenset({"rms_norm", "layer_norm"})
 _MOST_CHILDREN = 24
+_NEARNESS = ((2, "is "), (1, "looks like "))  # how the reasons of `_compare` and `prove` begin
 
 
 def find(module: nn.Module, *, training: bool | None) -> Finding:
@@ -38,7 +39,25 @@ def find(module: nn.Module, *, training: bool | None) -> Finding:
         return finding
     for path, value in finding.reads.tokens.items():
         layer.reads.tokens.setdefault(path, value)
+    if layer.recognition is None and _says_more(finding, layer):
+        return replace(finding, reads=layer.reads)
     return layer
+
+
+def _says_more(finding: Finding, layer: Finding) -> bool:
+    """Whether what was found without a look at the children is nearer to an operation; where both are far, has a graph."""
+    own, other = _nearness(finding.reason), _nearness(layer.reason)
+    return own > other or (own == other and layer.graph is None and finding.graph is not None)
+
+
+def _nearness(reason: str | None) -> int:
+    """How near an operation a layer is that keeps its own code for this reason; 0 where it is like none."""
+    return next((rank for rank, start in _NEARNESS if (reason or "").startswith(start)), 0)
+
+
+def _nearer(reason: str | None, other: str) -> str:
+    """Of two reasons the one of the nearer operation, else the first: a further way to trace a layer may be far off."""
+    return other if reason is None or _nearness(other) > _nearness(reason) else reason
 
 
 def find_layer(module: nn.Module, *, training: bool | None) -> Finding | None:
@@ -52,17 +71,17 @@ def find_layer(module: nn.Module, *, training: bool | None) -> Finding | None:
     try:
         for trace, graph in traces(module, norms, reads, training):
             if isinstance(graph, str):
-                reason = reason or graph
+                reason = _nearer(reason, graph)
                 continue
             shown = shown or str(graph)
             for op, variant in _variants_like(graph):
                 found = _compare(op, variant, graph, trace)
                 if isinstance(found, Recognition):
                     return Finding(found, None, None, _merged(reads, known))
-                if found is not None and not (reason or "").startswith("is "):  # what comes closest
-                    reason = found
+                if found is not None:
+                    reason = _nearer(reason, found)
     except Untraceable as error:
-        reason = str(error)
+        reason = _nearer(reason, str(error))
     return Finding(None, reason or "no known layer has this graph", shown, _merged(reads, known))
 
 

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
 from kernelwise._evidence import OWN_CODE, Choice
+from kernelwise._table import ROOT
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +41,7 @@ def tree(choices: Sequence[Choice]) -> tuple[Node, ...]:
     for index, choice in enumerate(choices):
         for path in choice.paths or (choice.layer,):
             module = root
-            for part in path.split(".") if path else ("(the model itself)",):
+            for part in path.split(".") if path else (ROOT,):
                 module = module.children.setdefault(part, _Module())
             module.choices.append(index)
     changed = frozenset(index for index, choice in enumerate(choices) if choice.chosen != OWN_CODE)
