@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -20,7 +20,18 @@ from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound, Match, markers, match
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Failed, Recorder, Source, Untraceable
-from kernelwise._recognize._rounds import FIRST, SIZE_NAMES, Round, dtype_of, sizes_of
+from kernelwise._recognize._rounds import (
+    FIRST,
+    SIZE_NAMES,
+    Round,
+    dtype_of,
+    names_of,
+    round_at,
+    sizes_of,
+    sizes_of_leads,
+    with_size,
+)
+from kernelwise._recognize._sizes import Decisions, Sizes, Tree, Watch, sizes_otherwise
 from kernelwise._recognize._stand_in import Stage
 from kernelwise._recognize._trace import trace
 from kernelwise.ops import OPERATIONS, Operation, Variant
@@ -30,19 +41,28 @@ from kernelwise.ops import OPERATIONS, Operation, Variant
 class Candidate:
     """A layer or a function that can be traced again and again.
 
-    `run(stage, round)` returns its graph. `reads` collects what all traces have read.
+    `run(stage, round)` returns its graph; `sizes(round)` are the sizes that its arguments have there, by name. `reads`
+    collects what all traces have read, `decisions` what each has decided by sizes.
     """
 
     run: Callable[[Stage, Round], Graph]
     reads: Reads
     training: bool | None = None
+    sizes: Callable[[Round], Sizes] = sizes_of_leads
+    decisions: dict[Round, Decisions] = field(default_factory=dict)
+    proven: set[tuple[Any, ...]] = field(default_factory=set)
 
     def graph(self, at: Round, overrides: dict[str, Any] | None = None) -> Graph:
         """Trace once. Raises `Untraceable`."""
-        stage = Stage(Recorder(), FakeTensorMode(), at.widths, training=self.training, overrides=overrides or {})
+        watch = Watch(names_of(self.sizes(at)))
+        stage = Stage(
+            Recorder(), FakeTensorMode(), at.widths, training=self.training, overrides=overrides or {}, watch=watch
+        )
         try:
             return self.run(stage, at)
         finally:
+            if not overrides:
+                self.decisions[at] = watch.decisions
             for path, value in stage.reads.tokens.items():
                 if not overrides or path[0] not in overrides:
                     self.reads.tokens.setdefault(path, value)
@@ -182,6 +202,9 @@ class _RoleChild:
         return self._stage.recorder.call(self._source, (x, *more), output)
 
 
+_MOST_DECISIONS = 48
+
+
 def prove(
     op: Operation,
     variant: Variant,
@@ -190,7 +213,46 @@ def prove(
     roles: dict[str, Bound],
     rounds: tuple[Round, ...],
 ) -> str | None:
-    """Return why a layer that matched in the first round is not this variant after all, or None."""
+    """Return why a layer that matched in the first round is not this variant after all, or None.
+
+    Besides these rounds, it is tried at sizes at which it decides something else than there, and at what it decides at those.
+    """
+    problem = _prove(op, variant, fixed, candidate, roles, rounds)
+    done = [at for at in (FIRST, *rounds) if at in candidate.decisions]
+    outcomes: dict[Tree, set[bool]] = {}
+    for at in done:
+        for tree, outcome in candidate.decisions[at].items():
+            outcomes.setdefault(tree, set()).add(outcome)
+    most = len(done) + _MOST_DECISIONS
+    for at in done:  # which grows
+        for tree, outcome in candidate.decisions[at].items():
+            if problem is not None:
+                return problem
+            if {outcome} != outcomes[tree]:
+                continue
+            outcomes[tree].add(not outcome)  # it is looked for once
+            sizes = sizes_otherwise(tree, candidate.decisions[at], candidate.sizes(at), with_size)
+            if sizes is None:
+                continue
+            there = round_at(at, sizes)
+            problem = _prove(op, variant, fixed, candidate, roles, (there,))
+            if there in candidate.decisions and there not in done:
+                done.append(there)
+                for other, found in candidate.decisions[there].items():
+                    outcomes.setdefault(other, set()).add(found)
+            if len(done) > most:
+                return f"is {op.name} {dict(variant.options)} in bfloat16, but decides more by sizes than is tried"
+    return problem
+
+
+def _prove(
+    op: Operation,
+    variant: Variant,
+    fixed: dict[str, int],
+    candidate: Candidate,
+    roles: dict[str, Bound],
+    rounds: tuple[Round, ...],
+) -> str | None:
     has_parameters = any(role.kind == "attribute" or role.follows == "parameters" for role in op.roles)
     has_leaves = any(role.kind == "child" for role in op.roles)
     # A forward that looks at a child's weight may do something else where its dtype is another one.
@@ -199,6 +261,10 @@ def prove(
         for path, value in candidate.reads.tokens.items()
     )
     for at in rounds:
+        key = (op.name, variant, tuple(fixed.items()), at)
+        if key in candidate.proven:
+            continue
+        candidate.proven.add(key)
         if not has_parameters and at.widths.activations != at.widths.parameters:
             continue
         if not has_leaves and at.widths.leaves is not None:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kernelwise._recognize._record import Widths
+from kernelwise._recognize._sizes import Sizes, Tree, parts_of
 from kernelwise.ops import Operation, Role, Variant
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -130,6 +131,56 @@ ROUNDS_OF_COMPARED_SIZES = (
     *(replace(FIRST, sizes=((name, size),)) for name in ("Hq", "Hk") for size in (11, 13, 46)),
     replace(FIRST, sizes=(("Hq", 5), ("Hk", 3))),
 )
+
+
+def sizes_of_leads(at: Round) -> Sizes:
+    """The sizes of the inputs of a module, by name, that it does not choose: those of its leading dimensions."""
+    return {str(place): size for place, size in enumerate(at.lead)}
+
+
+def sizes_of_module(width: int, at: Round) -> Sizes:
+    """The same with the width of a module that has no parameters."""
+    return {**sizes_of_leads(at), "W": at.width or width}
+
+
+def sizes_of_function(at: Round) -> Sizes:
+    """The sizes of the arguments of a function, by name."""
+    return {**_DEFAULT_SIZES, **dict(at.sizes), "B": at.batch, "S": at.length}
+
+
+def names_of(sizes: Sizes) -> dict[int, Tree]:
+    """What a size in a trace is, where that is clear: one of these, a product of neighbours, or a half."""
+    values = list(sizes.values())
+    names: dict[int, Tree] = {}
+    for place, (name, size) in enumerate(sizes.items()):
+        tree: Tree = ("size", name)
+        names.setdefault(size, tree)
+        names.setdefault(size // 2, ("floordiv", tree, ("number", 2)))
+        for other in list(sizes)[place + 1 :]:
+            size, tree = size * sizes[other], ("mul", tree, ("size", other))
+            names.setdefault(size, tree)
+    unclear = {size for size in values if size < 2 or values.count(size) > 1}
+    return {
+        size: tree
+        for size, tree in names.items()
+        if size > 1 and not unclear & {sizes[name] for name in parts_of(tree, "size")}
+    }
+
+
+def with_size(sizes: Sizes, name: str, size: int) -> Sizes | None:
+    """Sizes with one of them changed, and those that go with it; None where an operation has no such arguments."""
+    if name in ("D", "R"):  # of a head all or a half is turned
+        return {**sizes, "D": size, "R": size // 2} if name == "D" and size % 4 == 0 else None
+    return {**sizes, name: size}
+
+
+def round_at(at: Round, sizes: Sizes) -> Round:
+    """The round that has these sizes."""
+    if "B" in sizes:
+        rest = tuple((name, size) for name, size in sizes.items() if size != _DEFAULT_SIZES[name] and name not in "BS")
+        return replace(at, lead=(sizes["B"], sizes["S"]), sizes=rest)
+    lead = tuple(sizes[str(place)] for place in range(len(at.lead)))
+    return replace(at, lead=lead, width=sizes.get("W", at.width))
 
 
 _DEFAULT_SIZES = {"B": 11, "S": 13, "H": 34, "I": 58, "D": 46, "R": 28, "Hq": 3, "Hk": 5}

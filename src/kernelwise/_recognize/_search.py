@@ -42,6 +42,9 @@ from kernelwise._recognize._rounds import (
     rounds_of_widths,
     shape_of,
     sizes_of,
+    sizes_of_function,
+    sizes_of_leads,
+    sizes_of_module,
 )
 from kernelwise._recognize._stand_in import Stage, make_stand_in
 from kernelwise._recognize._trace import innermost_forward, parameters_of, trace
@@ -170,7 +173,8 @@ def _first_trace(
             }
             return trace(stage, functools.partial(forward, stand_in), (), given)
 
-        candidate = Candidate(run, reads, training)
+        sizes = sizes_of_leads if module._parameters else functools.partial(sizes_of_module, width)
+        candidate = Candidate(run, reads, training, sizes)
         try:
             return candidate, candidate.graph(FIRST)
         except Untraceable as error:
@@ -286,7 +290,7 @@ class _TracedFunction:
             extra = {} if self.choice is None else {self.choice: next(iter(fixed.values()))}
             return trace(stage, self._function, tuple(given), extra)
 
-        return Candidate(run, Reads())
+        return Candidate(run, Reads(), sizes=sizes_of_function)
 
     def compare(self, op: Operation, variant: Variant, choice: str | None, value: int | None) -> dict[str, Bound] | str:
         """The filling of the roles if the function is this variant; else why not, or nothing worth telling."""

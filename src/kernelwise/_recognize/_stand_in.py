@@ -24,6 +24,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernelwise._recognize._reads import CODE, MISSING, OF_THE_MODULE, PLAIN, Reads, has_hooks, is_function, is_own_code
 from kernelwise._recognize._record import Failed, Recorder, Refused, Source, Untraceable, Widths, no_way_back
+from kernelwise._recognize._sizes import Watch
 
 
 @dataclass(slots=True)
@@ -31,7 +32,7 @@ class Stage:
     """Everything one trace shares: the recorder, the fake mode, dtypes, what is read, and what is replaced.
 
     `overrides` replaces plain attributes of the module by name, to see what depends on them. `call_child` answers a call
-    of a child module at a path, or leaves it to the stand-in with NotImplemented.
+    of a child module at a path, or leaves it to the stand-in with NotImplemented. `watch` notes what is decided by sizes.
     """
 
     recorder: Recorder
@@ -41,6 +42,7 @@ class Stage:
     reads: Reads = field(default_factory=Reads)
     overrides: Mapping[str, Any] = field(default_factory=dict)
     call_child: Callable[[Child, nn.Module, tuple[str, ...], tuple[Any, ...], dict[str, Any]], Any] | None = None
+    watch: Watch | None = None
 
     def fake(self, shape: torch.Size | tuple[int, ...], dtype: torch.dtype) -> torch.Tensor:
         """A fake tensor of this shape; one that can have a gradient does."""
@@ -298,10 +300,12 @@ class Child:
         stand_in = make_stand_in(module, inner)
         given = inner.recorder.input(stage.fake(tuple(x.shape), x.dtype), Source("argument", "x"))
         stage.recorder.paused = True
+        watch = stage.watch or Watch({})
+        watch.paused = True
         try:
             result = run(inner, functools.partial(type(module).forward, stand_in), (given,), {})
         finally:
-            stage.recorder.paused = False
+            stage.recorder.paused = watch.paused = False
             for key, value in inner.reads.tokens.items():
                 if value is not OF_THE_MODULE:  # its mode is its own: the call of a leaf stays a call
                     stage.reads.tokens.setdefault((*path, *key), value)
@@ -311,9 +315,12 @@ class Child:
 
 
 # Of Python and of PyTorch, where something does not fit; and what they say where only a trace fails: on tensors without
-# data, and on a write into an input, which may have no gradient otherwise.
+# data, on a write into an input, which may have no gradient otherwise, and on an argument that a layer only hands on.
 _PLAIN_ERRORS = (RuntimeError, TypeError, ValueError, LookupError, AttributeError, AssertionError)
-_ONLY_HERE = ("FakeTensor", "fake tensor", "tensor subclass", "data pointer", "in-place operation")
+_ONLY_HERE = (
+    *("FakeTensor", "fake tensor", "tensor subclass", "data pointer", "in-place operation"),
+    *("'Given'", "not Given", "(Given", ", Given"),
+)
 
 
 def run(stage: Stage, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -326,6 +333,7 @@ def run(stage: Stage, function: Callable[..., Any], args: tuple[Any, ...], kwarg
             torch.amp.autocast("cpu", enabled=False),
             stage.mode,
             stage.recorder,
+            stage.watch or contextlib.nullcontext(),
             no_way_back(),
         ):
             return function(*args, **kwargs)

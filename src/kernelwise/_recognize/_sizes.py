@@ -1,0 +1,279 @@
+"""What a forward decides by the sizes of its tensors, and at which other sizes it would decide otherwise.
+
+A branch on a size compares it with something: a number in the code, an attribute, an entry of a config, another size. While a
+forward is traced, every size that it reads knows where it comes from, and every comparison is written down with its outcome.
+Then sizes are looked for at which one of them has the other outcome, and the forward is traced there too.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import math
+import operator
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
+from kernelwise._recognize._record import Untraceable
+
+Tree = tuple[Any, ...]
+"""How a value comes about: `("size", "B")`, `("number", 40)`, or an operator with its operands."""
+Decisions = Mapping[Tree, bool]
+Sizes = dict[str, int]
+
+LARGEST = 1 << 22
+"""The largest size that is tried: a forward that cuts its input into pieces must come to an end."""
+
+_GIVE_SIZES = frozenset(
+    {torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.nelement, torch.numel}  # type: ignore[attr-defined]
+)
+_OPERATORS = ("add", "sub", "mul", "floordiv", "mod", "pow", "truediv", "lshift", "rshift", "and_", "or_", "xor")
+_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
+_OF_ONE: dict[str, Callable[..., Any]] = {
+    "neg": operator.neg,
+    "abs": operator.abs,
+    "floor": math.floor,
+    "ceil": math.ceil,
+    "trunc": math.trunc,
+}
+_COMPUTE: dict[str, Callable[..., Any]] = {
+    **{name: getattr(operator, name) for name in (*_OPERATORS, *_COMPARISONS)},
+    **_OF_ONE,
+    "round": round,
+}
+_PIECES = 8
+"""Whole parts of fewer elements are taken of most sizes (`shape[-1] // 2`) and decide nothing by themselves."""
+
+
+class Watch(TorchFunctionMode):
+    """Notes what code decides by the sizes of tensors while it is entered.
+
+    `names` says where a size comes from: sizes of one trace that have a name differ from each other.
+    """
+
+    def __init__(self, names: Mapping[int, Tree]) -> None:
+        super().__init__()
+        self.names = names
+        self.decisions: dict[Tree, bool] = {}
+        self.paused = False
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.paused:
+            return result
+        if func in _GIVE_SIZES and _is_asked_by_a_model(1):
+            return self._size(result) if type(result) is int else torch.Size([self._size(item) for item in result])
+        if func is torch.Tensor.__len__ and _is_asked_by_a_model(3):  # PyTorch asks twice in Python
+            raise Untraceable("it takes the length of a tensor as a number (len), which cannot be followed")
+        return result
+
+    def _size(self, value: int) -> int:
+        tree = self.names.get(value)
+        return value if tree is None else _Size(value, tree, self)
+
+    def decide(self, tree: Tree, outcome: bool) -> None:
+        """Note a question and its answer."""
+        if not self.paused:
+            self.decisions.setdefault(tree, outcome)
+
+
+def _is_asked_by_a_model(depth: int) -> bool:
+    """Whether the code that runs so many calls above the caller is neither PyTorch's nor ours."""
+    name = sys._getframe(depth + 1).f_globals.get("__name__")
+    return str(name).partition(".")[0] not in ("torch", "kernelwise")
+
+
+class _Followed:
+    """A number that knows how it came about."""
+
+    tree: Tree
+    watch: Watch
+
+    def __bool__(self) -> bool:
+        return bool(_compared("ne", self, 0))
+
+    def __hash__(self) -> int:
+        self._lost("as a key")
+        return hash(_plain(self))
+
+    def __int__(self) -> int:
+        self._lost("int")
+        return int(_plain(self))
+
+    def __float__(self) -> float:
+        self._lost("float")
+        return float(_plain(self))
+
+    def _lost(self, how: str) -> None:
+        if not self.watch.paused and _is_asked_by_a_model(2):
+            raise Untraceable(f"it takes a size as a number ({how}), which cannot be followed")
+
+    def __divmod__(self, other: Any) -> Any:
+        return _computed("floordiv", self, other), _computed("mod", self, other)
+
+    def __rdivmod__(self, other: Any) -> Any:
+        return _computed("floordiv", other, self), _computed("mod", other, self)
+
+    def __round__(self, digits: int | None = None) -> Any:
+        return _computed("round", self) if digits is None else round(_plain(self), digits)
+
+    def __deepcopy__(self, memo: Any) -> Any:
+        return self
+
+
+class _Size(_Followed, int):  # type: ignore[misc]
+    def __new__(cls, value: int, tree: Tree, watch: Watch) -> _Size:
+        made = int.__new__(cls, value)
+        made.tree, made.watch = tree, watch
+        return made
+
+
+class _Ratio(_Followed, float):  # type: ignore[misc]
+    def __new__(cls, value: float, tree: Tree, watch: Watch) -> _Ratio:
+        made = float.__new__(cls, value)
+        made.tree, made.watch = tree, watch
+        return made
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, _Size):
+        return int.__add__(value, 0)
+    return float.__add__(value, 0.0) if isinstance(value, _Ratio) else value
+
+
+def _is_number(value: Any) -> bool:
+    return issubclass(type(value), (int, float))  # not isinstance: an argument in a trace is asked for no class
+
+
+def _tree(value: Any) -> Tree:
+    return value.tree if isinstance(value, _Followed) else ("number", value)
+
+
+def _computed(name: str, *operands: Any) -> Any:
+    """A number computed from others, one of which is followed."""
+    if not all(_is_number(item) for item in operands):
+        return NotImplemented
+    value = _COMPUTE[name](*map(_plain, operands))
+    watch = next(item.watch for item in operands if isinstance(item, _Followed))
+    tree = (name, *map(_tree, operands))
+    if not _is_asked_by_a_model(2):
+        pass
+    elif name == "mod" and type(value) is int:
+        watch.decide(("ne", tree, ("number", 0)), bool(value))
+    elif name == "floordiv" and type(operands[1]) is int and operands[1] >= _PIECES:
+        watch.decide(("ge", *tree[1:]), bool(_plain(operands[0]) >= operands[1]))
+    if type(value) is int:
+        return _Size(value, tree, watch)
+    return _Ratio(value, tree, watch) if type(value) is float else value
+
+
+def _compared(name: str, left: _Followed, right: Any) -> Any:
+    if not _is_number(right):
+        return NotImplemented
+    outcome = bool(_COMPUTE[name](_plain(left), _plain(right)))
+    if _is_asked_by_a_model(2):
+        left.watch.decide((name, left.tree, _tree(right)), outcome)
+    return outcome
+
+
+def _define() -> None:
+    """Give followed numbers the operators of numbers."""
+
+    def forward(name: str) -> Callable[..., Any]:
+        return lambda self, other, *_: _computed(name, self, other)
+
+    def backward(name: str) -> Callable[..., Any]:
+        return lambda self, other, *_: _computed(name, other, self)
+
+    def of_one(name: str) -> Callable[..., Any]:
+        return lambda self: _computed(name, self)
+
+    def compared(name: str) -> Callable[..., Any]:
+        return lambda self, other: _compared(name, self, other)
+
+    for name in _OPERATORS:
+        word = name.rstrip("_")
+        if hasattr(int, f"__{word}__"):
+            setattr(_Followed, f"__{word}__", forward(name))
+            setattr(_Followed, f"__r{word}__", backward(name))
+    for name in _OF_ONE:
+        setattr(_Followed, f"__{name}__", of_one(name))
+    for name in _COMPARISONS:
+        setattr(_Followed, f"__{name}__", compared(name))
+
+
+_define()
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Sizes at which something is decided otherwise
+# ---------------------------------------------------------------------------------------------------------------------
+
+
+def value_of(tree: Tree, sizes: Mapping[str, int]) -> Any:
+    """What a tree is at other sizes. Raises `ArithmeticError` and `ValueError` as the code would."""
+    if tree[0] == "size":
+        return sizes[tree[1]]
+    if tree[0] == "number":
+        return tree[1]
+    return _COMPUTE[tree[0]](*(value_of(part, sizes) for part in tree[1:]))
+
+
+def parts_of(tree: Tree, kind: str) -> Iterator[Any]:
+    """The names of the sizes, or the numbers, that a tree is made of."""
+    if tree[0] == kind:
+        yield tree[1]
+    elif tree[0] not in ("size", "number"):
+        for part in tree[1:]:
+            yield from parts_of(part, kind)
+
+
+def sizes_otherwise(
+    tree: Tree, decisions: Decisions, at: Sizes, change: Callable[[Sizes, str, int], Sizes | None]
+) -> Sizes | None:
+    """Sizes at which a decision has the other outcome, if possible with those that were made before it as they were.
+
+    `change(sizes, name, size)` gives sizes with one of them changed, or None where there are none.
+    """
+    before = list(itertools.takewhile(lambda one: one != tree, decisions))
+    fallback = None
+    for sizes in _near(tree, at, change):
+        if _outcome(tree, sizes) is not (not decisions[tree]):
+            continue
+        if all(_outcome(one, sizes) is decisions[one] for one in before):
+            return sizes
+        fallback = fallback or sizes
+    return fallback
+
+
+def _outcome(tree: Tree, sizes: Sizes) -> bool | None:
+    try:
+        return bool(value_of(tree, sizes))
+    except (ArithmeticError, ValueError, TypeError):
+        return None
+
+
+def _near(tree: Tree, at: Sizes, change: Callable[[Sizes, str, int], Sizes | None]) -> Iterator[Sizes]:
+    """Sizes next to the numbers that a decision is about: one of them changed, then two."""
+    names = list(dict.fromkeys(parts_of(tree, "size")))
+    numbers = frozenset(int(n) for n in parts_of(tree, "number") if math.isfinite(n))
+    tried = _numbers_near(numbers | {at[name] for name in names})
+    starts = [at]
+    starts += [there for name in names for small in (1, 2, 3) if (there := change(at, name, small)) is not None]
+    for start, name, size in itertools.product(starts, names, tried):
+        sizes = change(start, name, size)
+        if sizes is not None:
+            yield sizes
+
+
+@functools.lru_cache(maxsize=1024)
+def _numbers_near(numbers: Iterable[int]) -> tuple[int, ...]:
+    found = {abs(number) for number in numbers}
+    for a, b in itertools.permutations(found, 2):
+        found |= {a + b, a * b, abs(a - b), a // b if b else a}
+    near = {number + step for number in found for step in (-1, 0, 1)} | {*range(1, 65)}
+    return tuple(sorted(number for number in near if 1 <= number <= LARGEST))
