@@ -3,8 +3,8 @@
     python benchmarks/gpu_tune.py [--shapes llama qwen3 gemma3] [--runs 3]
 
 The models of gpu_e2e.py (8 layers, random bfloat16 weights). For each, and for each of `--runs` runs with an empty cache:
-`kernelwise.tune` on 1 x 2048 tokens for prefill, decoding and a training step, then all contenders side by side, the tuned
-model among them. Written as JSON: the evidence of each tuning and the runs of its race; and the report page of the first. At
+`kernelwise.tune` on 1 x 2048 tokens for prefill, decoding and a training step (without rivals, which come next), then all
+contenders side by side, the tuned model among them. Written as JSON: the evidence of each tuning and the runs of its race; and the report page of the first. At
 the end: how fast the tuned model is as a part of the best contender in each workload and run (1.00 or more, within 3 %), and
 whether the runs chose the same kernels, except where a run found no clear difference between the two.
 """
@@ -74,7 +74,9 @@ def one_run(
     with tempfile.TemporaryDirectory() as cache:
         os.environ["KERNELWISE_CACHE"] = cache
         given = {"input_ids": ids}
-        config = kernelwise.tune(model, given, workload=WORKLOADS, seconds=options.seconds, progress=told)
+        config = kernelwise.tune(
+            model, given, workload=WORKLOADS, seconds=options.seconds, contenders=[], progress=told
+        )
         evidence = config.evidence
         assert evidence is not None
         print(f"== {shape}, run {number}: tuned in {time.perf_counter() - began:.0f} s\n{evidence}", flush=True)

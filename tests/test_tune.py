@@ -467,8 +467,8 @@ def test_for_throughput_a_workload_counts_as_much_as_it_takes(course_and_choices
     course, _ = course_and_choices
     long, short = (Comparison(own, own / by, by, by, by, 9) for own, by in ((1e6, 1.1), (1e3, 0.5)))
     runs = [Run("tuned", "prefill", long), Run("tuned", "decode", short)]
-    assert _confirm._score(replace(course, objective="throughput"), runs, "tuned") > 0
-    assert _confirm._score(course, runs, "tuned") < 0
+    assert _confirm.score(replace(course, objective="throughput"), runs, "tuned") > 0
+    assert _confirm.score(course, runs, "tuned") < 0
 
 
 # ----------------------------------------------------------------------------------------------------- the user's config

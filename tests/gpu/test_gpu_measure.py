@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 
 import pytest
@@ -37,6 +38,20 @@ def test_the_devices_time_is_what_counts(device: str) -> None:
     assert half.own_us == pytest.approx(2 * half.us, rel=0.1)
     assert 50 < half.own_us < 500
     assert same.verdict == "no clear difference"
+
+
+def test_what_it_costs_to_start_a_call_is_hidden_where_that_is_asked_for() -> None:
+    def late(cycles: int, seconds: float) -> Callable[[], object]:
+        return lambda: (time.sleep(seconds), torch.cuda._sleep(cycles))
+
+    calls = {"own": late(100_000, 1e-3), "quick": late(100_000, 0.0), "half": late(50_000, 1e-3)}
+    hidden = compare(calls, own="own", device="cuda", seconds=1.0, hide_starts=True)
+    shown = compare(calls, own="own", device="cuda", seconds=1.0)
+    found = {name: (one.speedup, shown[name].speedup) for name, one in hidden.items()}  # type: ignore[union-attr]
+    assert found["quick"][0] == pytest.approx(1.0, rel=0.1)
+    assert found["half"][0] == pytest.approx(2.0, rel=0.1)
+    assert found["quick"][1] > 5
+    assert found["half"][1] == pytest.approx(1.0, rel=0.1)
 
 
 def test_memory_beyond_what_was_held_is_counted() -> None:

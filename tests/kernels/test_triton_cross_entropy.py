@@ -85,6 +85,17 @@ def test_every_form(cross_entropy: Any, dtype: torch.dtype, shape: tuple[int, in
         )
 
 
+@pytest.mark.parametrize("bend", [4.0, 8.0, 12.0])
+def test_the_slope_of_a_capped_logit_is_exact_where_the_cap_is_near(cross_entropy: Any, bend: float) -> None:
+    logits = torch.full((5, 64), -bend * 20.0, device="cuda", requires_grad=True)
+    labels = torch.arange(5, device="cuda")
+    cross_entropy(logits, labels, softcap=20.0).backward()
+    slope = 1 / torch.cosh(torch.tensor(bend, dtype=torch.float64)) ** 2  # 1 - tanh squared is 0 in float32 beyond 9
+    own = torch.full((5, 64), slope / 64 / 5, dtype=torch.float64)
+    own[torch.arange(5), torch.arange(5)] -= slope / 5
+    torch.testing.assert_close(logits.grad.cpu().double(), own, rtol=1e-5, atol=0.0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("shape", [(33, 577), (300, 50257), (40, 128256)])
 @pytest.mark.parametrize("factor", [1.0, 2.5])

@@ -35,6 +35,15 @@ _TURN_S = {"cpu": 200e-6}
 _TURN_ON_DEVICE_S = 1e-3
 """How long a turn takes at least: so long that reading the clock, or starting a first kernel, is lost in it."""
 
+_AHEAD = 32
+"""The most calls that are started while the device is kept waiting: its queue takes about a thousand kernels."""
+
+_WAIT_S = 0.05
+"""The longest that it is kept waiting for one turn: a first call may take seconds to start."""
+
+_CYCLES_PER_S = 2e9
+"""At least as many as a device has: it may be kept waiting for longer than it is told."""
+
 _SURE = 20
 """The interval misses the true median once in so many times at most."""
 
@@ -43,7 +52,8 @@ _SURE = 20
 class _Contender:
     """A call and what is known of it. `times` are seconds of one call, by the number of the round.
 
-    `spent_s` is what its turns have taken, `best_s` the shortest time of a call that was seen, warming up included.
+    `spent_s` is what its turns have taken, `best_s` the shortest time of a call that was seen, warming up included, and
+    `start_s` the shortest that it took to start one.
     """
 
     name: str
@@ -53,6 +63,7 @@ class _Contender:
     peak: int | None = None
     spent_s: float = 0.0
     best_s: float = math.inf
+    start_s: float = math.inf
     times: dict[int, float] = field(default_factory=dict)
     done: bool = False
     error: str | None = None
@@ -65,6 +76,7 @@ def compare(
     device: str,
     seconds: float,
     min_rounds: int = MIN_ROUNDS,
+    hide_starts: bool = False,
     before: Callable[[str], object] | None = None,
     progress: Callable[[float], None] | None = None,
 ) -> dict[str, Comparison | str]:
@@ -89,6 +101,8 @@ def compare(
         device: where the work is done, such as "cpu", "cuda", "cuda:1" or "rocm".
         seconds: how long the rounds may take in all. First calls and warming up come on top, and so does what is missing
             for `min_rounds`. Rounds end before that when all intervals are narrow; a call about which enough is known rests.
+        hide_starts: keep a CUDA device waiting until the calls of a turn are started, so that its own time alone counts, as
+            in a model that gives it more to do than it can. Other devices are timed as ever.
         min_rounds: how many rounds there are whatever they take. A call that never took less than twice as long as `own`
             has fewer where its turns alone took longer than `seconds`.
         before: called with a call's name before each of its turns, outside of what is timed. A turn is then one call.
@@ -100,7 +114,7 @@ def compare(
     found = {name: _Contender(name, call) for name, call in calls.items()}
     base = found[own]
     with on_device(device), user_random_state(), _no_garbage_collection():
-        turn = _Turn(device, before)
+        turn = _Turn(device, before, hide_starts)
         turn.warm_up(base)
         if base.error is None:
             for one in found.values():
@@ -159,12 +173,13 @@ def _rounds(
 class _Turn:
     """Runs contenders and reads the clock of a device. What a contender raises is noted in it."""
 
-    def __init__(self, device: str, before: Callable[[str], object] | None) -> None:
+    def __init__(self, device: str, before: Callable[[str], object] | None, hide_starts: bool) -> None:
         kind = device.partition(":")[0]
         self._cuda = kind in ("cuda", "rocm")
         self._waits = not self._cuda and kind != "cpu"
         self._least_s = _TURN_S.get(kind, _TURN_ON_DEVICE_S)
         self._before = before
+        self._ahead = hide_starts and self._cuda
         if self._cuda:
             event: Callable[..., torch.cuda.Event] = torch.cuda.Event
             self._begin, self._end = event(enable_timing=True), event(enable_timing=True)
@@ -190,9 +205,9 @@ class _Turn:
                 one.best_s = min(one.best_s, self._time(one, 1))
                 number += 1
             if self._before is None:
-                one.repeats = _repeats(self._least_s, one.best_s)
+                one.repeats = self._repeats(one.best_s)
                 if one.repeats > 1:
-                    one.repeats = _repeats(self._least_s, self._time(one, one.repeats))
+                    one.repeats = self._repeats(self._time(one, one.repeats))
             if self._cuda:
                 one.peak = self._peak(one)
         except Exception as error:
@@ -204,6 +219,8 @@ class _Turn:
         if self._before is not None:
             self._before(one.name)
         self._wait()
+        if self._ahead and one.start_s < math.inf:
+            self._keep_waiting(1.5 * repeats * one.start_s)
         began = perf_counter()
         if self._cuda:
             self._begin.record()
@@ -211,11 +228,20 @@ class _Turn:
             call()
         if self._cuda:
             self._end.record()
+            one.start_s = min(one.start_s, (perf_counter() - began) / repeats)
             self._end.synchronize()
             taken: float = self._begin.elapsed_time(self._end) / 1e3
             return taken / repeats
         self._wait()
         return (perf_counter() - began) / repeats
+
+    def _repeats(self, once_s: float) -> int:
+        """How many calls make a turn."""
+        return min(_AHEAD if self._ahead else 10_000, max(1, math.ceil(self._least_s / max(once_s, 1e-9))))
+
+    def _keep_waiting(self, seconds: float) -> None:
+        """Give the device nothing to do for a time, at least."""
+        torch.cuda._sleep(int(_CYCLES_PER_S * min(seconds, _WAIT_S)))  # type: ignore[no-untyped-call]
 
     def _wait(self) -> None:
         if self._cuda:
@@ -239,10 +265,6 @@ class _Turn:
             del error
             gc.collect()
             torch.cuda.empty_cache()  # or what it had taken is missing for the others
-
-
-def _repeats(least_s: float, once: float) -> int:
-    return min(10_000, max(1, math.ceil(least_s / max(once, 1e-9))))
 
 
 def _compared(base: _Contender, one: _Contender) -> Comparison:

@@ -62,6 +62,7 @@ def measure_group(
     seconds: float,
     calls: int = 1,
     graph: bool = False,
+    hide_starts: bool = False,
     progress: Callable[[float], None] | None = None,
 ) -> Timing | str:
     """Time a kernel and the own code of a layer in turns, on what the layer was given; or say why that cannot be.
@@ -83,6 +84,7 @@ def measure_group(
         seconds: how long the rounds may take; building, compiling and warming up come on top.
         calls: how often the model calls a layer of this kind in the workload, for the record.
         graph: call both inside CUDA graphs, so that what starting them costs does not count.
+        hide_starts: count a CUDA device's own time alone, as in a workload in which it is what all wait for.
         progress: told which part of the rounds is done, 0 to 1.
 
     Raises:
@@ -120,7 +122,9 @@ def measure_group(
                 except Exception as error:
                     return f"{who} cannot run in a CUDA graph: {said(error)}"
                 made_s = perf_counter() - began
-        compared = compare(steps, own=OWN_CODE, device=device, seconds=seconds, progress=progress)[name]
+        compared = compare(
+            steps, own=OWN_CODE, device=device, seconds=seconds, hide_starts=hide_starts, progress=progress
+        )[name]
     if isinstance(compared, str):
         return compared
     if graph:

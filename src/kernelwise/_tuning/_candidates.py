@@ -74,39 +74,41 @@ class Kind:
 def kinds_of(model: nn.Module, layers: Iterable[Layer], modes: Sequence[str]) -> tuple[Kind, ...]:
     """Group the layers into which a kernel can go, for each mode. Those that are blocked or excluded are left out.
 
-    So are layers that hold others, and a head with its loss: what they are called with cannot be made or cut, so that nothing
-    proves a kernel there. They get what they get by default.
+    So are wholes: see `_wholes`.
     """
     found: dict[tuple[Any, ...], list[Layer]] = {}
     for layer in layers:
-        if layer.blocked or layer.excluded or not (layer.function or "forward").isidentifier():
+        there = [mode for mode in modes if not is_whole(layer, mode)]
+        if layer.blocked or layer.excluded or not there:
             continue
         module = module_of(model, layer)
         traits = (function_code(own_code(module, layer)),) if layer.function else traits_of(module, None, {})
-        for mode in modes:
-            computes = layer.computes(mode)
-            if computes is not None and "passing" in dict(computes.options):
-                continue
-            key = (
-                layer.name,
-                layer.class_name,
-                layer.function,
-                layer.device,
-                layer.dtypes,
-                computes,
-                mode,
-                repr(traits),
-            )
-            found.setdefault(key, []).append(layer)
-    return tuple(
-        Kind(
-            alike[0],
-            tuple(dict.fromkeys(layer.path for layer in alike)),
-            key[-2],
-            key[-1],
-            tuple(dict.fromkeys(place for layer in alike for place in _places(layer))),
-        )
-        for key, alike in found.items()
+        for mode in there:
+            found.setdefault((*looks(layer, mode), layer.dtypes, mode, repr(traits)), []).append(layer)
+    return tuple(kind_of(alike, key[-2], key[-1]) for key, alike in found.items())
+
+
+def is_whole(layer: Layer, mode: str) -> bool:
+    """Whether a layer holds others to which it passes things, or is a head with its loss."""
+    computes = layer.computes(mode)
+    if layer.function is not None and not layer.function.isidentifier():
+        return True
+    return computes is not None and "passing" in dict(computes.options)
+
+
+def looks(layer: Layer, mode: str) -> tuple[Any, ...]:
+    """What layers of one kind have in common, besides their weights and their code."""
+    return layer.name, layer.class_name, layer.function, layer.device, layer.computes(mode)
+
+
+def kind_of(alike: Sequence[Layer], mode: str, traits: str) -> Kind:
+    """Make a kind of layers that are alike in a mode."""
+    return Kind(
+        alike[0],
+        tuple(dict.fromkeys(layer.path for layer in alike)),
+        mode,
+        traits,
+        tuple(dict.fromkeys(place for layer in alike for place in _places(layer))),
     )
 
 

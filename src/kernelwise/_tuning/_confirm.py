@@ -141,8 +141,8 @@ def confirm(course: Course, chosen: Chosen) -> Confirmation:
     of_mode = {mode: [run for run in runs if (run.workload == "training") == (mode == "training")] for mode in _EAGER}
     for name, (mode, those) in product(alone, of_mode.items()):
         error = next((run.error for run in those if run.contender == name and run.error), None)
-        if error is not None or _score(course, those, name) < 0:
-            why = f"it fails end to end: {error}" if error else f"the whole model with it is {_figures(those, name)}"
+        if error is not None or score(course, those, name) < 0:
+            why = f"it fails end to end: {error}" if error else f"the whole model with it is {figures(those, name)}"
             gone = [kind for kind in found.chosen if (kind.layer.name, kind.mode) == (name, mode)]
             _take_back(found, gone, f"taken back: {why}")
     if found.taken_back:
@@ -195,9 +195,9 @@ def _best_of(course: Course, found: Confirmation, runs: list[Run], alone: Mappin
         if not seems_better(course, runs, best, TUNED):
             return runs
         direct = race_all(course, {TUNED: course.config(found.chosen), best: rivals[best]}, own=TUNED)
-        if _score(course, direct, best) <= 0:
+        if score(course, direct, best) <= 0:
             return runs
-        why = f"{best} is {_figures(direct, best)} than all choices together".replace("times as fast", "times faster")
+        why = f"{best} is {figures(direct, best)} than all choices together".replace("times as fast", "times faster")
     found.notes.append(f"all choices together did not hold end to end, {best} is the result: {why}")
     eager = [kind for kind in found.chosen if kind.mode in _EAGER]
     _take_back(found, [kind for kind in eager if kind.layer.name != best], f"taken back: {why}")
@@ -238,7 +238,7 @@ def failed(runs: Sequence[Run], name: str) -> bool:
     return not any(run.contender == name for run in runs) or any(run.contender == name and run.error for run in runs)
 
 
-def _score(course: Course, runs: Sequence[Run], name: str) -> float:
+def score(course: Course, runs: Sequence[Run], name: str) -> float:
     """By how much a contender is better over all workloads, as a logarithm; 0 where nobody can say.
 
     For memory that is what it needs at its peak; where that is the same, time decides.
@@ -281,7 +281,8 @@ def _memory(course: Course, runs: Sequence[Run], name: str) -> float:
     return least if abs(least) > 0.01 else 0.0
 
 
-def _figures(runs: Sequence[Run], name: str) -> str:
+def figures(runs: Sequence[Run], name: str) -> str:
+    """Say how fast a contender is in each workload."""
     return ", ".join(
         f"{run.comparison.speedup:.3g} ({run.comparison.low:.3g}-{run.comparison.high:.3g}) times as fast in {run.workload}"
         for run in runs
@@ -314,6 +315,7 @@ def race_all(
     contenders: Mapping[str, KernelConfig | None],
     *,
     own: str = EAGER,
+    most_s: float | None = None,
 ) -> list[Run]:
     """Race the model with each config (None: its own code) in every workload. What was raced before is recalled.
 
@@ -334,7 +336,7 @@ def race_all(
         left = (course.until - time.monotonic()) / (len(course.workloads) - index + 1)
         key = ["race", course.about, workload.name, workload.tokens, own, [[name, kernels[name]] for name in made]]
         known = all(content for found in kernels.values() for _, _, _, content in found)
-        seconds = min(MOST_S, max(LEAST_S, left))
+        seconds = min(MOST_S if most_s is None else most_s, max(LEAST_S, left))
         stored = _results.recall(key, _Raced) if known else None
         if stored is None or stored.could_say_more(list(made), own, seconds):
             with on_device(course.device), compile_limits() if any(map(is_compiled, made)) else nullcontext():

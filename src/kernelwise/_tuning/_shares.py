@@ -30,31 +30,48 @@ class Share:
 LONG_S = 2.0
 """A first run that takes longer is as good as a second one: what is set up on first use is small beside it."""
 
+DEVICE_BOUND = 0.8
+"""Where all work of a run is given to the device within this part of its time, the device is what the run waits for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Look:
+    """What one run of a workload takes: the part of each kind, its seconds, and whether the device is what it waits for.
+
+    In a run that waits for the device, what it costs to start a kernel is hidden; else it is what counts.
+    """
+
+    shares: dict[tuple[str, tuple[str, str, str]], Share]
+    seconds: float
+    device_bound: bool
+
 
 def shares_of(
     model: nn.Module, kinds: Sequence[Kind], workload: Workload, run: Callable[[], object], device: str
-) -> tuple[dict[tuple[str, tuple[str, str, str]], Share], float]:
-    """Run a workload; return how often each kind is called and which part of the time its layers take, and a run's seconds.
+) -> Look:
+    """Run a workload, and see how often each kind is called and which part of the time its layers take.
 
     The model must be in the mode of the workload. Of training only forward passes are seen.
     """
     wait: Callable[[], object] = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
-    total = 0.0
+    total = started = 0.0
     for _ in range(2):
         if total < LONG_S:
             wait()
             began = time.perf_counter()
             run()
+            started = time.perf_counter() - began
             wait()
             total = max(time.perf_counter() - began, 1e-9)
     mode = "training" if workload.training else "inference"
     there = [kind for kind in kinds if kind.mode.partition("+")[0] == mode]
     with _watched(model, there, wait) as seen:
         run()
-    return {
+    shares = {
         (workload.name, kind.key): Share(seen[kind.key][0], None if kind.layer.function else seen[kind.key][1] / total)
         for kind in there
-    }, total
+    }
+    return Look(shares, total, device != "cpu" and started < DEVICE_BOUND * total)
 
 
 @contextmanager

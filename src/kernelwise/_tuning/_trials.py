@@ -8,7 +8,7 @@ depends on, so that a tuning that was interrupted goes on where it was.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -83,6 +83,7 @@ class Trials:
     about: Any
     until: float
     shares: Mapping[tuple[str, tuple[str, str, str]], Share] = field(default_factory=dict)
+    device_bound: Collection[str] = ()  # the workloads that wait for the device
     _kernels: dict[tuple[KernelRef, str], Kernel | str] = field(default_factory=dict)
     _inputs: dict[tuple[str, bool], dict[str, Sample]] = field(default_factory=dict)
     _checked: dict[tuple[Any, ...], _Checked] = field(default_factory=dict)
@@ -257,7 +258,8 @@ class Trials:
 
     def _time(self, kind: Kind, kernel: Kernel, workload: Workload, sample: Sample) -> Timing | str:
         share = self._of(kind, workload)
-        key = ["timing", *self._key(kind, kernel), kind.mode, workload.name, looks_of(sample.arguments)]
+        hidden = workload.name in self.device_bound
+        key = ["timing", *self._key(kind, kernel), kind.mode, workload.name, hidden, looks_of(sample.arguments)]
         seconds = min(TIMING_S, max(0.05, self.until - time.monotonic()))
         stored = _results.recall(key, _Timed) if kernel.content_hash else None
         if stored is not None and not (stored.timing.comparison.in_a_hurry and seconds >= 2 * stored.seconds):
@@ -272,6 +274,7 @@ class Trials:
             workload=workload.name,
             seconds=seconds,
             calls=share.calls,
+            hide_starts=hidden,
         )
         if kernel.content_hash and isinstance(found, Timing):
             _results.put(key, to_json(_Timed(found, seconds)))

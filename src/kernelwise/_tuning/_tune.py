@@ -40,6 +40,7 @@ from kernelwise._tuning._rivals import face_rivals
 from kernelwise._tuning._shares import Share, shares_of
 from kernelwise._tuning._surroundings import by_name, hash_of, is_split, place, settings
 from kernelwise._tuning._trials import OutOfTimeError, Trials, looks_of
+from kernelwise._tuning._wholes import race_wholes, wholes_of
 from kernelwise._verifying import _prove
 from kernelwise._verifying._worker import SECONDS as CASE_S
 
@@ -78,6 +79,7 @@ class _Session:
     target: Target
     layers: tuple[Layer, ...]
     kinds: tuple[Kind, ...]
+    wholes: tuple[Kind, ...]
     modes: tuple[str, ...]
     workloads: tuple[Workload, ...]
     objective: Objective
@@ -89,6 +91,7 @@ class _Session:
     progress: Progress
     shares: dict[tuple[str, tuple[str, str, str]], Share] = field(default_factory=dict)
     run_s: dict[str, float] = field(default_factory=dict)
+    device_bound: set[str] = field(default_factory=set)
     tried: dict[Kind, list[Candidate]] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
@@ -152,12 +155,16 @@ def _tune_here(model: nn.Module, inputs: Any, request: _Request, progress: Progr
     session = _begin(model, inputs, request, progress)
     given = spread_out(read_given(request.candidates), device=session.target.device, notes=session.notes)
     refs = {kind: offered(kind, request.asked.rules(), given) for kind in session.kinds}
+    # What is named for every layer that it fits is not for these.
+    of_wholes = {kind: offered(kind, (), {**given, None: ()}) for kind in session.wholes}
     with alone_on(session.device, lambda what: progress(what, 0.0)):
         session.began = time.monotonic()
-        return _tuned(session, refs)
+        return _tuned(session, refs, of_wholes)
 
 
-def _tuned(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]]) -> KernelConfig:
+def _tuned(
+    session: _Session, refs: Mapping[Kind, Sequence[KernelRef]], of_wholes: Mapping[Kind, Sequence[KernelRef]]
+) -> KernelConfig:
     """Look, try, choose, confirm."""
     request = session.request
     asked = request.asked
@@ -166,7 +173,7 @@ def _tuned(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]]) -> Kerne
         _try_all(session, refs, prover)
         chosen, reasons = choose_all(session.tried, session.objective, session.run_s, notes=session.notes)
         chosen |= dict.fromkeys(_asked_and_out(session, asked, chosen))
-        named = {rule.ref for rule in asked.rules() if rule.ref is not None}.union(*refs.values())
+        named = {rule.ref for rule in asked.rules() if rule.ref is not None}.union(*refs.values(), *of_wholes.values())
         course = Course(
             session.model,
             session.layers,
@@ -182,11 +189,13 @@ def _tuned(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]]) -> Kerne
             {str(ref): ref for ref in named if ref.trust_remote_code},
             session.rivals,
         )
-        found = confirm(course, chosen)
+        wholes = race_wholes(course, chosen, of_wholes)
+        session.tried |= wholes.tried
+        found = confirm(course, chosen | wholes.chosen)
         face_rivals(course, found)
     session.progress("done", 1.0)
     tuned = course.config(found.chosen)
-    tuned.evidence = _evidence(session, found, reasons, tuned)
+    tuned.evidence = _evidence(session, found, reasons | wholes.reasons, tuned)
     return tuned
 
 
@@ -258,6 +267,7 @@ def _begin(model: nn.Module, inputs: Any, request: _Request, progress: Progress)
         target=target,
         layers=layers,
         kinds=_to_tune(copied, layers, modes, asked),
+        wholes=wholes_of(layers, modes, asked.rules()),
         modes=modes,
         workloads=workloads,
         objective=objective,  # type: ignore[arg-type]
@@ -316,9 +326,11 @@ def _look(session: _Session) -> None:
         session.progress(f"where the time goes: {workload.name}", 0.0)
         with on_device(session.device), undisturbed(session.model, training=workload.training):
             run = run_of(session.model, workload)
-            shares, seconds = shares_of(session.model, session.kinds, workload, run, session.device)
-        session.shares |= shares
-        session.run_s[workload.name] = seconds
+            look = shares_of(session.model, session.kinds, workload, run, session.device)
+        session.shares |= look.shares
+        session.run_s[workload.name] = look.seconds
+        if look.device_bound:
+            session.device_bound.add(workload.name)
 
 
 # ----------------------------------------------------------------------------------------------------------------- trials
@@ -338,6 +350,7 @@ def _try_all(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]], prover
         session.about[0],
         session.began + FOR_TRIALS * session.request.seconds,
         session.shares,
+        session.device_bound,
     )
     session.tried = {kind: [] for kind in kinds if refs[kind]}
     left: list[str] = []

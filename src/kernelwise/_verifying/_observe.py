@@ -480,9 +480,13 @@ def _in_inference_mode(call: Call) -> Call:
 
 
 def _in_cuda_graph(call: Call) -> Call:
-    """Capture a call in a CUDA graph, replay it, and give what the replay wrote."""
+    """Capture a call in a CUDA graph, replay it, and give what the replay wrote.
+
+    A replay draws from the state that the random numbers then have: it is given the one that this call found.
+    """
 
     def replayed(module: nn.Module | None, **arguments: Any) -> Any:
+        states = random_states()
         stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -495,6 +499,7 @@ def _in_cuda_graph(call: Call) -> Call:
         for output in tree_flatten(captured)[0]:
             if isinstance(output, torch.Tensor):
                 output.fill_(0)  # what the capture left there is no evidence
+        draw_from(states)
         graph.replay()
         torch.cuda.synchronize()
         return captured

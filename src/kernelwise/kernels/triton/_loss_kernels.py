@@ -31,10 +31,10 @@ def _tanh(x):
 
 @triton.jit
 def _capped(x, SOFTCAP: tl.constexpr):
-    """What the softmax sees of a logit, and the derivative of that."""
+    """What the softmax sees of a logit, and the derivative of that (not 1 - tanh squared, which is 0 too early)."""
     if SOFTCAP > 0.0:
-        bent = _tanh(x / SOFTCAP)
-        return SOFTCAP * bent, 1.0 - bent * bent
+        decay = tl.exp2(tl.abs(x / SOFTCAP) * (-2.0 * _LOG2_E))
+        return SOFTCAP * _tanh(x / SOFTCAP), 4.0 * decay / ((1.0 + decay) * (1.0 + decay))
     else:
         return x, 1.0
 
