@@ -11,6 +11,8 @@ import torch
 
 from kernelwise import __version__
 from kernelwise._cli import main
+from kernelwise._errors import KernelwiseError
+from kernelwise._errors import said as in_a_line
 from kernelwise._models import load_model
 
 
@@ -135,6 +137,11 @@ def test_explain_of_an_unknown_path_names_the_nearest(capsys: pytest.CaptureFixt
         ("plan", "llama", "--dtype", "int8"),
         ("plan", "llama", "--on-miss", "ignore"),
         ("plan", "llama", "--no-such-option"),
+        ("tune", "llama", "--objective", "speed"),
+        ("tune", "llama", "--seconds", "-1"),
+        ("bench", "llama", "--seconds", "-1"),
+        ("verify", "llama", "--seconds", "-1"),
+        ("verify",),
         ("fly",),
     ],
 )
@@ -218,6 +225,135 @@ def test_a_file_is_no_model(capsys: pytest.CaptureFixture[str], tmp_path: Path) 
     assert "must be a directory" in err
 
 
+@pytest.fixture
+def factories(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The name of a module of factories in the working directory."""
+    text = """
+import torch
+from torch import nn
+
+class Doubles(nn.Module):
+    def forward(self, x):
+        return x * 2
+
+def doubles():
+    return nn.Sequential(Doubles())
+
+def tensor():
+    return torch.ones(2, 3)
+
+def linear():
+    return nn.Sequential(nn.Linear(4, 4))
+
+def lazy():
+    return nn.Sequential(nn.LazyLinear(3))
+
+def norm():
+    return nn.RMSNorm(8, eps=1e-6)
+
+def weightless():
+    return nn.RMSNorm(8, eps=1e-6, elementwise_affine=False)
+
+def meta():
+    with torch.device("meta"):
+        return nn.Sequential(nn.Linear(4, 4))
+"""
+    (tmp_path / "factories_of_models.py").write_text(text)
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    return "factories_of_models"
+
+
+@pytest.mark.parametrize(
+    ("model", "said"),
+    [
+        ("", "MODEL is empty"),
+        (".", "there is no config.json in it"),
+        ("factories_of_models.py", "it is a file, and must be a directory"),
+        ("factories_of_models:", "not of the form module:factory"),
+        (":linear", "not of the form module:factory"),
+        ("factories_of_models:linaer", "did you mean 'linear'?"),
+    ],
+)
+def test_a_model_that_is_misspelt_is_one_error(
+    capsys: pytest.CaptureFixture[str], factories: str, model: str, said: str
+) -> None:
+    code, _, err = run(capsys, "layers", model)
+    assert code == 1
+    assert said in err
+    assert "go on" in err
+
+
+def test_a_model_without_weights_is_planned_and_verified_on_the_cpu(
+    capsys: pytest.CaptureFixture[str], factories: str
+) -> None:
+    code, out, _ = run(capsys, "plan", f"{factories}:weightless", "--json")
+    assert code == 0
+    assert json.loads(out)["target"]["device"] == "cpu"
+    code, out, _ = run(capsys, "plan", f"{factories}:doubles")
+    assert code == 0
+    assert f"none of its layers is registered or recognised: kernelwise layers {factories}:doubles says why" in out
+    code, out, _ = run(capsys, "verify", f"{factories}:doubles")
+    assert code == 0
+    assert "there is nothing to check" in out
+
+
+@pytest.mark.parametrize("command", ["layers", "plan", "verify"])
+def test_a_lazy_model_is_one_error(capsys: pytest.CaptureFixture[str], factories: str, command: str) -> None:
+    arguments = ("--explain", "0") if command != "verify" else ()
+    code, _, err = run(capsys, command, f"{factories}:lazy", *arguments)
+    assert code == 1
+    assert err.startswith("error: 0 (LazyLinear) has no shape yet")
+
+
+def test_plan_explains_layers_by_name_and_the_whole_model(capsys: pytest.CaptureFixture[str], factories: str) -> None:
+    _, out, _ = run(capsys, "plan", "llama", "--json", "--explain", "RMSNorm")
+    assert {decision["layer"]["name"] for decision in json.loads(out)["decisions"]} == {"RMSNorm"}
+    for whole in ("", "(the model itself)"):
+        code, out, _ = run(capsys, "plan", f"{factories}:norm", "--explain", whole)
+        assert code == 0
+        assert "(the model itself)  RMSNorm" in out
+    code, _, err = run(capsys, "plan", "llama", "--explain", "model.layers.0.self_attn.o_prj")
+    assert code == 1
+    assert "did you mean 'model.layers.0.self_attn.o_proj'?" in err
+    assert "kernelwise layers MODEL" in err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (("tune", "{0}:linear", "--inputs", "{0}:tensor"), "Sequential fails on its inputs: RuntimeError: mat1"),
+        (("tune", "{0}:linear", "--inputs", "{0}"), "not of the form module:factory\n  go on      --inputs"),
+        (("bench", "{0}:linear", "--inputs", "{0}:tenser"), "did you mean 'tensor'?\n  go on      --inputs"),
+        (("bench", "{0}:meta", "--inputs", "{0}:tensor"), "without weights (on the meta device)"),
+        (("bench", "{0}:linear", "--json", "."), "cannot write .: it is a directory"),
+        (("tune", "{0}:linear", "--out", "."), "cannot write .: it is a directory"),
+        (("report", "missing.json", "--html", "nowhere/x.html"), "its directory does not exist"),
+    ],
+)
+def test_what_cannot_be_run_or_written_is_one_error(
+    capsys: pytest.CaptureFixture[str], factories: str, arguments: tuple[str, ...], said: str
+) -> None:
+    code, _, err = run(capsys, *(argument.format(factories) for argument in arguments))
+    assert code == 1
+    assert said in err
+    assert "go on" in err
+
+
+def test_a_file_that_cannot_be_written_in_the_end_is_one_error(
+    capsys: pytest.CaptureFixture[str], factories: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(self: Path, text: str) -> int:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", full)
+    command = ("bench", f"{factories}:doubles", "--inputs", f"{factories}:tensor", "--contender", "eager")
+    code, out, err = run(capsys, *command, "--seconds", "0", "--json", "found.json")
+    assert code == 1
+    assert "eager" in out
+    assert "cannot write found.json: No space left on device" in err
+
+
 def write_config(directory: Path, **changes: Any) -> None:
     sizes = {"hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 3, "vocab_size": 32000}
     config = {"model_type": "llama", "architectures": ["LlamaForCausalLM"], "dtype": "bfloat16", **sizes, **changes}
@@ -267,3 +403,11 @@ def test_small_models_run(model_type: str) -> None:
 def test_a_small_model_has_every_kind_of_layer() -> None:
     layers = load_model("qwen3_next").model.model.layers
     assert {hasattr(layer, "linear_attn") for layer in layers} == {True, False}
+
+
+def test_an_error_of_ours_fits_in_a_line() -> None:
+    error = KernelwiseError(
+        "no kernel\n  tried      one   too wide\n             two\n  go on      wait\n    fix: this"
+    )
+    assert in_a_line(error) == "no kernel; tried: one too wide two; go on: wait; fix: this"
+    assert in_a_line(ValueError("first\nsecond")) == "ValueError: first"

@@ -84,7 +84,7 @@ def test_every_example_is_run() -> None:
 def test_the_commands_of_the_docs_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "kernels.toml").write_text('[kernels]\nRMSNorm = "none"\n')
     lines = [line for block in blocks(ROOT / "docs" / "cli.md", "sh") for line in block.splitlines()]
-    assert len(lines) == 7
+    assert len(lines) == 8
     for line in lines:
         program, *arguments = shlex.split(line)
         assert program == "kernelwise"

@@ -155,7 +155,7 @@ def verify_command(
     if device is not None:
         _check_device(device)
         named = replace(named, model=_on_device(named.model, device))
-    elif any(parameter.is_meta for parameter in named.model.parameters()):
+    elif named.is_nowhere:
         device = "cpu"
     try:
         decided = plan_safely(named.model, None if config is None else KernelConfig.load(config), device=device)

@@ -12,13 +12,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from fnmatch import fnmatchcase
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, get_args
 
 import typer
 
 from kernelwise._data import DEVICE_TYPES, MODES, Decision, Layer, Plan, Target, to_json
 from kernelwise._errors import KernelwiseError
-from kernelwise._evidence import Tuning
+from kernelwise._evidence import Objective, Tuning
 from kernelwise._mapping import DEVICE_HINTS, MISS_HINTS, MODE_HINTS
 from kernelwise._models import DTYPES, NamedModel, load_model
 from kernelwise._reference import did_you_mean, nearest
@@ -77,6 +77,7 @@ WorkloadOption = Annotated[
     list[str] | None,
     typer.Option("--workload", metavar="NAME", help="forward, prefill, decode or training. Can be given again."),
 ]
+_OTHER_FILE = "  go on      name a file in a directory that exists and can be written"
 JsonFileOption = Annotated[Path | None, typer.Option("--json", metavar="FILE", help="Write what was found as JSON.")]
 HtmlFileOption = Annotated[Path | None, typer.Option("--html", metavar="FILE", help="Write what was found as a page.")]
 
@@ -156,7 +157,7 @@ def plan_command(
         typer.Option(
             "--explain",
             metavar="PATH",
-            help="Say of the layers at PATH, below it, or that match it as a pattern, which candidates were rejected and why.",
+            help="Say of the layers at PATH, below it, of that name or that match the pattern, which candidates lost and why.",
         ),
     ] = None,
     as_json: JsonOption = False,
@@ -166,7 +167,7 @@ def plan_command(
     from kernelwise._configuring._config import KernelConfig
 
     named = load_model(model, dtype=dtype)
-    wanted = device or ("cpu" if _is_meta(named) else None)
+    wanted = device or ("cpu" if named.is_nowhere else None)
     here = wanted is None or wanted in _devices_here()
     decided = plan(
         named.model,
@@ -177,6 +178,8 @@ def plan_command(
         on_miss=on_miss,
     )
     notes = named.notes if here else (*named.notes, f"no {wanted} on this machine: kernels are described, not loaded")
+    if not decided.decisions:
+        notes = (*notes, f"none of its layers is registered or recognised: kernelwise layers {model} says why")
     if explain is not None:
         decided = Plan(decided.target, _decisions_at(decided, explain), decided.notes)
     if as_json:
@@ -216,7 +219,9 @@ def verify_command(
     ] = None,
     dtype: DtypeOption = None,
     compiled: Annotated[bool, typer.Option("--compile", help="Check under torch.compile too (slow).")] = False,
-    seconds: Annotated[float, typer.Option("--seconds", help="The time limit of each case.")] = 60.0,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", min=0.0, help="The time limit of each case.")
+    ] = 60.0,
     seed: Annotated[int, typer.Option("--seed", help="Of the inputs and weights that are made.")] = 0,
     as_json: JsonOption = False,
 ) -> None:
@@ -303,7 +308,7 @@ def bench_command(
         typer.Option("--config", metavar="FILE", help="A kernel mapping in TOML or JSON: one more contender."),
     ] = None,
     seconds: Annotated[
-        float, typer.Option("--seconds", metavar="S", help="How long the turns on one workload may take.")
+        float, typer.Option("--seconds", metavar="S", min=0.0, help="How long the turns on one workload may take.")
     ] = 20.0,
     json_file: JsonFileOption = None,
     html_file: HtmlFileOption = None,
@@ -312,7 +317,7 @@ def bench_command(
     from kernelwise._measuring._bench import bench_command as run
     from kernelwise._measuring._bench import show
 
-    _check_folders(json_file, html_file)
+    _check_files(json_file, html_file)
     with _progress() as progress:
         found = run(
             model,
@@ -361,7 +366,13 @@ def tune_command(
     inputs: InputsOption = None,
     workload: WorkloadOption = None,
     objective: Annotated[
-        str, typer.Option("--objective", metavar="NAME", help="latency, throughput or memory.")
+        str,
+        typer.Option(
+            "--objective",
+            metavar="NAME",
+            callback=_one_of(get_args(Objective)),
+            help=f"{', '.join(get_args(Objective))}.",
+        ),
     ] = "latency",
     config: Annotated[
         Path | None, typer.Option("--config", metavar="FILE", help="A kernel mapping: its kernels are tried too.")
@@ -383,7 +394,9 @@ def tune_command(
             "Default: torch.compile where there is time for it, and liger on GPUs.",
         ),
     ] = None,
-    seconds: Annotated[float, typer.Option("--seconds", metavar="S", help="How long it may take, about.")] = 300.0,
+    seconds: Annotated[
+        float, typer.Option("--seconds", metavar="S", min=0.0, help="How long it may take, about.")
+    ] = 300.0,
     compiled: Annotated[bool, typer.Option("--compile", help="Tune for torch.compile too (slow).")] = False,
     out: Annotated[Path | None, typer.Option("--out", metavar="FILE", help="Write the config as TOML or JSON.")] = None,
     json_file: JsonFileOption = None,
@@ -393,13 +406,14 @@ def tune_command(
     from kernelwise._configuring._config import KernelConfig
     from kernelwise._configuring._config_file import check_suffix
     from kernelwise._tuning._tune import tune
-    from kernelwise._weights import load_inputs, load_with_weights, make_inputs
+    from kernelwise._weights import check_runs, load_inputs, load_with_weights, make_inputs
 
-    _check_folders(out, json_file, html_file)
+    _check_files(out, json_file, html_file)
     if out is not None:
         check_suffix(out)
     named = load_with_weights(model, dtype=dtype, device=device, full=full, layers=layers)
     given = make_inputs(named.model, batch=batch, tokens=tokens) if inputs is None else load_inputs(inputs, named.model)
+    check_runs(named.model, given)
     with _progress() as progress:
         tuned = tune(
             named.model,
@@ -420,26 +434,39 @@ def tune_command(
     print(evidence)
     print(f"\n{evidence.config}", end="")
     if out is not None:
-        tuned.save(out)
+        with _writing(out):
+            tuned.save(out)
     _write_evidence(evidence, json_file, html_file)
 
 
 def _write_evidence(found: Tuning, json_file: Path | None, html_file: Path | None) -> None:
     if json_file is not None:
-        json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n")
+        with _writing(json_file):
+            json_file.write_text(json.dumps(found.to_json(), indent=2) + "\n")
     if html_file is not None:
         from kernelwise._reporting._page import save
 
         save(found, html_file)
 
 
-def _check_folders(*files: Path | None) -> None:
+def _check_files(*files: Path | None) -> None:
     """Refuse files that cannot be written before anything takes its time."""
     for file in files:
-        if file is not None and not file.absolute().parent.is_dir():
-            raise KernelwiseError(
-                f"cannot write {file}: its directory does not exist\n  go on      make it, or name another"
-            )
+        if file is None:
+            continue
+        if not file.absolute().parent.is_dir():
+            raise KernelwiseError(f"cannot write {file}: its directory does not exist\n{_OTHER_FILE}")
+        if file.is_dir():
+            raise KernelwiseError(f"cannot write {file}: it is a directory\n{_OTHER_FILE}")
+
+
+@contextmanager
+def _writing(file: Path) -> Iterator[None]:
+    """Say that a file could not be written in a line."""
+    try:
+        yield
+    except OSError as error:
+        raise KernelwiseError(f"cannot write {file}: {error.strerror or error}\n{_OTHER_FILE}") from None
 
 
 @app.command("report")
@@ -452,6 +479,7 @@ def report_command(
     """Show what tuning or benching found: as tables, or as a page that needs no network."""
     from kernelwise._evidence import load
 
+    _check_files(html)
     tuning = load(file)
     if html is None:
         print(tuning)
@@ -508,10 +536,6 @@ def _print_json(data: dict[str, Any]) -> None:
     print(json.dumps(to_json(data), indent=2))
 
 
-def _is_meta(named: NamedModel) -> bool:
-    return any(parameter.is_meta for parameter in named.model.parameters())
-
-
 def _devices_here() -> set[str]:
     import torch
 
@@ -532,17 +556,21 @@ def _layers_table(found: Sequence[Layer], named: NamedModel) -> str:
 
 
 def _decisions_at(decided: Plan, path: str) -> tuple[Decision, ...]:
-    """Return the decisions of the layers at a path, below it, or that match it as a pattern."""
+    """Return the decisions of the layers at a path, below it, of a name, or that match it as a pattern."""
+    below = "" if path in ("", ROOT) else f"{path}."
     found = tuple(
         decision
         for decision in decided.decisions
-        if any(fnmatchcase(place, path) or place.startswith(f"{path}.") for place in _places(decision.layer))
+        if decision.layer.name == path
+        or any(
+            place == path or fnmatchcase(place, path) or place.startswith(below) for place in _places(decision.layer)
+        )
     )
     if not found:
-        known = list(dict.fromkeys(decision.layer.path for decision in decided.decisions))
+        known = {name for decision in decided.decisions for name in (decision.layer.path, decision.layer.name)}
         raise KernelwiseError(
-            f"the model has no layer with a name at {path!r}{nearest(path, known)}\n"
-            "  go on      kernelwise layers MODEL lists them; what stands elsewhere was neither registered nor recognised"
+            f"no layer where a kernel can go is at {path!r}{nearest(path, filter(None, known))}\n"
+            "  go on      kernelwise layers MODEL lists all layers; with --explain PATH it says what one computes"
         )
     return found
 

@@ -13,7 +13,8 @@ A message has up to four parts: what is wrong, who asked for it, what was tried,
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 
@@ -74,5 +75,12 @@ def said(error: BaseException) -> str:
     except BaseException:  # an exception may fail at saying what it is
         text = "(its message cannot be read)"
     if isinstance(error, KernelwiseError):
-        return " ".join(text.split())
+        return "; ".join(_parts(text))
     return f"{type(error).__name__}: {text.splitlines()[0][:300]}" if text else type(error).__name__
+
+
+def _parts(message: str) -> Iterator[str]:
+    """The lines of a message of ours, with a colon behind what stands before a gap; a line may go on, indented, in the next."""
+    for line in re.sub(r"\n {8,}", " ", message).splitlines():
+        label, gap, rest = line.strip().partition("  ")
+        yield " ".join(f"{label}: {rest}".split()) if gap else label

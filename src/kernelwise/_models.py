@@ -25,7 +25,7 @@ from torch import nn
 
 from kernelwise._cache import cache_directory as cache_directory
 from kernelwise._errors import KernelwiseError, MissingDependencyError, said
-from kernelwise._reference import nearest
+from kernelwise._reference import did_you_mean, nearest
 
 DTYPES: tuple[str, ...] = ("float32", "bfloat16", "float16")
 MAX_SMALL_PARAMETERS = 120_000_000
@@ -66,6 +66,12 @@ class NamedModel:
     model: nn.Module
     notes: tuple[str, ...] = ()
 
+    @property
+    def is_nowhere(self) -> bool:
+        """Whether its weights say no device: it has none, or some are on meta."""
+        tensors = (*self.model.parameters(), *self.model.buffers())
+        return not tensors or any(tensor.is_meta for tensor in tensors)
+
 
 def load_model(spec: str, *, dtype: str | None = None) -> NamedModel:
     """Turn MODEL into a model in eval mode, without downloading weights.
@@ -80,9 +86,11 @@ def load_model(spec: str, *, dtype: str | None = None) -> NamedModel:
         MissingDependencyError: the model needs transformers, which is not installed.
     """
     place = Path(os.path.expanduser(spec))
+    if not spec.strip():
+        raise KernelwiseError(f"MODEL is empty\n{FORMS}")
     if place.is_dir():
         return _from_config(str(place), dtype)
-    if spec.startswith(("./", "../", "/", "~", ".\\", "..\\")):
+    if place.exists() or spec.startswith(("./", "../", "/", "~", ".\\", "..\\")):
         raise no_directory(spec, place)
     if ":" in spec:
         return from_factory(spec, dtype)
@@ -99,19 +107,22 @@ def no_directory(spec: str, place: Path) -> KernelwiseError:
     return KernelwiseError(f"cannot read {spec!r}: {what}\n{FORMS}")
 
 
-def named_object(spec: str) -> Any:
-    """Return what `module:name` stands for."""
+def named_object(spec: str, *, go_on: str = FORMS) -> Any:
+    """Return what `module:name` stands for. Raises `KernelwiseError`, with `go_on` as its last lines."""
     module_name, _, name = spec.partition(":")
+    if not (module_name and name):
+        raise KernelwiseError(f"{spec!r} is not of the form module:factory\n{go_on}")
     if os.getcwd() not in sys.path:  # a console script starts with its own directory alone
         sys.path.insert(0, os.getcwd())
     try:
         found: Any = importlib.import_module(module_name)
     except Exception as error:
-        raise KernelwiseError(f"cannot import {module_name!r} for {spec!r}: {said(error)}\n{FORMS}") from error
+        raise KernelwiseError(f"cannot import {module_name!r} for {spec!r}: {said(error)}\n{go_on}") from error
+    known = [key for key, value in vars(found).items() if callable(value) or isinstance(value, nn.Module)]
     for part in name.split("."):
         found = getattr(found, part, None)
     if found is None:
-        raise KernelwiseError(f"the module {module_name!r} has no {name!r}\n{FORMS}")
+        raise KernelwiseError(f"the module {module_name!r} has no {name!r}{did_you_mean(name, known)}\n{go_on}")
     return found
 
 
@@ -147,6 +158,8 @@ def _from_config(spec: str, dtype: str | None) -> NamedModel:
 
 
 def config_of(transformers: Any, spec: str) -> Any:
+    if Path(spec).is_dir() and not (Path(spec) / "config.json").is_file():
+        raise KernelwiseError(f"cannot read the config of {spec!r}: there is no config.json in it\n{FORMS}")
     try:
         return transformers.AutoConfig.from_pretrained(spec, trust_remote_code=False)
     except Exception as error:  # a missing file, no network, custom code, a type this transformers does not know

@@ -7,6 +7,7 @@ fast.
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -53,6 +54,11 @@ def load_with_weights(
         if full or layers is not None:
             raise KernelwiseError(f"{spec} is built by its factory alone\n  go on      leave out --full and --layers")
         named = from_factory(spec, dtype)
+        if any(tensor.is_meta for tensor in (*named.model.parameters(), *named.model.buffers())):
+            raise KernelwiseError(
+                f"{spec} gave a model without weights (on the meta device), which cannot run\n"
+                "  go on      build it on the CPU, or give it memory: model.to_empty(device=...)"
+            )
         return NamedModel(named.model.to(place), named.notes)
     if HUB_ID.fullmatch(spec) or path.is_dir():
         if full:
@@ -184,7 +190,7 @@ def make_inputs(model: nn.Module, *, batch: int, tokens: int) -> dict[str, torch
 
 def load_inputs(spec: str, model: nn.Module) -> Any:
     """Return what `module:factory` gives, on the device of the model. Raises `KernelwiseError` where it fails."""
-    found = named_object(spec)
+    found = named_object(spec, go_on="  go on      --inputs module:factory names a function that takes no arguments")
     if callable(found):
         try:
             found = found()
@@ -194,3 +200,18 @@ def load_inputs(spec: str, model: nn.Module) -> Any:
             ) from error
     device = next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
     return tree_map_only(torch.Tensor, lambda tensor: tensor.to(device), found)
+
+
+def check_runs(model: nn.Module, inputs: Any) -> None:
+    """Call a model once, so that inputs that do not fit are known first. Raises `KernelwiseError` where it fails."""
+    try:
+        with torch.no_grad():
+            if isinstance(inputs, Mapping):
+                model(**inputs)
+            else:
+                model(*(inputs if isinstance(inputs, tuple) else (inputs,)))
+    except Exception as error:
+        raise KernelwiseError(
+            f"{type(model).__name__} fails on its inputs: {said(error)}\n"
+            "  go on      --inputs module:factory gives others: a dict, a tuple or one argument"
+        ) from error

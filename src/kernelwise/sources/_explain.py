@@ -30,7 +30,7 @@ def no_such_layer(ref: KernelRef, names: Iterable[str]) -> KernelLoadError:
         return failure(ref, "it has no layers", fix="a kernel's classes stand in `layers`, imported by its __init__.py")
     near = difflib.get_close_matches(ref.layer, known, n=3, cutoff=0.5)
     listed = ", ".join(known[:20]) + (", ..." if len(known) > 20 else "")
-    fix = f"name {' or '.join(near)}" if near else f"name one of {listed}"
+    fix = f"name {' or '.join(near)}" if near else "name one of these"
     return failure(ref, f"it has no layer {ref.layer}; it has {listed}", fix=fix)
 
 
