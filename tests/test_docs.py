@@ -100,7 +100,7 @@ def test_every_command_and_option_is_in_the_docs() -> None:
     assert {"layers", "plan", "demo", "doctor"} <= set(commands)
     for command in commands:
         assert f"kernelwise {command}" in text
-    source = (ROOT / "src" / "kernelwise" / "_cli.py").read_text()
+    source = "".join(file.read_text() for file in (ROOT / "src" / "kernelwise" / "_cli").glob("*.py"))
     for option in set(re.findall(r'"(--[a-z-]+)"', source)) - {"--version"}:
         assert f"`{option}" in text, option
 
