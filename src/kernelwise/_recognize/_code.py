@@ -54,9 +54,6 @@ _ASKED_OF_TENSORS = frozenset(
 )
 _SIZES = frozenset({"shape", "size", "numel", "nelement", "len", "dim", "ndim"})
 _DTYPES = frozenset({"dtype", "half", "float16", "finfo", "itemsize", "element_size", "is_floating_point"})
-_LARGEST = 1 << 17
-_SMALL = 8
-"""Numbers below it stand in most code that takes sizes apart (`x.shape[-1] // 2`), and are tried only where it decides."""
 
 
 @functools.lru_cache(maxsize=4096)
@@ -111,13 +108,9 @@ def looks_on_its_class(code: types.CodeType) -> bool:
 
 
 @functools.lru_cache(maxsize=4096)
-def sizes_named(code: types.CodeType) -> frozenset[int] | None:
-    """Whole numbers in code that looks at sizes and decides something: a branch on one size has to name it. None elsewhere."""
-    parts = [part for part in inner(code) if _SIZES & {*part.co_names}]
-    found = {n for part in parts for n in _numbers(part) if n >= _SMALL}
-    deciding = [part for part in parts if _decides(part)]
-    found |= {n for part in deciding for n in _numbers(part)}
-    return frozenset(found) if deciding or found else None
+def decides_by_size(code: types.CodeType) -> bool:
+    """Whether code, or a function defined inside it, looks at sizes or at a number of dimensions and decides something."""
+    return any(_SIZES & {*part.co_names} and _decides(part) for part in inner(code))
 
 
 @functools.lru_cache(maxsize=4096)
@@ -128,18 +121,6 @@ def decides_by_dtype(code: types.CodeType) -> bool:
 
 def _decides(code: types.CodeType) -> bool:
     return any(("JUMP" in i.opname and "IF" in i.opname) or i.opname in COMPARISONS for i in instructions(code))
-
-
-@functools.lru_cache(maxsize=4096)
-def numbers_in(code: types.CodeType) -> frozenset[int]:
-    """Whole numbers in code that may be a size."""
-    return frozenset(n for part in inner(code) for n in _numbers(part))
-
-
-def _numbers(code: types.CodeType) -> Iterator[int]:
-    for constant in code.co_consts:
-        items = constant if isinstance(constant, (tuple, frozenset)) else (constant,)
-        yield from (item for item in items if type(item) is int and 2 <= item <= _LARGEST)
 
 
 @functools.lru_cache(maxsize=4096)

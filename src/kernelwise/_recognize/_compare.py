@@ -28,10 +28,9 @@ from kernelwise._recognize._rounds import (
     names_of,
     round_at,
     sizes_of,
-    sizes_of_leads,
     with_size,
 )
-from kernelwise._recognize._sizes import Decisions, Sizes, Tree, Watch, sizes_otherwise
+from kernelwise._recognize._sizes import Decisions, Sizes, Tree, Watch, parts_of, sizes_otherwise
 from kernelwise._recognize._stand_in import Stage
 from kernelwise._recognize._trace import trace
 from kernelwise.ops import OPERATIONS, Operation, Variant
@@ -47,8 +46,8 @@ class Candidate:
 
     run: Callable[[Stage, Round], Graph]
     reads: Reads
+    sizes: Callable[[Round], Sizes]
     training: bool | None = None
-    sizes: Callable[[Round], Sizes] = sizes_of_leads
     decisions: dict[Round, Decisions] = field(default_factory=dict)
     proven: set[tuple[Any, ...]] = field(default_factory=set)
 
@@ -56,7 +55,12 @@ class Candidate:
         """Trace once. Raises `Untraceable`."""
         watch = Watch(names_of(self.sizes(at)))
         stage = Stage(
-            Recorder(), FakeTensorMode(), at.widths, training=self.training, overrides=overrides or {}, watch=watch
+            Recorder(watch.cut),
+            FakeTensorMode(),
+            at.widths,
+            training=self.training,
+            overrides=overrides or {},
+            watch=watch,
         )
         try:
             return self.run(stage, at)
@@ -66,6 +70,11 @@ class Candidate:
             for path, value in stage.reads.tokens.items():
                 if not overrides or path[0] not in overrides:
                     self.reads.tokens.setdefault(path, value)
+
+    def numbers(self) -> frozenset[int]:
+        """The whole numbers that sizes were compared with."""
+        trees = (tree for decisions in self.decisions.values() for tree in decisions)
+        return frozenset(n for tree in trees for n in parts_of(tree, "number") if type(n) is int and n > 2)
 
 
 def reference_graph(op: Operation, variant: Variant, fixed: dict[str, int]) -> Graph | None:

@@ -25,7 +25,7 @@ from kernelwise._recognize._compare import Candidate
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._reads import Reads, is_function
 from kernelwise._recognize._record import Failed, Refused, Source, Untraceable
-from kernelwise._recognize._rounds import FIRST, Round
+from kernelwise._recognize._rounds import FIRST, Round, sizes_of_module
 from kernelwise._recognize._search import widths_of
 from kernelwise._recognize._stand_in import Child, Stage, make_stand_in, run
 from kernelwise._recognize._trace import innermost_forward
@@ -157,7 +157,8 @@ class LayerTrace:
 
     def __init__(self, layer: TracedLayer, lengths: tuple[int, ...], tensor: str | None, refused: str | None) -> None:
         self.layer, self.tensor, self.refused, self.lengths = layer, tensor, refused, lengths
-        self.candidate = Candidate(self._run, layer.reads, layer.training)
+        sizes = functools.partial(sizes_of_module, layer.width, True)
+        self.candidate = Candidate(self._run, layer.reads, sizes, layer.training)
         self.calls: list[ChildCall] = []  # of the last trace
         self.num_unknown = 0
         self._length_of: dict[str, int] = {}

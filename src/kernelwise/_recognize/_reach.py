@@ -22,12 +22,12 @@ from kernelwise._recognize._code import (
     Chain,
     chains,
     decides_by_dtype,
+    decides_by_size,
     global_names,
     imported,
     looks_on_its_class,
     only_passes_on,
     problem_of,
-    sizes_named,
     writes_to,
 )
 from kernelwise._recognize._reads import MISSING, SCALARS, Reads, is_own_code, token
@@ -154,7 +154,6 @@ def _defaults(function: types.FunctionType) -> Any:
 
 
 _MOST_ITEMS = 64
-_MOST_SIZES = 12
 
 
 def _pin(value: Any) -> Any:
@@ -331,14 +330,9 @@ def looks_into_keywords(function: Callable[..., Any]) -> bool:
     return False
 
 
-def sizes_in(reads: Reads, functions: Iterable[Any], cls: type | None = None) -> tuple[int, ...] | None:
-    """The whole numbers that code names next to sizes: where it may do something else than at other sizes.
-
-    None where no code looks at sizes and decides something.
-    """
-    named = [sizes_named(function.__code__) for function in _reached((*functions, *methods(reads)), cls)]
-    found = [numbers for numbers in named if numbers is not None]
-    return tuple(sorted(frozenset().union(*found))[:_MOST_SIZES]) if found else None
+def decides_by_size_in(reads: Reads, functions: Iterable[Any], cls: type | None = None) -> bool:
+    """Whether code that a trace has run, or may run, decides something by sizes or by a number of dimensions."""
+    return any(decides_by_size(function.__code__) for function in _reached((*functions, *methods(reads)), cls))
 
 
 def decides_by_dtype_in(reads: Reads, functions: Iterable[Any], cls: type | None = None) -> bool:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,13 +81,19 @@ class Widths:
 
 
 _MOST_CALLS = 64
+_CUTS = {"slice.Tensor": ("start", "end"), "split.Tensor": ("split_size",)}
+_WHOLE = 1 << 62  # where a part ends of which nothing is said
 
 
 class Recorder(TorchDispatchMode):
-    """Writes every ATen operation into a graph of canonical nodes."""
+    """Writes every ATen operation into a graph of canonical nodes.
 
-    def __init__(self) -> None:
+    `note_cut(size, end)` hears of every part of a tensor that would end, or begin, beyond the size: at a larger one it cuts.
+    """
+
+    def __init__(self, note_cut: Callable[[int, int], None] | None = None) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self._note_cut = note_cut
         self.graph = Graph()
         self._values: dict[int, Node] = {}
         self._tensors: list[torch.Tensor] = []  # keeps ids alive
@@ -160,6 +166,11 @@ class Recorder(TorchDispatchMode):
         if schema.is_mutable:
             self._write_in_place(func, arguments, result)
             return result
+        if self._note_cut is not None and name in _CUTS:
+            size = arguments["self"].shape[arguments["dim"]]
+            for end in (arguments.get(key) for key in _CUTS[name]):
+                if type(end) is int and size < abs(end) < _WHOLE:
+                    self._note_cut(size, abs(end))
         read = {key: self._read(value) for key, value in arguments.items()}
         if isinstance(result, torch.Tensor):
             self._bind(result, self._apply(name, read, result))

@@ -73,40 +73,13 @@ ROUNDS = (
     Round((11, 13), Widths(F16, F16)),
     Round((11, 13), Widths(BF16, BF16, F32)),
 )
-# For code that looks at sizes: it may ask for a rank, or compare sizes, without a number to be found.
-_ROUNDS_OF_RANKS = (Round((), FIRST.widths), Round((2, 3, 5, 7), FIRST.widths))
-_ROUNDS_OF_RELATIONS = (Round((29, 3), FIRST.widths), Round((17, 17), FIRST.widths))
+# For code that looks at sizes and decides something: it may ask for a number of dimensions.
+ROUNDS_OF_RANKS = (Round((), FIRST.widths), Round((2, 3, 5, 7), FIRST.widths))
 # For code that looks at dtypes and decides something: those that are not among the usual ones.
 ROUNDS_OF_DTYPES = tuple(
     Round((11, 13), Widths(activations, parameters))
     for activations, parameters in ((F16, F32), (F32, F16), (F16, BF16), (BF16, F16))
 )
-
-
-def rounds_at(sizes: Iterable[int]) -> tuple[Round, ...]:
-    """Rounds in which every leading dimension is one of these sizes, one less, or one more."""
-    return tuple(Round((number, number), FIRST.widths) for number in _near(sizes))
-
-
-def rounds_of_modules(sizes: Iterable[int] | None, width: int) -> tuple[Round, ...]:
-    """Rounds for a module of a width whose code names these sizes, or looks at none (None).
-
-    It may compare sizes with each other and with the width, and name a number of elements.
-    """
-    if sizes is None:
-        return ()
-    leads = ((width, 13), (11, width), *((1, size // width) for size in sizes if size >= width and size % width == 0))
-    whole = tuple(Round(lead, FIRST.widths) for lead in leads)
-    return (*_ROUNDS_OF_RANKS, *_ROUNDS_OF_RELATIONS, *whole, *rounds_at(sizes))
-
-
-def rounds_of_widths(widths: Iterable[int]) -> tuple[Round, ...]:
-    """Rounds in which the inputs of a module have these widths, and near ones; one that takes one width alone fails there."""
-    return tuple(replace(FIRST, width=width) for width in _near(widths))
-
-
-def _near(sizes: Iterable[int]) -> list[int]:
-    return sorted({number for size in sizes for number in (size - 1, size, size + 1)} - {1})
 
 
 def rounds_of_heads(widths: Iterable[int]) -> tuple[Round, ...]:
@@ -123,24 +96,12 @@ ROUNDS_OF_FUNCTIONS = (
 )
 
 
-# For functions whose code looks at sizes: two of them are the same, or the other way round than usual.
-ROUNDS_OF_COMPARED_SIZES = (
-    *_ROUNDS_OF_RELATIONS,
-    Round((11, 46), FIRST.widths),
-    Round((46, 13), FIRST.widths),
-    *(replace(FIRST, sizes=((name, size),)) for name in ("Hq", "Hk") for size in (11, 13, 46)),
-    replace(FIRST, sizes=(("Hq", 5), ("Hk", 3))),
-)
+_FIXED = "the width"
 
 
-def sizes_of_leads(at: Round) -> Sizes:
-    """The sizes of the inputs of a module, by name, that it does not choose: those of its leading dimensions."""
-    return {str(place): size for place, size in enumerate(at.lead)}
-
-
-def sizes_of_module(width: int, at: Round) -> Sizes:
-    """The same with the width of a module that has no parameters."""
-    return {**sizes_of_leads(at), "W": at.width or width}
+def sizes_of_module(width: int, is_fixed: bool, at: Round) -> Sizes:
+    """The sizes of the inputs of a module, by name; its width is its own choice where it has parameters."""
+    return {**{str(place): size for place, size in enumerate(at.lead)}, _FIXED if is_fixed else "W": at.width or width}
 
 
 def sizes_of_function(at: Round) -> Sizes:
@@ -168,7 +129,9 @@ def names_of(sizes: Sizes) -> dict[int, Tree]:
 
 
 def with_size(sizes: Sizes, name: str, size: int) -> Sizes | None:
-    """Sizes with one of them changed, and those that go with it; None where an operation has no such arguments."""
+    """Sizes with one of them changed, and those that go with it; None where there are no such arguments."""
+    if name == _FIXED:
+        return None
     if name in ("D", "R"):  # of a head all or a half is turned
         return {**sizes, "D": size, "R": size // 2} if name == "D" and size % 4 == 0 else None
     return {**sizes, name: size}

@@ -20,30 +20,25 @@ from typing import Any
 from torch import nn
 
 from kernelwise._data import Binding, Recognition
-from kernelwise._recognize._code import numbers_in
 from kernelwise._recognize._compare import Candidate, bindings, compare, fits, may_be, prove, prove_without
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound
-from kernelwise._recognize._reach import decides_by_dtype_in, sizes_in
+from kernelwise._recognize._reach import decides_by_dtype_in, decides_by_size_in
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Failed, Source, Untraceable
 from kernelwise._recognize._rounds import (
     FIRST,
     ROUNDS,
-    ROUNDS_OF_COMPARED_SIZES,
     ROUNDS_OF_DTYPES,
     ROUNDS_OF_FUNCTIONS,
+    ROUNDS_OF_RANKS,
     Round,
     arguments_of,
     dtype_of,
-    rounds_at,
     rounds_of_heads,
-    rounds_of_modules,
-    rounds_of_widths,
     shape_of,
     sizes_of,
     sizes_of_function,
-    sizes_of_leads,
     sizes_of_module,
 )
 from kernelwise._recognize._stand_in import Stage, make_stand_in
@@ -96,10 +91,9 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
             problem = prove(op, variant, fixed, candidate, found.roles, ROUNDS)
             problem = problem or prove_without(op, variant, fixed, candidate, found.roles, optional)
             if problem is None:
-                named = sizes_in(reads, (forward,), type(module))
-                width = _width_of(graph, (*needed, *optional))
-                elsewhere = (*rounds_of_modules(named, width), replace(FIRST, width=OTHER_WIDTH))
-                elsewhere = (*elsewhere, *rounds_of_widths(named or ()))
+                elsewhere: tuple[Round, ...] = (replace(FIRST, width=OTHER_WIDTH),)
+                if decides_by_size_in(reads, (forward,), type(module)):
+                    elsewhere = (*elsewhere, *ROUNDS_OF_RANKS)
                 if decides_by_dtype_in(reads, (forward,), type(module)):
                     elsewhere = (*elsewhere, *ROUNDS_OF_DTYPES)
                 problem = prove(op, variant, fixed, candidate, found.roles, elsewhere)
@@ -112,12 +106,6 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
                 problem = f"looks like {op.name}, but a role is filled by something a kernel cannot be given"
             near = near or problem
     return Finding(None, near or "no known operation has this graph", str(graph), reads)
-
-
-def _width_of(graph: Graph, arguments: tuple[str, ...]) -> int:
-    """The last dimension of what a module was first traced with."""
-    sources = [Source("argument", name) for name in arguments]
-    return next(node.shape[-1] for node in graph.reachable() if node.op == "input" and node.args[0] in sources)
 
 
 def _integers(op: Operation, reads: Reads) -> list[dict[str, int]]:
@@ -173,8 +161,8 @@ def _first_trace(
             }
             return trace(stage, functools.partial(forward, stand_in), (), given)
 
-        sizes = sizes_of_leads if module._parameters else functools.partial(sizes_of_module, width)
-        candidate = Candidate(run, reads, training, sizes)
+        sizes = functools.partial(sizes_of_module, width, next(module.parameters(), None) is not None)
+        candidate = Candidate(run, reads, sizes, training)
         try:
             return candidate, candidate.graph(FIRST)
         except Untraceable as error:
@@ -268,7 +256,6 @@ class _TracedFunction:
     def __init__(self, function: types.FunctionType, needed: list[str], choice: str | None) -> None:
         self._function, self._needed, self.choice = function, needed, choice
         self._first: dict[Any, Graph | str] = {}
-        self._numbers = sorted(number for number in numbers_in(function.__code__) if number >= 8)[:8]
 
     @property
     def shown(self) -> str | None:
@@ -290,7 +277,7 @@ class _TracedFunction:
             extra = {} if self.choice is None else {self.choice: next(iter(fixed.values()))}
             return trace(stage, self._function, tuple(given), extra)
 
-        return Candidate(run, Reads(), sizes=sizes_of_function)
+        return Candidate(run, Reads(), sizes_of_function)
 
     def compare(self, op: Operation, variant: Variant, choice: str | None, value: int | None) -> dict[str, Bound] | str:
         """The filling of the roles if the function is this variant; else why not, or nothing worth telling."""
@@ -311,24 +298,22 @@ class _TracedFunction:
         if found is None:
             return ""
         problem = prove(op, variant, fixed, candidate, found.roles, ROUNDS)
-        looked_at = sizes_in(Reads(), (self._function,))
-        named = looked_at or ()
-        elsewhere = (*rounds_at(named), *rounds_of_heads((OTHER_HEAD, *named)))
-        if looked_at is not None:
-            elsewhere = (*elsewhere, *ROUNDS_OF_COMPARED_SIZES)
+        elsewhere = rounds_of_heads((OTHER_HEAD,))
         if decides_by_dtype_in(Reads(), (self._function,)):
             elsewhere = (*elsewhere, *ROUNDS_OF_DTYPES)
         problem = problem or prove(op, variant, fixed, candidate, found.roles, (*elsewhere, *ROUNDS_OF_FUNCTIONS))
-        if problem is None and self._takes_more(arguments, variant, fixed):
+        if problem is None and self._takes_more(arguments, variant, fixed, candidate.numbers()):
             problem = f"is {op.name} {dict(variant.options)}, but also takes more elements or tokens than it turns"
         return dict(found.roles) if problem is None else problem
 
-    def _takes_more(self, arguments: list[Role], variant: Variant, fixed: dict[str, int]) -> bool:
+    def _takes_more(
+        self, arguments: list[Role], variant: Variant, fixed: dict[str, int], numbers: frozenset[int]
+    ) -> bool:
         """Whether the function runs where only a part of what it is given can be turned, which the variant has no word for."""
         for option, whole, part in (("part", "all", "first"), ("tokens", "all", "last")):
             if (option, whole) in variant.options:
                 partial = self.candidate(arguments, replace(variant, options=(*variant.options, (option, part))), fixed)
-                if not all(self._fails(partial, at) for at in (FIRST, *rounds_of_heads(2 * n for n in self._numbers))):
+                if not all(self._fails(partial, at) for at in (FIRST, *rounds_of_heads(2 * n for n in numbers))):
                     return True
         return False
 

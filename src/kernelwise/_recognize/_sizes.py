@@ -80,6 +80,12 @@ class Watch(TorchFunctionMode):
         if not self.paused:
             self.decisions.setdefault(tree, outcome)
 
+    def cut(self, size: int, end: int) -> None:
+        """Note that a part up to `end` was taken, which at this size is the whole."""
+        tree = self.names.get(size)
+        if tree is not None:
+            self.decide(("le", tree, ("number", end)), True)
+
 
 def _is_asked_by_a_model(depth: int) -> bool:
     """Whether the code that runs so many calls above the caller is neither PyTorch's nor ours."""
