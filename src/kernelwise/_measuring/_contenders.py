@@ -73,9 +73,9 @@ def contender(base: nn.Module, name: str, *, training: bool, configs: Mapping[st
         return _liger(base)
     plain = name.removesuffix(AND_COMPILED)
     model = sharing_copy(base)
-    plan = decide(model, None if plain == BUILTIN else configs[plain])
-    mode = "training" if training else "inference"
-    if not any(decision.kernel is not None and decision.mode.startswith(mode) for decision in plan.decisions):
+    mode = ("training" if training else "inference") + name.removeprefix(plain)
+    plan = decide(model, None if plain == BUILTIN else configs[plain], mode=mode)
+    if not any(decision.kernel is not None for decision in plan.decisions):
         raise UnavailableError(
             f"it has no kernel for any layer of this model in {mode}: it would be the own code again"
         )

@@ -149,7 +149,7 @@ def confirm(course: Course, chosen: Chosen) -> Confirmation:
         runs = [run for run in runs if run.contender in alone]
         runs += race_all(course, {EAGER: None, BUILTIN: KernelConfig(), TUNED: course.config(found.chosen)})
     runs = _best_of(course, found, runs, alone)
-    if any(kind.mode.endswith(AND_COMPILED) for kind in chosen):
+    if any(mode.endswith(AND_COMPILED) for mode in course.modes):
         runs += _compiled(course, found)
     order = list(dict.fromkeys([EAGER, BUILTIN, TUNED, *(run.contender for run in runs)]))
     found.runs = sorted(runs, key=lambda run: order.index(run.contender))

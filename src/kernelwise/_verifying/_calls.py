@@ -35,7 +35,9 @@ def kernel_call(layer: Layer, kernel: Kernel, mode: str) -> Call:
 
 
 def _function(parameters: Sequence[Parameter], passed: str, function: Callable[..., Any]) -> Call:
-    namespace: dict[str, Any] = {"_function": function, "_kw_follow": follow}
+    # With a module's name it has a source for torch.compile: before 2.13 that wraps functions without one in one function of
+    # its own, and gives up after a few of them.
+    namespace: dict[str, Any] = {"__name__": __name__, "_function": function, "_kw_follow": follow}
     names = "".join(f", {p.name}" for p in parameters)
     exec(f"def call(_module{names}):\n    return _function({passed})", namespace)
     call: Call = namespace["call"]
