@@ -328,6 +328,7 @@ def test_plan_explains_layers_by_name_and_the_whole_model(capsys: pytest.Capture
         (("bench", "{0}:meta", "--inputs", "{0}:tensor"), "without weights (on the meta device)"),
         (("bench", "{0}:linear", "--json", "."), "cannot write .: it is a directory"),
         (("tune", "{0}:linear", "--out", "."), "cannot write .: it is a directory"),
+        (("bench", "", "--seconds", "0"), "MODEL is empty"),
         (("report", "missing.json", "--html", "nowhere/x.html"), "its directory does not exist"),
     ],
 )
@@ -366,6 +367,15 @@ def test_a_directory_is_looked_at_without_its_weights(capsys: pytest.CaptureFixt
     assert code == 0
     assert "builtin:SwiGLUMLP" in out
     assert "weights were not read" in out
+
+
+def test_weights_that_are_not_whole_are_one_error(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_config(tmp_path, hidden_size=8, intermediate_size=8, num_attention_heads=1, vocab_size=8)
+    (tmp_path / "model.safetensors").write_bytes(b"half")
+    code, _, err = run(capsys, "bench", str(tmp_path))
+    assert code == 1
+    assert "cannot load the weights" in err
+    assert "go on      get them again" in err
 
 
 def test_a_directory_keeps_class_and_dtype_of_its_config(tmp_path: Path) -> None:

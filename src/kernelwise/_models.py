@@ -85,9 +85,7 @@ def load_model(spec: str, *, dtype: str | None = None) -> NamedModel:
         KernelwiseError: there is no such model, or it cannot be built; the message says what was tried.
         MissingDependencyError: the model needs transformers, which is not installed.
     """
-    place = Path(os.path.expanduser(spec))
-    if not spec.strip():
-        raise KernelwiseError(f"MODEL is empty\n{FORMS}")
+    place = place_of(spec)
     if place.is_dir():
         return _from_config(str(place), dtype)
     if place.exists() or spec.startswith(("./", "../", "/", "~", ".\\", "..\\")):
@@ -99,6 +97,13 @@ def load_model(spec: str, *, dtype: str | None = None) -> NamedModel:
     if "/" in spec or "\\" in spec:
         raise no_directory(spec, place)
     return _small(spec, dtype)
+
+
+def place_of(spec: str) -> Path:
+    """Return where MODEL stands if it is a directory. Raises `KernelwiseError` where it is empty."""
+    if not spec.strip():
+        raise KernelwiseError(f"MODEL is empty\n{FORMS}")
+    return Path(os.path.expanduser(spec))
 
 
 def no_directory(spec: str, place: Path) -> KernelwiseError:

@@ -27,6 +27,7 @@ from kernelwise._models import (
     load_model,
     named_object,
     no_directory,
+    place_of,
     small_config,
     transformers_library,
 )
@@ -49,7 +50,7 @@ def load_with_weights(
         KernelwiseError: there is no such model or device, or it cannot be built; the message says what was tried.
         MissingDependencyError: the model needs transformers, which is not installed.
     """
-    place, path = _place(device), Path(os.path.expanduser(spec))
+    place, path = _place(device), place_of(spec)
     if ":" in spec and not path.is_dir():
         if full or layers is not None:
             raise KernelwiseError(f"{spec} is built by its factory alone\n  go on      leave out --full and --layers")
@@ -107,7 +108,10 @@ def _trained(spec: str, dtype: str | None, place: torch.device, layers: int | No
     try:
         model = named.from_pretrained(source, config=config, dtype=wanted)
     except Exception as error:
-        raise KernelwiseError(f"cannot load the weights of {spec!r}: {said(error)}\n{FORMS}") from error
+        raise KernelwiseError(
+            f"cannot load the weights of {spec!r}: {said(error)}\n"
+            "  go on      get them again if they are not whole; kernelwise layers and plan work without them"
+        ) from error
     return NamedModel(model.to(place).eval(), notes)
 
 
