@@ -193,7 +193,7 @@ def asks_for_the_stride(self: Any, x: Tensor, mask: Any = None) -> Tensor:
     [
         (asks_for_true, "one very object"),
         (asks_for_a_dict, "the type of an argument"),
-        (asks_for_the_device, "device.type"),
+        (asks_for_the_device, "(device)"),
         (asks_for_the_stride, "stride"),
     ],
 )
@@ -345,6 +345,30 @@ def by_a_table_of_devices(self: Any, x: Tensor) -> Tensor:
     return rms(x * {"cpu": 1}.get(x.device.type, 2), self.weight, self.eps)
 
 
+def is_on_a_gpu(place: Any) -> bool:
+    return bool(place.type == "cuda")
+
+
+def is_named_cuda(place: Any) -> bool:
+    kind = place.type
+    return kind in ("cuda", "xpu")
+
+
+def is_the_first_gpu(place: Any) -> bool:
+    return bool(place == torch.device("cuda", 0))
+
+
+def by_a_helper(helper: Callable[[Any], bool]) -> Callable[..., Any]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return rms(x * 2 if helper(x.device) else x, self.weight, self.eps)
+
+    return forward
+
+
+def by_the_type_of_a_copy(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if torch.device(x.device).type == "cuda" else x, self.weight, self.eps)
+
+
 def by_the_name_of_the_type(self: Any, x: Tensor) -> Tensor:
     return rms(x * 2 if x.type() == "torch.cuda.FloatTensor" else x, self.weight, self.eps)
 
@@ -379,6 +403,7 @@ def by_threads(self: Any, x: Tensor) -> Tensor:
     "forward",
     [
         on_another_device, on_one_of_some_devices, by_the_name_of_the_device, by_the_device_in_a_text,
+        by_a_helper(is_on_a_gpu), by_a_helper(is_named_cuda), by_a_helper(is_the_first_gpu), by_the_type_of_a_copy,
         by_the_kind_of_device, by_a_table_of_devices, by_the_name_of_the_type, for_parameters, for_views, for_results,
         for_tensors_that_are_marked, by_the_clock, by_threads,
     ],

@@ -17,11 +17,10 @@ from kernelwise._recognize._compare import bindings, compare, may_be, prove
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound
 from kernelwise._recognize._passing import LENGTHS, ChildCall, LayerTrace, traces
-from kernelwise._recognize._reach import decides_by_dtype_in, decides_by_size_in
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Failed, Source, Untraceable
-from kernelwise._recognize._rounds import FIRST, ROUNDS, ROUNDS_OF_DTYPES, ROUNDS_OF_RANKS, Round
-from kernelwise._recognize._search import Finding, find_module
+from kernelwise._recognize._rounds import FIRST, ROUNDS
+from kernelwise._recognize._search import Finding, find_module, rounds_of_code
 from kernelwise.ops import OPERATIONS, Operation, Variant
 
 _NORMS = frozenset({"rms_norm", "layer_norm"})
@@ -186,11 +185,7 @@ def _compare(op: Operation, variant: Variant, graph: Graph, trace: LayerTrace) -
     if trace.refused is not None and not trace.refuses():
         return f"looks like {op.name} without {trace.refused}, and does something else with it"
     layer = trace.layer
-    rounds: tuple[Round, ...] = ROUNDS
-    if decides_by_size_in(layer.reads, (layer.forward,), type(layer.module)):
-        rounds = (*rounds, *ROUNDS_OF_RANKS)
-    if decides_by_dtype_in(layer.reads, (layer.forward,), type(layer.module)):
-        rounds = (*rounds, *ROUNDS_OF_DTYPES)
+    rounds = (*ROUNDS, *rounds_of_code(layer.reads, (layer.forward,), type(layer.module)))
     problem = prove(op, variant, {}, trace.candidate, found.roles, rounds)
     problem = problem or _prove_without(op, variant, trace, found.roles)
     if problem is not None:

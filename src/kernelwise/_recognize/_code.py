@@ -31,26 +31,10 @@ _WRITES = frozenset(
 )
 # The same of a tensor itself, and of the process; in the model's own code alone, as libraries may look at such things.
 _ASKED_OF_TENSORS = frozenset(
-    {
-        "is_nested",
-        "is_sparse",
-        "is_quantized",
-        "is_mkldnn",
-        "is_shared",
-        "is_pinned",
-        "is_neg",
-        "is_conj",
-        "layout",
-        "names",
-    }
-    | {"Parameter", "Buffer"}
-    | {"_version", "_base", "_is_view", "grad", "grad_fn", "output_nr", "retains_grad", "untyped_storage", "storage"}
-    | {
-        "get_num_threads",
-        "get_num_interop_threads",
-        "get_default_dtype",
-        "is_deterministic_algorithms_warn_only_enabled",
-    }
+    {"is_nested", "is_sparse", "is_quantized", "is_mkldnn", "is_shared", "is_pinned", "is_neg", "is_conj", "layout"}
+    | {"names", "Parameter", "Buffer", "_version", "_base", "_is_view", "grad", "grad_fn", "output_nr", "retains_grad"}
+    | {"untyped_storage", "storage", "get_num_threads", "get_num_interop_threads", "get_default_dtype"}
+    | {"is_deterministic_algorithms_warn_only_enabled"}
 )
 _SIZES = frozenset({"shape", "size", "numel", "nelement", "len", "dim", "ndim"})
 _DTYPES = frozenset({"dtype", "half", "float16", "finfo", "itemsize", "element_size", "is_floating_point"})
@@ -142,8 +126,6 @@ def problem_of(code: types.CodeType) -> str | None:
                     return "it asks for the type of " + ("its first argument" if own else "an argument")
             if instruction.opname == "IS_OP" and not _is_of_values(known, index, first):
                 return "it asks whether a value is one very object"
-            if _is_device_type(known, index):
-                return "what it computes may depend on more than its inputs (device.type)"
             if _asks_what_it_has(known, index, first):
                 return f"it asks which attributes an argument has ({instruction.argval})"
             if _is_name_of_type(known, index):
@@ -175,20 +157,6 @@ def _is_type_of(known: tuple[dis.Instruction, ...], index: int) -> bool:
     if known[index].opname != "LOAD_GLOBAL" or known[index].argval != "type" or index + 2 >= len(known):
         return False
     return known[index + 1].opname.startswith("LOAD_FAST") and known[index + 2].opname.startswith("CALL")
-
-
-def _is_device_type(known: tuple[dis.Instruction, ...], index: int) -> bool:
-    """Whether the type of a device is compared or kept. Handed to a function that asks for autocast, it decides nothing.
-
-    Nor does a comparison with "mps" on a device for which there is a kernel here.
-    """
-    names = [i.argval for i in known[index : index + 2] if i.opname in ATTRIBUTES]
-    if names not in (["device", "type"], ["device", "index"]) or index + 3 >= len(known):
-        return False
-    first, second = known[index + 2], known[index + 3]
-    if first.opname.startswith("STORE") or first.opname in COMPARISONS:
-        return True
-    return second.opname in COMPARISONS and first.argval != "mps" and not first.opname.startswith("CALL")
 
 
 def _is_of_values(known: tuple[dis.Instruction, ...], index: int, first: tuple[str, ...]) -> bool:

@@ -1,6 +1,7 @@
 """What code does with the device of a tensor: to hand it on decides nothing, whatever else is done with it may.
 
-A trace runs on one device. So the bytecode is followed from where a device is read to what takes it.
+A trace runs on one device. So the bytecode is followed from where a device is read to what takes it. A function that is
+handed a device shows by what it does: it takes a `type`, or compares something and names a device.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ _PUSHES = ("LOAD_FAST", "LOAD_CONST", "LOAD_GLOBAL", "LOAD_NAME", "LOAD_DEREF", 
 _IDLE = SKIPPED | {"KW_NAMES"}
 _ABOUT_AUTOCAST = frozenset({"is_autocast_enabled", "get_autocast_dtype", "autocast", "maybe_autocast"})
 _NAMED = frozenset({"LOAD_GLOBAL", "LOAD_NAME", "LOAD_ATTR", "LOAD_METHOD"})
+_KINDS = ("cuda", "cpu", "xpu", "hpu", "npu", "tpu", "xla", "hip")
 _TELLS = frozenset({"str", "repr", "format", "hash", "print"})
 
 
@@ -28,8 +30,12 @@ def uses_device(code: types.CodeType) -> bool:
     runs.
     """
     every = list(dis.get_instructions(code))
+    if _names_device(code) and any(one.opname in COMPARISONS for one in every) and not _is_about_autocast(every):
+        return True
     kept: set[str] = set()
     for index, one in enumerate(every):
+        if one.opname in ATTRIBUTES and one.argval == "type" and not _is_handed_on(every, index, set()):
+            return True
         if one.opname in ATTRIBUTES and one.argval == "device":
             root = _before(every, index)
             if root.opname == "LOAD_GLOBAL" and root.argval == "torch":
@@ -50,18 +56,29 @@ def _is_handed_on(every: list[dis.Instruction], index: int, kept: set[str]) -> b
     if used.opname.startswith("STORE_FAST") and isinstance(used.argval, str):
         kept.add(used.argval)
         return True
+    is_part = every[index].argval == "type"
     if used.opname in ATTRIBUTES and used.argval in ("type", "index"):
-        user = _user_of(every, user)
+        is_part, user = True, _user_of(every, user)
         if user is None:
             return False
         used = every[user]
+    if is_part:
         if used.opname in COMPARISONS and any(i.argval == "mps" for i in every[user - 2 : user]):
             return True
-        if not _ABOUT_AUTOCAST & {one.argval for one in every if one.opname in _NAMED}:
+        if not _is_about_autocast(every):
             return False
     if used.opname in ("BUILD_MAP", "BUILD_CONST_KEY_MAP", "DICT_MERGE"):
         return True
     return used.opname.startswith(("CALL", "PRECALL")) and not _is_told(every, index)
+
+
+def _is_about_autocast(every: list[dis.Instruction]) -> bool:
+    return any(one.opname in _NAMED and one.argval in _ABOUT_AUTOCAST for one in every)
+
+
+def _names_device(code: types.CodeType) -> bool:
+    constants = [item for one in code.co_consts for item in (one if isinstance(one, (tuple, frozenset)) else (one,))]
+    return any(isinstance(item, str) and item.partition(":")[0] in _KINDS for item in constants)
 
 
 def _is_told(every: list[dis.Instruction], index: int) -> bool:

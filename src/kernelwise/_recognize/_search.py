@@ -91,11 +91,7 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
             problem = prove(op, variant, fixed, candidate, found.roles, ROUNDS)
             problem = problem or prove_without(op, variant, fixed, candidate, found.roles, optional)
             if problem is None:
-                elsewhere: tuple[Round, ...] = (replace(FIRST, width=OTHER_WIDTH),)
-                if decides_by_size_in(reads, (forward,), type(module)):
-                    elsewhere = (*elsewhere, *ROUNDS_OF_RANKS)
-                if decides_by_dtype_in(reads, (forward,), type(module)):
-                    elsewhere = (*elsewhere, *ROUNDS_OF_DTYPES)
+                elsewhere = (replace(FIRST, width=OTHER_WIDTH), *rounds_of_code(reads, (forward,), type(module)))
                 problem = prove(op, variant, fixed, candidate, found.roles, elsewhere)
             if problem is None and not fits(op, variant, fixed, graph, found.roles):
                 problem = f"looks like {op.name}, but the sizes of its tensors only fit by broadcasting"
@@ -106,6 +102,15 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
                 problem = f"looks like {op.name}, but a role is filled by something a kernel cannot be given"
             near = near or problem
     return Finding(None, near or "no known operation has this graph", str(graph), reads)
+
+
+def rounds_of_code(reads: Reads, functions: tuple[Any, ...], cls: type | None = None) -> tuple[Round, ...]:
+    """Further rounds for code that decides something by dtypes and, in a module, by numbers of dimensions."""
+    has_ranks = cls is not None and decides_by_size_in(reads, functions, cls)
+    return (
+        *(ROUNDS_OF_RANKS if has_ranks else ()),
+        *(ROUNDS_OF_DTYPES if decides_by_dtype_in(reads, functions, cls) else ()),
+    )
 
 
 def _integers(op: Operation, reads: Reads) -> list[dict[str, int]]:
@@ -298,9 +303,7 @@ class _TracedFunction:
         if found is None:
             return ""
         problem = prove(op, variant, fixed, candidate, found.roles, ROUNDS)
-        elsewhere = rounds_of_heads((OTHER_HEAD,))
-        if decides_by_dtype_in(Reads(), (self._function,)):
-            elsewhere = (*elsewhere, *ROUNDS_OF_DTYPES)
+        elsewhere = (*rounds_of_heads((OTHER_HEAD,)), *rounds_of_code(Reads(), (self._function,)))
         problem = problem or prove(op, variant, fixed, candidate, found.roles, (*elsewhere, *ROUNDS_OF_FUNCTIONS))
         if problem is None and self._takes_more(arguments, variant, fixed, candidate.numbers()):
             problem = f"is {op.name} {dict(variant.options)}, but also takes more elements or tokens than it turns"
