@@ -90,6 +90,19 @@ def test_a_noun_survives_json(noun: Any) -> None:
     assert hash(read) == hash(noun)
 
 
+@pytest.mark.parametrize(
+    ("data", "said"),
+    [
+        ({"layer": "x"}, "KernelRef lacks scheme, location"),
+        ({"odd": 1}, "KernelRef has no field odd"),
+        ([], "expected"),
+    ],
+)
+def test_json_of_something_else_is_refused(data: Any, said: str) -> None:
+    with pytest.raises(TypeError, match=said):
+        from_json(KernelRef, data)
+
+
 def test_the_function_of_a_kernel_is_left_out_and_the_function_of_a_layer_is_kept() -> None:
     kernel = Kernel(KernelRef("builtin", "", "RMSNorm"), function=len)
     assert "function" not in to_json(kernel)

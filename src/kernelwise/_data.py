@@ -411,5 +411,8 @@ def _decode(hint: Any, data: Any) -> Any:
         unknown = set(data) - {item.name for item in dataclasses.fields(hint)}
         if unknown:
             raise TypeError(f"{hint.__name__} has no field {', '.join(sorted(unknown))}")
+        needed = [f.name for f in dataclasses.fields(hint) if f.default is f.default_factory is dataclasses.MISSING]
+        if missing := [name for name in needed if name not in data]:
+            raise TypeError(f"{hint.__name__} lacks {', '.join(missing)}")
         return hint(**{name: _decode(hints[name], item) for name, item in data.items()})
     return data
