@@ -329,7 +329,6 @@ def test_plan_explains_layers_by_name_and_the_whole_model(capsys: pytest.Capture
         (("bench", "{0}:linear", "--json", "."), "cannot write .: it is a directory"),
         (("tune", "{0}:linear", "--out", "."), "cannot write .: it is a directory"),
         (("bench", "", "--seconds", "0"), "MODEL is empty"),
-        (("report", "missing.json", "--html", "nowhere/x.html"), "its directory does not exist"),
     ],
 )
 def test_what_cannot_be_run_or_written_is_one_error(

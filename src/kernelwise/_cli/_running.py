@@ -238,7 +238,6 @@ def report_command(
     """Show what tuning or benching found: as tables, or as a page that needs no network."""
     from kernelwise._evidence import load
 
-    _check_files(html)
     tuning = load(file)
     if html is None:
         print(tuning)
