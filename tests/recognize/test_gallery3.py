@@ -399,6 +399,18 @@ def by_threads(self: Any, x: Tensor) -> Tensor:
     return rms(x * 2 if torch.get_num_threads() > 64 else x, self.weight, self.eps)
 
 
+def when_deterministic(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if torch.are_deterministic_algorithms_enabled() else x, self.weight, self.eps)
+
+
+def by_the_backend(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if torch.backends.cudnn.benchmark else x, self.weight, self.eps)
+
+
+def by_bytes(self: Any, x: Tensor) -> Tensor:
+    return rms(x * 2 if x.nbytes > 10**9 else x, self.weight, self.eps)
+
+
 @pytest.mark.parametrize(
     "forward",
     [
@@ -406,6 +418,7 @@ def by_threads(self: Any, x: Tensor) -> Tensor:
         by_a_helper(is_on_a_gpu), by_a_helper(is_named_cuda), by_a_helper(is_the_first_gpu), by_the_type_of_a_copy,
         by_the_kind_of_device, by_a_table_of_devices, by_the_name_of_the_type, for_parameters, for_views, for_results,
         for_tensors_that_are_marked, by_the_clock, by_threads,
+        when_deterministic, by_the_backend, by_bytes,
     ],
 )  # fmt: skip
 def test_what_else_a_tensor_is_makes_a_layer_unknown(forward: Callable[..., Any]):

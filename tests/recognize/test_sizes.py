@@ -112,6 +112,8 @@ TABLE = {128: 2}
         lambda self, x: len(x) == self.block,
         lambda self, x: int(x.shape[1]) == self.block,
         lambda self, x: math.sqrt(x.shape[1]) > self.block,
+        lambda self, x: x.shape[1].bit_length() > 14,
+        lambda self, x: x.shape.numel() > self.limit,
     ],
 )
 def test_a_size_that_cannot_be_followed_makes_the_layer_unknown(question: Callable[[Any, Tensor], Any]):
@@ -129,6 +131,28 @@ def scaled_when_long(self: Any, x: Tensor) -> Tensor:
 @pytest.mark.parametrize("forward", [scaled_before_a_block_is_full, scaled_when_long])
 def test_a_number_of_blocks_is_tried_without_a_branch(forward: Callable[..., Any]):
     assert "rms_norm" in reason(with_forward(Sized, forward))
+
+
+def cut_at_the_end(self: Any, x: Tensor) -> Tensor:
+    return rms(x[:, : self.limit], self.weight, self.eps)
+
+
+def cut_at_the_start(self: Any, x: Tensor) -> Tensor:
+    return rms(x[..., -self.limit :, :], self.weight, self.eps)
+
+
+def first_of_some_pieces(self: Any, x: Tensor) -> Tensor:
+    return rms(x.split(self.limit, 1)[0], self.weight, self.eps)
+
+
+def piece_by_piece(self: Any, x: Tensor) -> Tensor:
+    pieces = [x[:, i : i + self.limit] * (i + 1) for i in range(0, x.shape[1], self.limit)]
+    return rms(torch.cat(pieces, 1), self.weight, self.eps)
+
+
+@pytest.mark.parametrize("forward", [cut_at_the_end, cut_at_the_start, first_of_some_pieces, piece_by_piece])
+def test_a_part_that_is_the_whole_of_something_short_is_tried_on_something_long(forward: Callable[..., Any]):
+    assert "9001" in reason(with_forward(Sized, forward))
 
 
 def clamped_when_long(self: Any, x: Tensor) -> Tensor:

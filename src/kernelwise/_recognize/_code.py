@@ -34,7 +34,8 @@ _ASKED_OF_TENSORS = frozenset(
     {"is_nested", "is_sparse", "is_quantized", "is_mkldnn", "is_shared", "is_pinned", "is_neg", "is_conj", "layout"}
     | {"names", "Parameter", "Buffer", "_version", "_base", "_is_view", "grad", "grad_fn", "output_nr", "retains_grad"}
     | {"untyped_storage", "storage", "get_num_threads", "get_num_interop_threads", "get_default_dtype"}
-    | {"is_deterministic_algorithms_warn_only_enabled"}
+    | {"is_deterministic_algorithms_warn_only_enabled", "are_deterministic_algorithms_enabled", "backends", "nbytes"}
+    | {"get_float32_matmul_precision", "is_tracing", "is_initialized", "get_rank", "get_world_size"}
 )
 _SIZES = frozenset({"shape", "size", "numel", "nelement", "len", "dim", "ndim"})
 _DTYPES = frozenset({"dtype", "half", "float16", "finfo", "itemsize", "element_size", "is_floating_point"})
@@ -128,6 +129,8 @@ def problem_of(code: types.CodeType) -> str | None:
                 return "it asks whether a value is one very object"
             if _asks_what_it_has(known, index, first):
                 return f"it asks which attributes an argument has ({instruction.argval})"
+            if [i.argval for i in known[index : index + 2] if i.opname in ATTRIBUTES] == ["shape", "numel"]:
+                return "it takes the number of elements of a shape, which cannot be followed"
             if _is_name_of_type(known, index):
                 return "what it computes may depend on more than its inputs (type)"
         asked = sorted(_ASKED_OF_TENSORS & {i.argval for i in known if i.opname in ATTRIBUTES})

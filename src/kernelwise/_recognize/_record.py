@@ -82,7 +82,8 @@ class Widths:
 
 _MOST_CALLS = 64
 _CUTS = {"slice.Tensor": ("start", "end"), "split.Tensor": ("split_size",)}
-_WHOLE = 1 << 62  # where a part ends of which nothing is said
+WHOLE = 1 << 62
+"""Where a part ends of which nothing is said."""
 
 
 class Recorder(TorchDispatchMode):
@@ -169,7 +170,7 @@ class Recorder(TorchDispatchMode):
         if self._note_cut is not None and name in _CUTS:
             size = arguments["self"].shape[arguments["dim"]]
             for end in (arguments.get(key) for key in _CUTS[name]):
-                if type(end) is int and size < abs(end) < _WHOLE:
+                if type(end) is int and size < abs(end) < WHOLE:
                     self._note_cut(size, abs(end))
         read = {key: self._read(value) for key, value in arguments.items()}
         if isinstance(result, torch.Tensor):

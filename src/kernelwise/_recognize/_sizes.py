@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch.overrides import TorchFunctionMode
 
-from kernelwise._recognize._record import Untraceable
+from kernelwise._recognize._record import WHOLE, Untraceable
 
 Tree = tuple[Any, ...]
 """How a value comes about: `("size", "B")`, `("number", 40)`, or an operator with its operands."""
@@ -65,11 +65,25 @@ class Watch(TorchFunctionMode):
         result = func(*args, **(kwargs or {}))
         if self.paused:
             return result
+        if func is torch.Tensor.__getitem__:
+            self._look_at_ends(*args)
         if func in _GIVE_SIZES and _is_asked_by_a_model(1):
             return self._size(result) if type(result) is int else torch.Size([self._size(item) for item in result])
         if func is torch.Tensor.__len__ and _is_asked_by_a_model(3):  # PyTorch asks twice in Python
             raise Untraceable("it takes the length of a tensor as a number (len), which cannot be followed")
         return result
+
+    def _look_at_ends(self, tensor: torch.Tensor, index: Any) -> None:
+        """Note where a part ends beyond a size: PyTorch gives the tensor itself, and no operation is seen."""
+        items = [item for item in (index if isinstance(index, tuple) else (index,)) if item is not None]
+        rest = next((place for place, item in enumerate(items) if item is Ellipsis), len(items))
+        dims = (
+            *enumerate(items[:rest]),
+            *((place - len(items), items[place]) for place in range(rest + 1, len(items))),
+        )
+        for dim, item in dims:
+            if isinstance(item, slice) and isinstance(item.stop, int) and tensor.shape[dim] < item.stop < WHOLE:
+                self.cut(tensor.shape[dim], item.stop)
 
     def _size(self, value: int) -> int:
         tree = self.names.get(value)
@@ -84,7 +98,7 @@ class Watch(TorchFunctionMode):
         """Note that a part up to `end` was taken, which at this size is the whole."""
         tree = self.names.get(size)
         if tree is not None:
-            self.decide(("le", tree, ("number", end)), True)
+            self.decide(("le", tree, _tree(end)), True)
 
 
 def _is_asked_by_a_model(depth: int) -> bool:
@@ -117,6 +131,10 @@ class _Followed:
     def _lost(self, how: str) -> None:
         if not self.watch.paused and _is_asked_by_a_model(2):
             raise Untraceable(f"it takes a size as a number ({how}), which cannot be followed")
+
+    def bit_length(self) -> int:
+        self._lost("bit_length")
+        return _plain(self).bit_length()  # type: ignore[no-any-return]
 
     def __divmod__(self, other: Any) -> Any:
         return _computed("floordiv", self, other), _computed("mod", self, other)
