@@ -46,6 +46,9 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=300, help="for each tuning")
     parser.add_argument("--race", type=float, default=8, help="seconds for each workload of the race")
+    parser.add_argument(
+        "--eager", action="store_true", help="do not tune for torch.compile, which takes most of the time"
+    )
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     options = parser.parse_args()
@@ -78,7 +81,13 @@ def one_run(
         os.environ["KERNELWISE_CACHE"] = cache
         given = {"input_ids": ids}
         config = kernelwise.tune(
-            model, given, workload=WORKLOADS, seconds=options.seconds, contenders=[], compile=True, progress=told
+            model,
+            given,
+            workload=WORKLOADS,
+            seconds=options.seconds,
+            contenders=[],
+            compile=not options.eager,
+            progress=told,
         )
         evidence = config.evidence
         assert evidence is not None

@@ -11,7 +11,7 @@ import math
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import product
 from typing import Any
 
@@ -291,20 +291,25 @@ def figures(runs: Sequence[Run], name: str) -> str:
 
 
 def _compiled(course: Course, found: Confirmation) -> list[Run]:
-    """Race the choices for torch.compile, and take them all back where the compiled model is slower with them."""
-    builtin, tuned = BUILTIN + AND_COMPILED, TUNED + AND_COMPILED
-    contenders = {EAGER: None, COMPILED: None, builtin: KernelConfig(), tuned: course.config(found.chosen)}
-    runs = race_all(course, contenders)
-    slower = not failed(runs, COMPILED) and seems_better(course, runs, COMPILED, tuned)
-    if failed(runs, tuned) or slower:
-        error = next((run.error for run in runs if run.contender == tuned and run.error), None)
-        why = error or "torch.compile alone is better end to end"
-        modes = [mode for mode in course.modes if mode.endswith(AND_COMPILED)]
-        _take_back(found, [kind for kind in found.chosen if kind.mode in modes], f"taken back: {why}")
-        _turn_off(course, found, modes, why)
-        again = race_all(course, {EAGER: None, tuned: course.config(found.chosen)})
-        runs = [run for run in runs if run.contender != tuned] + [run for run in again if run.contender == tuned]
-    return [run for run in runs if run.contender != EAGER]
+    """Race the choices for torch.compile with torch.compile alone, and keep them in the modes in which that is better.
+
+    In others all is left to the compiler: a draw is not worth one more thing that may break. The result is then torch.compile
+    of the model's own code, so its runs are those of that.
+    """
+    tuned = TUNED + AND_COMPILED
+    runs = race_all(course, {EAGER: None, COMPILED: None, tuned: course.config(found.chosen)})
+    kept = [run for run in runs if run.contender == COMPILED]
+    for mode in (mode for mode in course.modes if mode.endswith(AND_COMPILED)):
+        mine = [run for run in runs if (run.workload == "training") == mode.startswith("training")]
+        error = next((run.error for run in mine if run.contender == tuned and run.error), None)
+        if error is None and (failed(mine, COMPILED) or seems_better(course, mine, tuned, COMPILED)):
+            kept += [run for run in mine if run.contender == tuned]
+            continue
+        why = error or "the compiled model is not better with it than without"
+        _take_back(found, [kind for kind in found.chosen if kind.mode == mode], f"taken back: {why}")
+        _turn_off(course, found, (mode,), why)
+        kept += [replace(run, contender=tuned) for run in mine if run.contender == COMPILED]
+    return kept
 
 
 # ------------------------------------------------------------------------------------------------------------------ races
