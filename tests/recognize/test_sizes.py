@@ -90,6 +90,10 @@ def test_a_size_that_is_compared_with_something_is_tried(question: Callable[[Any
     assert "rms_norm" in reason(with_forward(Sized, double_if(question)))
 
 
+def test_a_size_that_is_too_large_to_be_tried_makes_the_layer_unknown():
+    assert "not tried" in reason(with_forward(Sized, double_if(lambda self, x: x.shape[1] > 10**8)))
+
+
 NOTHING_ELSE: dict[str, Callable[[Any, Tensor], Any]] = {
     "an attribute": lambda self, x: x.shape[1] > self.limit and False,
     "always": lambda self, x: x.shape[0] < 0,

@@ -30,7 +30,7 @@ from kernelwise._recognize._rounds import (
     sizes_of,
     with_size,
 )
-from kernelwise._recognize._sizes import Decisions, Sizes, Tree, Watch, parts_of, sizes_otherwise
+from kernelwise._recognize._sizes import LARGEST, Decisions, Sizes, Tree, Watch, parts_of, sizes_otherwise
 from kernelwise._recognize._stand_in import Stage
 from kernelwise._recognize._trace import trace
 from kernelwise.ops import OPERATIONS, Operation, Variant
@@ -242,6 +242,8 @@ def prove(
             outcomes[tree].add(not outcome)  # it is looked for once
             sizes = sizes_otherwise(tree, candidate.decisions[at], candidate.sizes(at), with_size)
             if sizes is None:
+                if any(abs(number) > LARGEST for number in parts_of(tree, "number")):
+                    return f"is {op.name} {dict(variant.options)} in bfloat16, but decides by a size that is not tried"
                 continue
             there = round_at(at, sizes)
             problem = _prove(op, variant, fixed, candidate, roles, (there,))
