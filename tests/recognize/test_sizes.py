@@ -199,9 +199,26 @@ def doubled_for_some_heads(
     return rotary(q * 2 if q.shape[1] == BLOCK else q, k, cos, sin, unsqueeze_dim)
 
 
+def doubled_for_some_key_heads(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    return rotary(q, k * 2 if k.shape[1] == BLOCK else k, cos, sin, unsqueeze_dim)
+
+
+def doubled_for_wide_heads(
+    q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1
+) -> tuple[Tensor, Tensor]:
+    return rotary(q, k * 2 if k.shape[-1] // 2 > BLOCK * 4 else k, cos, sin, unsqueeze_dim)
+
+
 def test_sizes_of_functions_are_tried_too():
     assert getattr(_recognize_function(rotary), "op", None) == "rotary"
-    for function in (scaled_when_long_rotary, doubled_for_some_heads):
+    for function in (
+        scaled_when_long_rotary,
+        doubled_for_some_heads,
+        doubled_for_some_key_heads,
+        doubled_for_wide_heads,
+    ):
         assert not hasattr(_recognize_function(function), "op")
 
 

@@ -8,6 +8,7 @@ where changing the attribute changes the number.
 from __future__ import annotations
 
 import functools
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -242,7 +243,7 @@ def prove(
             outcomes[tree].add(not outcome)  # it is looked for once
             sizes = sizes_otherwise(tree, candidate.decisions[at], candidate.sizes(at), with_size)
             if sizes is None:
-                if any(abs(number) > LARGEST for number in parts_of(tree, "number")):
+                if any(LARGEST < abs(number) < math.inf for number in parts_of(tree, "number")):
                     return f"is {op.name} {dict(variant.options)} in bfloat16, but decides by a size that is not tried"
                 continue
             there = round_at(at, sizes)

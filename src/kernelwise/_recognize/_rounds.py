@@ -17,6 +17,7 @@ from kernelwise._recognize._sizes import Sizes, Tree, parts_of
 from kernelwise.ops import Operation, Role, Variant
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
+_BEFORE = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +49,7 @@ class Round:
     @property
     def before(self) -> int:
         """Number of positions in front of those, where an operation has some: there may be none."""
-        return 6 if self.length > 1 else 0
+        return _BEFORE if self.length > 1 else 0
 
     def __str__(self) -> str:
         activations, parameters = (
@@ -106,20 +107,23 @@ def sizes_of_module(width: int, is_fixed: bool, at: Round) -> Sizes:
 
 def sizes_of_function(at: Round) -> Sizes:
     """The sizes of the arguments of a function, by name."""
-    return {**_DEFAULT_SIZES, **dict(at.sizes), "B": at.batch, "S": at.length}
+    heads = {name: _DEFAULT_SIZES[name] for name in ("D", "R", "Hq", "Hk")}
+    return {"B": at.batch, "S": at.length, **heads, **dict(at.sizes)}
 
 
 def names_of(sizes: Sizes) -> dict[int, Tree]:
-    """What a size in a trace is, where that is clear: one of these, a product of neighbours, or a half."""
+    """What a size in a trace is, where that is clear: one of these, a product of neighbours, half a head, with a prefix."""
     values = list(sizes.values())
-    names: dict[int, Tree] = {}
+    names: dict[int, Tree] = {size: ("size", name) for name, size in sizes.items()}
     for place, (name, size) in enumerate(sizes.items()):
         tree: Tree = ("size", name)
-        names.setdefault(size, tree)
-        names.setdefault(size // 2, ("floordiv", tree, ("number", 2)))
         for other in list(sizes)[place + 1 :]:
             size, tree = size * sizes[other], ("mul", tree, ("size", other))
             names.setdefault(size, tree)
+        if name in ("D", "R"):
+            names.setdefault(sizes[name] // 2, ("floordiv", ("size", name), ("number", 2)))
+        elif name == "S":
+            names.setdefault(sizes[name] + _BEFORE, ("add", ("size", name), ("number", _BEFORE)))
     unclear = {size for size in values if size < 2 or values.count(size) > 1}
     return {
         size: tree
@@ -140,7 +144,8 @@ def with_size(sizes: Sizes, name: str, size: int) -> Sizes | None:
 def round_at(at: Round, sizes: Sizes) -> Round:
     """The round that has these sizes."""
     if "B" in sizes:
-        rest = tuple((name, size) for name, size in sizes.items() if size != _DEFAULT_SIZES[name] and name not in "BS")
+        heads = ((name, size) for name, size in sizes.items() if name not in "BS")
+        rest = tuple((name, size) for name, size in heads if size != _DEFAULT_SIZES[name])
         return replace(at, lead=(sizes["B"], sizes["S"]), sizes=rest)
     lead = tuple(sizes[str(place)] for place in range(len(at.lead)))
     return replace(at, lead=lead, width=sizes.get("W", at.width))
