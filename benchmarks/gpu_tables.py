@@ -1,4 +1,4 @@
-"""The end-to-end tables of docs/gpu.md, written from the results of gpu_e2e.py: `python benchmarks/gpu_tables.py`."""
+"""The end-to-end tables of docs/gpu.md, from the results of gpu_e2e.py and gpu_tune.py: `python benchmarks/gpu_tables.py`."""
 
 from __future__ import annotations
 
@@ -41,6 +41,25 @@ def main() -> None:
                 ratio = f" ({eager[column] / value:.2f} x)" if value and variant != "eager" else ""
                 cells.append(f"{value:.3g}{unit}{ratio}" if value else "")
             print(f"| {NAMES[variant]} | {' | '.join(cells)} |")
+    for shape in ("llama", "qwen3", "gemma3"):
+        races(shape)
+
+
+def races(shape: str) -> None:
+    """Print how many times as fast as eager each contender was in the races after tuning: the least and most of all runs."""
+    found: dict[str, dict[str, list[float]]] = {}
+    for path in sorted(RESULTS.glob(f"gpu_bench_h100_{shape}*.json")):
+        for run in json.loads(path.read_text()):
+            if run["comparison"] and run["contender"] != "eager":
+                speeds = found.setdefault(run["workload"], {}).setdefault(run["contender"], [])
+                speeds.append(run["comparison"]["speedup"])
+    names = list(dict.fromkeys(name for by_name in found.values() for name in by_name))
+    if names:
+        print(f"\n{shape}, tuned and raced\n\n| | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
+    for workload, by_name in found.items():
+        bounds = [(min(by_name[name]), max(by_name[name])) if name in by_name else () for name in names]
+        cells = [" to ".join(dict.fromkeys(f"{speed:.2f}" for speed in some)) for some in bounds]
+        print(f"| {workload} | {' | '.join(cells)} |")
 
 
 if __name__ == "__main__":
