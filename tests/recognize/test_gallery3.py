@@ -440,6 +440,15 @@ def careful_on_a_device_without_kernels(self: Any, x: Tensor) -> Tensor:
     return rms(x * 2 if x.device.type == "mps" else x, self.weight, self.eps)
 
 
+def cast_by_type(self: Any, x: Tensor) -> Tensor:
+    return rms(x.type(torch.float32).type(x.dtype), self.weight, self.eps)
+
+
 def test_a_device_that_is_only_handed_on_decides_nothing():
-    for forward in (moved_to_where_the_weight_is, moved_by_a_variable, careful_on_a_device_without_kernels):
+    for forward in (
+        cast_by_type,
+        moved_to_where_the_weight_is,
+        moved_by_a_variable,
+        careful_on_a_device_without_kernels,
+    ):
         assert operation(with_forward(Norm, forward)) == "rms_norm"

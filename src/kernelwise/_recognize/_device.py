@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import sys
 import types
 
 SKIPPED = frozenset({"CACHE", "PUSH_NULL", "PRECALL", "RESUME", "EXTENDED_ARG", "NOP", "COPY_FREE_VARS", "NOT_TAKEN"})
@@ -34,7 +35,8 @@ def uses_device(code: types.CodeType) -> bool:
         return True
     kept: set[str] = set()
     for index, one in enumerate(every):
-        if one.opname in ATTRIBUTES and one.argval == "type" and not _is_handed_on(every, index, set()):
+        is_type = one.opname == "LOAD_ATTR" and one.argval == "type" and not _is_method(one)
+        if is_type and not _is_handed_on(every, index, set()):
             return True
         if one.opname in ATTRIBUTES and one.argval == "device":
             root = _before(every, index)
@@ -46,6 +48,11 @@ def uses_device(code: types.CodeType) -> bool:
         one.opname.startswith("LOAD_FAST") and one.argval in kept and not _is_handed_on(every, index, kept)
         for index, one in enumerate(every)
     )
+
+
+def _is_method(one: dis.Instruction) -> bool:
+    """Whether an attribute is looked up to be called: `x.type(dtype)`."""
+    return sys.version_info >= (3, 12) and bool((one.arg or 0) & 1)  # before, it has a name of its own
 
 
 def _is_handed_on(every: list[dis.Instruction], index: int, kept: set[str]) -> bool:
