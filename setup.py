@@ -21,6 +21,7 @@ from setuptools.command.build_ext import build_ext
 SOURCE = Path("src/kernelwise/kernels/cpu/csrc")
 VECTOR_SOURCES = (
     "activation.cpp",
+    "attention.cpp",
     "cross_entropy.cpp",
     "gated_activation.cpp",
     "gemm.cpp",
@@ -34,12 +35,13 @@ OPERATOR_SOURCES = (
     "isa.cpp",
     "ops.cpp",
     "ops_activations.cpp",
+    "ops_attention.cpp",
     "ops_linear.cpp",
     "ops_loss.cpp",
     "ops_norms.cpp",
     "ops_rotary.cpp",
 )
-HEADERS = ("activations.h", "kernels.h", "norm.h", "products.h", "tensors.h", "vec.h")
+HEADERS = ("activations.h", "kernels.h", "norm.h", "panels.h", "products.h", "tensors.h", "vec.h")
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32"
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
 if X86:

@@ -23,6 +23,7 @@ from kernelwise.kernels.cpu import linear as linear_module
 from kernelwise.kernels.cpu.activation import activation
 from kernelwise.kernels.cpu.add_layer_norm import add_layer_norm
 from kernelwise.kernels.cpu.add_rms_norm import add_rms_norm
+from kernelwise.kernels.cpu.attention import attention
 from kernelwise.kernels.cpu.cross_entropy import cross_entropy
 from kernelwise.kernels.cpu.gated_activation import gated_activation
 from kernelwise.kernels.cpu.layer_norm import layer_norm
@@ -91,19 +92,25 @@ def calls(dtype=torch.float32):
             torch.randn(520, 72, dtype=half),
             torch.randn(520, dtype=half),
         ),
+        "attention": (
+            lambda q, k, v: attention(q, k, v, causal=True),
+            torch.randn(2, 6, 130, 64, dtype=dtype),
+            *torch.randn(2, 2, 3, 130, 64, dtype=dtype),
+        ),
         "linear of few rows": (linear, torch.randn(3, 72, dtype=half), torch.randn(520, 72, dtype=half)),
     }
 
 
 def results(name, dtype=torch.float32):
-    """Outputs and gradients of one call."""
+    """Outputs without gradients, outputs with them, and gradients of one call."""
     function, *tensors = calls(dtype)[name]
+    alone = function(*tensors)
     leaves = [t.requires_grad_() for t in tensors]
     outputs = function(*leaves)
     outputs = outputs if isinstance(outputs, tuple) else (outputs,)
     weights = [torch.linspace(-1, 1, o.numel(), dtype=o.dtype).view(o.shape) for o in outputs]
     gradients = torch.autograd.grad(outputs, leaves, weights)
-    return [o.detach() for o in outputs] + list(gradients)
+    return [*(alone if isinstance(alone, tuple) else (alone,)), *(o.detach() for o in outputs), *gradients]
 
 
 NAMES = pytest.mark.parametrize("name", calls())
@@ -163,8 +170,8 @@ def test_every_number_of_threads_gives_the_same_numbers(name, dtype, threads, ou
 )
 def test_works_in_a_child_of_a_process_with_threads(name, threads, ours_always):
     """Where torch's own operators wait for ever, the kernels must not."""
-    if name == "linear" and cpu.isa() == "baseline":
-        pytest.skip("without AVX2 many rows go through torch's product")
+    if name in ("linear", "attention") and cpu.isa() == "baseline":
+        pytest.skip("without AVX2 torch's product computes")
     threads(2)
     function, *tensors = calls()[name]
     with torch.no_grad():
@@ -216,7 +223,7 @@ def test_compiles_in_one_graph_forward_and_backward(name, dynamic, ours_always):
         assert torch.equal(compiled(*leaves), sums(*leaves))
 
 
-@NAMES
+@pytest.mark.parametrize("name", [name for name in calls() if name != "attention"])  # torch's own has none
 def test_second_derivatives_are_those_of_plain_pytorch(name, ours_always, monkeypatch):
     """By what the backward functions do where they are differentiated themselves, against differences of gradients."""
     monkeypatch.setattr(gated_module, "_PLAIN_BELOW_ELSE", 0)
@@ -309,6 +316,9 @@ def _samples():
     yield operators.linear, (h[None], torch.randn(6, 8).bfloat16(), torch.randn(6).bfloat16())
     yield operators.linear_grad_x, (h, torch.randn(8, 6).bfloat16())
     yield operators.linear_grad_weight, (h, h)
+    if _library.isa() != "baseline":
+        yield operators.attention, (q, k, k, None, False, 0.3)
+        yield operators.attention, (q.half(), k.half(), k.half(), torch.rand(1, 1, 3, 3) > 0.3, True, 0.3)
 
 
 @pytest.mark.parametrize(("operator", "arguments"), list(_samples()), ids=lambda value: str(value)[:40])

@@ -42,7 +42,7 @@ except ImportError as error:
         'kernelwise.integrations.transformers needs transformers\n  go on      pip install "kernelwise[transformers]"'
     ) from error
 
-from kernelwise.integrations import _fusion
+from kernelwise.integrations import _attention, _fusion
 
 __all__ = ["KernelConfig", "patch", "unpatch"]
 
@@ -217,4 +217,5 @@ def _take_out(model: nn.Module, config: _config.KernelConfig) -> None:
     _apply.set_attribute(model, "kernel_config", config)
 
 
+_attention.register()
 patch()

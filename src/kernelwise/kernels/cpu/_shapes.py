@@ -211,6 +211,11 @@ def _linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     return grad.new_empty((grad.shape[-1], x.shape[-1]))
 
 
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, causal: bool, scale: float) -> Tensor:
+    batch, heads, positions, _ = q.shape
+    return q.new_empty((batch, positions, heads, v.shape[-1])).transpose(1, 2)
+
+
 SHAPES: dict[str, Callable[..., Any]] = {
     "rms_norm": _rms_norm,
     "add_rms_norm": _add_rms_norm,
@@ -233,4 +238,5 @@ SHAPES: dict[str, Callable[..., Any]] = {
     "linear": _linear,
     "linear_grad_x": _linear_grad_x,
     "linear_grad_weight": _linear_grad_weight,
+    "attention": _attention,
 }

@@ -51,13 +51,14 @@ _CHOICES = {
 _UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}
 
 
-def _units(dtype: torch.dtype) -> str:
+def units(dtype: torch.dtype) -> str:
+    """Return what the processor has for products of a half-precision dtype: "matrix", "vector" or "none"."""
     names = _ops.cpu_half_products.default().split()
     matrix, vector = _UNITS[dtype]
     return "matrix" if matrix in names else "vector" if vector in names and isa() == "avx512" else "none"
 
 
-_chosen = {dtype: _CHOICES.get((isa(), dtype, _units(dtype))) for dtype in _UNITS}
+_chosen = {dtype: _CHOICES.get((isa(), dtype, units(dtype))) for dtype in _UNITS}
 
 
 def why_not_worthwhile(dtype: torch.dtype) -> str | None:
@@ -66,7 +67,7 @@ def why_not_worthwhile(dtype: torch.dtype) -> str | None:
         return f"it is made for bfloat16 and float16 weights, not {dtype}"
     if _chosen[dtype] is not None:
         return None
-    if _units(dtype) == "matrix":
+    if units(dtype) == "matrix":
         return f"this processor multiplies {str(dtype).removeprefix('torch.')} matrices natively ({_UNITS[dtype][0]})"
     return f"it was not measured on processors without AVX2 (instruction set in use: {isa()})"
 

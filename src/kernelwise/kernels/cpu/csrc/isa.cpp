@@ -15,7 +15,7 @@ namespace {
     #isa, isa::rms_norm, isa::rms_norm_backward, isa::layer_norm, isa::layer_norm_backward,                      \
     isa::activation, isa::activation_backward, isa::gated, isa::gated_backward, isa::rotary,                     \
     isa::qk_norm_rotary, isa::qk_norm_rotary_backward, isa::cross_entropy, isa::cross_entropy_backward,          \
-    isa::widen, isa::narrow, isa::few_rows, isa::gemm                                                            \
+    isa::widen, isa::narrow, isa::few_rows, isa::gemm, isa::attention                                            \
   }
 
 const Kernels kBaseline = KERNELWISE_TABLE(baseline);

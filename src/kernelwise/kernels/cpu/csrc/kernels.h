@@ -63,6 +63,22 @@ struct CrossEntropyArgs {
   float smoothing, softcap, z_loss;  // softcap 0: none
 };
 
+enum class MaskKind { kNone, kBool, kFloat32, kOwn };  // own: the dtype of q
+
+// q [batch, heads, positions, width], k and v [batch, heads / group, keys, width], by strides, unit last stride.
+struct AttentionArgs {
+  const void *q, *k, *v;
+  int64_t q_batch, q_head, q_position, k_batch, k_head, k_position, v_batch, v_head, v_position;
+  int64_t heads, group, positions, keys, width, value_width;
+  int64_t together, each;  // heads and positions of a task at most
+  const void* mask;  // added to the scores, unit last stride; or null
+  MaskKind mask_kind;
+  int64_t mask_batch, mask_head, mask_position;
+  float scale;
+  bool causal;  // position i sees the keys up to i
+  void* out;    // [batch, positions, heads, value_width]
+};
+
 // Dtypes that a function is chosen by. `other` is the weight (norm) or cos and sin (rotary), `out` the result; in a
 // backward function `in` is x, `out` the dtype of the incoming gradient (norm).
 struct Signature {
@@ -102,8 +118,8 @@ struct FewRows {
 };
 // c[rows, columns] = a[rows, depth] b^T + bias, b being [columns, depth], or with b_by_depth [depth, columns].
 struct GemmArgs {
-  const float* a;  // element [i, k] at i * a_row_stride + k * a_depth_stride
-  int64_t a_row_stride, a_depth_stride;
+  const float* a;  // rows a_stride apart
+  int64_t a_stride;
   const void* b;  // rows b_stride apart, unit last stride
   int64_t b_stride;
   bool b_by_depth;
@@ -115,6 +131,13 @@ struct GemmArgs {
 struct Gemm {
   int64_t panel;
   void (*columns)(const GemmArgs&, float* sums, int64_t begin, int64_t end);
+};
+// A task is up to `rows` rows: `each` positions of `together` heads that share their keys. Null where there is none, as in
+// Gemm.
+struct Attention {
+  int64_t rows;
+  int64_t (*scratch)(const AttentionArgs&);  // numbers of memory for the caller's thread alone
+  void (*tasks)(const AttentionArgs&, float* scratch, int64_t begin, int64_t end);
 };
 
 // Each returns null for a combination of dtypes that is not built.
@@ -137,6 +160,7 @@ struct Kernels {
   Narrow (*narrow)(DType);
   FewRows (*few_rows)(DType, int64_t rows);
   Gemm (*gemm)(DType);
+  Attention (*attention)(DType);
 };
 
 // One set of getters per instruction set; KERNELWISE_ISA is given on the compiler's command line.
@@ -159,6 +183,7 @@ struct Kernels {
   Narrow narrow(DType);                                                                   \
   FewRows few_rows(DType, int64_t rows);                                                  \
   Gemm gemm(DType);                                                                       \
+  Attention attention(DType);                                                             \
   }
 KERNELWISE_DECLARE(baseline)
 KERNELWISE_DECLARE(avx2)

@@ -84,7 +84,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
     for (int64_t m = 0; m < s.rows; m += tile) {
       const int64_t rows = std::min(tile, s.rows - m);
       in.widen(wide_x.data, m, 0, rows, s.in);
-      by_panels(gemm, {wide_x.data, s.in, 1, w.data, s.in, false, b, y_data + m * s.out * 2, s.out, rows, s.in}, s.out);
+      by_panels(gemm, {wide_x.data, s.in, w.data, s.in, false, b, y_data + m * s.out * 2, s.out, rows, s.in}, s.out);
     }
     return y;
   }
@@ -121,7 +121,7 @@ Tensor linear_grad_x(const Tensor& grad, const Tensor& weight) {
     for (int64_t m = 0; m < s.rows; m += most) {
       const int64_t rows = std::min(most, s.rows - m);
       s.x_half().widen(wide.data, m, 0, rows, s.out);
-      by_panels(gemm, {wide.data, s.out, 1, contiguous.data_ptr(), s.in, true, nullptr,
+      by_panels(gemm, {wide.data, s.out, contiguous.data_ptr(), s.in, true, nullptr,
                        static_cast<char*>(dx.data_ptr()) + m * s.in * 2, s.in, rows, s.out}, s.in);
     }
     return dx;

@@ -4,10 +4,6 @@
 namespace kernelwise {
 namespace {
 
-Tensor unit_last(const Tensor& t) {
-  return t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1 ? torch::stable::contiguous(t) : t;
-}
-
 // q and k, or gradients in their place, with cos and sin, checked; and room for the results, which lie in memory as
 // [batch, positions, heads, width], whatever the order of the dimensions.
 struct Rotation {

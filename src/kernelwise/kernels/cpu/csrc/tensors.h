@@ -83,6 +83,10 @@ inline void check_same_shape(const Tensor& a, const Tensor& b, const char* names
                   "kernelwise: ", names, " must have one shape");
 }
 
+inline Tensor unit_last(const Tensor& t) {
+  return t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1 ? torch::stable::contiguous(t) : t;
+}
+
 // A tensor seen as rows of its last dimension, `stride` apart; copied where no single stride does it.
 struct Rows {
   std::optional<Tensor> copy;

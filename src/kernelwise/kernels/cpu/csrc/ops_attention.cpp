@@ -1,0 +1,69 @@
+// Attention over keys and values that heads may share.
+#include <memory>
+
+#include "tensors.h"
+
+namespace kernelwise {
+namespace {
+
+MaskKind kind_of(const Tensor& mask, const Tensor& q) {
+  if (mask.scalar_type() == ScalarType::Bool) return MaskKind::kBool;
+  if (mask.scalar_type() == ScalarType::Float) return MaskKind::kFloat32;
+  STD_TORCH_CHECK(mask.scalar_type() == q.scalar_type(), "kernelwise::attention: a mask must be bool, float32 or of q's dtype");
+  return MaskKind::kOwn;
+}
+
+// The result lies in memory as [batch, positions, heads, width].
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask, bool causal, double scale) {
+  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
+                  "kernelwise::attention: q, k and v must be [batch, heads, positions, width]");
+  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
+                  "kernelwise::attention: q, k and v must have one dtype");
+  const Attention kernel = kernels().attention(dtype_of(q, "q"));
+  STD_TORCH_CHECK(kernel.tasks != nullptr, "kernelwise::attention: it needs a processor with AVX2");
+  const Tensor in[3] = {unit_last(q), unit_last(k), unit_last(v)};
+  AttentionArgs a{};
+  a.heads = q.size(1), a.positions = q.size(2), a.keys = k.size(2), a.width = q.size(3), a.value_width = v.size(3);
+  const int64_t batch = q.size(0), shared = k.size(1);
+  STD_TORCH_CHECK(k.size(0) == batch && v.size(0) == batch && v.size(1) == shared && v.size(2) == a.keys &&
+                      k.size(3) == a.width && shared > 0 && a.heads % shared == 0,
+                  "kernelwise::attention: k and v must fit q, with as many heads or a divisor of its number");
+  a.group = a.heads / shared;
+  a.q = in[0].data_ptr(), a.q_batch = in[0].stride(0), a.q_head = in[0].stride(1), a.q_position = in[0].stride(2);
+  a.k = in[1].data_ptr(), a.k_batch = in[1].stride(0), a.k_head = in[1].stride(1), a.k_position = in[1].stride(2);
+  a.v = in[2].data_ptr(), a.v_batch = in[2].stride(0), a.v_head = in[2].stride(1), a.v_position = in[2].stride(2);
+  a.scale = float(scale), a.causal = causal;
+  MaybeTensor rows;  // the mask with unit last stride
+  if (mask) {
+    STD_TORCH_CHECK(mask->dim() == 4 && mask->size(3) == a.keys && (mask->size(2) == 1 || mask->size(2) == a.positions) &&
+                        (mask->size(1) == 1 || mask->size(1) == a.heads) && (mask->size(0) == 1 || mask->size(0) == batch),
+                    "kernelwise::attention: a mask must be [batch or 1, heads or 1, positions or 1, keys]");
+    a.mask_kind = kind_of(*mask, q);
+    rows = unit_last(*mask);
+    a.mask = rows->data_ptr();
+    a.mask_batch = rows->size(0) == 1 ? 0 : rows->stride(0);
+    a.mask_head = rows->size(1) == 1 ? 0 : rows->stride(1);
+    a.mask_position = rows->size(2) == 1 ? 0 : rows->stride(2);
+  }
+  const int64_t h = std::max<int64_t>(a.heads, 1), s = std::max<int64_t>(a.positions, 1), w = std::max<int64_t>(a.value_width, 1);
+  Tensor out = empty(Dims{{batch, a.heads, a.positions, a.value_width}, 4}, Dims{{s * h * w, w, h * w, 1}, 4}, q.scalar_type());
+  if (out.numel() == 0) return out;
+  a.out = out.data_ptr();
+  a.together = std::min(a.group, kernel.rows), a.each = std::min(kernel.rows / a.together, a.positions);
+  const int64_t parts = (a.group + a.together - 1) / a.together, blocks = (a.positions + a.each - 1) / a.each;
+  each_row(batch * shared * parts * blocks, std::max<int64_t>(1, a.together * a.each * a.keys * 4), [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> memory(new float[kernel.scratch(a)]);
+    kernel.tasks(a, memory.get(), begin, end);
+  });
+  return out;
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_FRAGMENT(kernelwise, m) {
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) -> Tensor");
+}
+
+STABLE_TORCH_LIBRARY_IMPL(kernelwise, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+
+}  // namespace kernelwise
