@@ -2,7 +2,8 @@
 
 The model has the shape of SmolLM2-135M (30 layers, random weights), or with `--shape 1b` that of Llama 3.2 1B (16 layers).
 Contenders: `eager`, transformers as it comes (SDPA attention, growing cache); `ours`, the same after `kernelwise.kernelize`
-with a rule for the head with its loss; `ours-loss`, without that rule; `compile`, torch.compile of the whole model, in
+with a rule for the head with its loss and `set_attn_implementation("kernelwise_sdpa")`; `ours-loss`, without that rule;
+`ours-sdpa`, without that attention; `compile`, torch.compile of the whole model, in
 decoding with transformers' static cache; `ours+compile`. Transformers' own kernels are not among them: it fetches them from
 the Hub, and has none for CPUs.
 
@@ -49,6 +50,7 @@ from cpu_ops import DTYPES, machine
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import kernelwise
+import kernelwise.integrations.transformers
 
 PREFILL, PROMPT, STEPS, TRAIN = 512, 128, 16, (2, 256)
 SHAPES = {
@@ -70,7 +72,7 @@ SHAPES = {
     },
 }
 LENGTHS = {"135m": PREFILL, "1b": 256}
-CONTENDERS = ("eager", "ours", "ours-loss", "compile", "ours+compile")
+CONTENDERS = ("eager", "ours", "ours-loss", "ours-sdpa", "compile", "ours+compile")
 WORK = ("prefill", "decode", "decode8", "train")
 
 
@@ -101,12 +103,15 @@ def build(layers: int | None, dtype: torch.dtype, contenders: Sequence[str] = ()
     )
     torch.manual_seed(0)
     model = LlamaForCausalLM._from_config(config, dtype=dtype, attn_implementation="sdpa").eval()
-    models = {
-        "eager": model,
-        "ours": kernelwise.kernelize(copy.deepcopy(model), {"LinearCrossEntropy": "builtin:LinearCrossEntropy"}),
-    }
+    rule = {"LinearCrossEntropy": "builtin:LinearCrossEntropy"}
+    models = {"eager": model, "ours": kernelwise.kernelize(copy.deepcopy(model), rule)}
     if "ours-loss" in contenders:
         models["ours-loss"] = kernelwise.kernelize(copy.deepcopy(model))
+    for ours in models.values():
+        if ours is not model:
+            ours.set_attn_implementation("kernelwise_sdpa")
+    if "ours-sdpa" in contenders:
+        models["ours-sdpa"] = kernelwise.kernelize(copy.deepcopy(model), rule)
     return models
 
 

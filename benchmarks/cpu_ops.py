@@ -5,6 +5,11 @@ over the rounds of (time of the own code / time of the contender), with the quar
 SmolLM2-135M. Writes a JSON file that names hardware, versions, date and command, and prints a table. Where other processes
 take the cores, `--cpu-time` counts the processor time of one thread instead of seconds.
 
+A kernel's function leaves to plain PyTorch what that does as fast; such calls are marked (`kernel_ran`). The mean at the end
+counts the operations that `kernelize` puts in unasked (`PUT_IN`), with and without those calls.
+
+`--smallest` runs one row of the least width that each operation takes: what is left of a call when there is nothing to compute.
+
 To see what another processor would gain, limit what torch, oneDNN and MKL may use:
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/cpu_ops.py linear
 """
@@ -27,11 +32,13 @@ from pathlib import Path
 
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernelwise.kernels import cpu
 from kernelwise.kernels.cpu.activation import activation
 from kernelwise.kernels.cpu.add_layer_norm import add_layer_norm
 from kernelwise.kernels.cpu.add_rms_norm import add_rms_norm
+from kernelwise.kernels.cpu.attention import attention
 from kernelwise.kernels.cpu.cross_entropy import cross_entropy
 from kernelwise.kernels.cpu.gated_activation import gated_activation
 from kernelwise.kernels.cpu.layer_norm import layer_norm
@@ -44,11 +51,21 @@ from kernelwise.kernels.cpu.rotary import rotary
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 576, 1536, 9, 3, 64
 LINEAR_SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576))
 VOCABULARY = 49152
+PROMPT = 256  # keys that one row of attention sees
+MOST_ATTENTION_ROWS = 512  # the own code's backward pass in bfloat16 takes seconds with more
 MOST_LOSS_ROWS = 512  # the own code's float32 copies of more rows of logits take gigabytes
 EVERY = (
     "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "activation", "gated_activation", "rotary",
-    "qk_norm_rotary", "cross_entropy", "linear_cross_entropy", "linear",
+    "qk_norm_rotary", "cross_entropy", "linear_cross_entropy", "linear", "attention",
 )  # fmt: skip
+# What `kernelize` puts in unasked, by operation and the first word of the variant (None: all). See docs/cpu.md.
+PUT_IN = {
+    "rms_norm": None,
+    "gated_activation": None,
+    "activation": ("gelu", "gelu_tanh", "gelu_new", "quick_gelu"),
+    "rotary": None,
+    "linear": None,
+}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 LIMITS = ("ATEN_CPU_CAPABILITY", "ONEDNN_MAX_CPU_ISA", "MKL_ENABLE_INSTRUCTIONS", "OMP_NUM_THREADS")
 
@@ -78,6 +95,19 @@ class Result:
     speedup: float
     speedup_quartiles: tuple[float, float]
     rounds: int
+    kernel_ran: bool  # and not plain PyTorch, to which the kernel's function may leave a call
+
+
+class Operators(TorchDispatchMode):
+    """Notes the namespaces of the operators that are called."""
+
+    def __init__(self):
+        super().__init__()
+        self.namespaces = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.namespaces.add(func.namespace)
+        return func(*args, **(kwargs or {}))
 
 
 def own_rms_norm(x, weight):
@@ -200,6 +230,22 @@ def _made(ops, num, dtype):
             lambda q, k, qw, kw: qk_norm_rotary(q, k, qw, kw, cos, sin, 1e-6),
             (q, k, randn(HEAD_DIM), randn(HEAD_DIM)),
         )
+    if "attention" in ops:
+        # One row decodes: it sees as many keys as there are in a prompt. More rows are a prompt themselves.
+        keys = PROMPT if num == 1 else num
+        if num <= MOST_ATTENTION_ROWS:
+            q, k, v = (
+                randn(1, n, heads, HEAD_DIM).transpose(1, 2)
+                for n, heads in ((num, HEADS), (keys, KV_HEADS), (keys, KV_HEADS))
+            )
+            for causal in (False, True) if num > 1 else (False,):
+                yield (
+                    "attention",
+                    "causal" if causal else "full",
+                    lambda q, k, v, c=causal: F.scaled_dot_product_attention(q, k, v, is_causal=c, enable_gqa=True),
+                    lambda q, k, v, c=causal: attention(q, k, v, causal=c),
+                    (q, k, v),
+                )
     labels = torch.arange(num) * 7 % VOCABULARY
     if "cross_entropy" in ops and num <= MOST_LOSS_ROWS:
         yield (
@@ -237,6 +283,8 @@ def race(
         torch._dynamo.reset()
         contenders["torch.compile"] = torch.compile(case.own, fullgraph=True)
     calls = {name: _call(function, case) for name, function in contenders.items()}
+    with Operators() as seen:
+        calls["kernel"]()
     once = max(_time(call, 1, clock) for call in [*calls.values(), *calls.values()])  # the first turn warms up
     number = max(1, int(2e-4 / once))
     times: dict[str, list[float]] = {name: [] for name in calls}
@@ -261,6 +309,7 @@ def race(
             speedup=round(statistics.median(ratios), 3),
             speedup_quartiles=(round(quartiles[0], 3), round(quartiles[2], 3)),
             rounds=len(ratios),
+            kernel_ran=name == "kernel" and "kernelwise" in seen.namespaces,
         )
 
 
@@ -278,6 +327,16 @@ def _call(function: Callable[..., object], case: Case) -> Callable[[], object]:
         return torch.autograd.grad(results, leaves, upstream)
 
     return forward_and_backward
+
+
+def _print_mean(name: str, results: list[Result]) -> None:
+    for which, chosen in (("", results), (", where the kernel ran", [r for r in results if r.kernel_ran])):
+        speedups = [r.speedup for r in chosen if r.contender == "kernel"]
+        if speedups:
+            print(
+                f"{name}{which}: geometric mean {statistics.geometric_mean(speedups):.2f} x, least {min(speedups):.2f} x, "
+                f"{len(speedups)} cases"
+            )
 
 
 def _time(call: Callable[[], object], number: int, clock: Callable[[], float]) -> float:
@@ -315,6 +374,7 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread instead of seconds")
+    parser.add_argument("--smallest", action="store_true", help="one row of the least width: the cost of a call alone")
     parser.add_argument("--compile", action="store_true", help="race torch.compile too (compiles every case first)")
     parser.add_argument("--seconds", type=float, default=0.5, help="at most, for each case")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_ops.json")
@@ -322,6 +382,11 @@ def main() -> None:
     if options.threads or options.cpu_time:
         torch.set_num_threads(1 if options.cpu_time else options.threads)
 
+    if options.smallest:
+        globals().update(
+            HIDDEN=2, INNER=2, HEADS=1, KV_HEADS=1, HEAD_DIM=2, VOCABULARY=2, LINEAR_SHAPES=((2, 2),), PROMPT=1
+        )
+        options.rows = [1]
     about = machine() | {"clock": "processor time" if options.cpu_time else "seconds"}
     clock = time.process_time if options.cpu_time else time.perf_counter
     results = []
@@ -335,8 +400,10 @@ def main() -> None:
                 flush=True,
             )
     for op in dict.fromkeys(r.op for r in results):
-        speedups = [r.speedup for r in results if r.op == op and r.contender == "kernel"]
-        print(f"{op}: geometric mean {statistics.geometric_mean(speedups):.2f} x, least {min(speedups):.2f} x")
+        _print_mean(op, [r for r in results if r.op == op])
+    put_in = [r for r in results if r.op in PUT_IN and r.variant.split()[0] in (PUT_IN[r.op] or [r.variant.split()[0]])]
+    if put_in:
+        _print_mean("what kernelize puts in", put_in)
     written = {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "command": shlex.join(["python", "benchmarks/cpu_ops.py", *sys.argv[1:]]),
