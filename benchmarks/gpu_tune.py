@@ -3,11 +3,11 @@
     python benchmarks/gpu_tune.py [--shapes llama qwen3 gemma3] [--runs 3]
 
 The models of gpu_e2e.py (8 layers, random bfloat16 weights). For each, and for each of `--runs` runs with an empty cache:
-`kernelwise.tune` on 1 x 2048 tokens for prefill, decoding and a training step, eager and under torch.compile (without rivals,
-which come next), then all contenders side by side, the tuned model among them. Written as JSON: the evidence of each tuning and
-the runs of its race; and the report page of the first. At the end: how fast the tuned model is as a part of the best contender
-in each workload and run (1.00 or more, within 3 %), eager or compiled, whichever is faster; and whether the runs chose the
-same kernels, except where a run found no clear difference between the two.
+`kernelwise.tune` on 1 x 2048 tokens for prefill, decoding and a training step, eager and under torch.compile, then all
+contenders side by side, the tuned model among them (with `--race 0`, as the tuning itself raced them). Written as JSON: the
+evidence of each tuning and the runs of its race; and the report page of the first. At the end: how fast the tuned model is as
+a part of the best contender in each workload and run (1.00 or more, within 3 %), eager or compiled, whichever is faster; and
+whether the runs chose the same kernels, except where a run found no clear difference between the two.
 """
 
 from __future__ import annotations
@@ -32,7 +32,8 @@ from kernelwise._measuring._bench import bench
 from kernelwise._reporting._page import save
 
 TUNED_AND_COMPILED = TUNED + AND_COMPILED
-CONTENDERS = (BUILTIN, COMPILED, LIGER, TUNED, TUNED_AND_COMPILED)
+OTHERS = (EAGER, BUILTIN, COMPILED, LIGER)
+CONTENDERS = (*OTHERS, TUNED, TUNED_AND_COMPILED)
 WORKLOADS = ("prefill", "decode", "training")
 NOISE = 0.03
 NO_KERNEL = "it has no kernel for any layer"
@@ -45,7 +46,9 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--runs", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=300, help="for each tuning")
-    parser.add_argument("--race", type=float, default=8, help="seconds for each workload of the race")
+    parser.add_argument(
+        "--race", type=float, default=8, help="seconds for each workload of the race; 0: the tuning's own"
+    )
     parser.add_argument(
         "--eager", action="store_true", help="do not tune for torch.compile, which takes most of the time"
     )
@@ -85,21 +88,17 @@ def one_run(
             given,
             workload=WORKLOADS,
             seconds=options.seconds,
-            contenders=[],
+            contenders=[] if options.race else [LIGER],
             compile=not options.eager,
             progress=told,
         )
         evidence = config.evidence
         assert evidence is not None
         print(f"== {shape}, run {number}: tuned in {time.perf_counter() - began:.0f} s\n{evidence}", flush=True)
-        runs = bench(
-            model,
-            given,
-            contenders=options.contenders,
-            configs={"tuned": config},
-            workloads=WORKLOADS,
-            seconds=options.race,
-        )
+        runs = evidence.runs
+        if options.race:
+            names, configs = options.contenders, {TUNED: config}
+            runs = bench(model, given, contenders=names, configs=configs, workloads=WORKLOADS, seconds=options.race)
     name = shape if number == 0 else f"{shape}_{number}"
     (options.out / f"gpu_tune_h100_{name}.json").write_text(json.dumps(evidence.to_json(), indent=1) + "\n")
     (options.out / f"gpu_bench_h100_{name}.json").write_text(json.dumps(to_json(runs), indent=1) + "\n")
@@ -127,7 +126,7 @@ def of_the_best(runs: Sequence[Run]) -> Iterator[str]:
         ):
             speeds[TUNED_AND_COMPILED] = speeds[COMPILED]
         ours = max((TUNED, TUNED_AND_COMPILED), key=lambda name: speeds.get(name, 0.0))
-        others = {name: speed for name, speed in speeds.items() if not name.startswith(TUNED)}
+        others = {name: speeds[name] for name in OTHERS if name in speeds}
         best = max(others, key=lambda name: others[name], default=EAGER)
         if ours not in speeds or best not in others:
             yield f"{workload} did not run"

@@ -83,14 +83,15 @@ def table() -> str:
         lines.append(f"| {model}, {where} | {work} | {' | '.join(cells)} |")
     cores, limit = cpu["machine"]["cores"], cpu["machine"]["limits"].get("ATEN_CPU_CAPABILITY", "").upper()
     on = f"{cores} cores{f' limited to {limit}' if limit else ''}"
+    decode = _raced("Llama-3-8B shape", "decode")["tuned"]
     note = (
         f"bfloat16; bold is the best, or within 3 % of it; an empty cell was not run. GPU: one {gpu['device']}, torch "
         f"{gpu['torch']}, {gpu['date'][:10]}; 8 layers with random weights, prefill and training 1 x 4096, decoding with a "
         "dynamic cache. Training there is the faster of with and without the head and its loss in one, for Kernelwise "
         "(where a rule asks for it) and Liger. Decoding of the Llama shape is of a tuning's race, with 2,048 tokens: "
-        "torch.compile has a static cache there, and Kernelwise with it is the faster of tuned and tuned for it; without it "
-        f"{_raced('Llama-3-8B shape', 'decode')['tuned']:.2f}. CPU: {on}, torch {cpu['machine']['torch']}, {dates}; prefill of 512 "
-        "tokens, decoding of one row, a training step of 2 x 256."
+        "torch.compile has a static cache there, and Kernelwise with it is the faster of tuned and tuned for it; without "
+        f"it {decode:.2f}. CPU: {on}, torch {cpu['machine']['torch']}, {dates}; prefill of 512 tokens, decoding of one "
+        "row, a training step of 2 x 256."
     )
     return "\n".join([*lines, "", textwrap.fill(note, 120), ""])
 
