@@ -65,7 +65,7 @@ def test_exact_for_every_shape(dtype, way, shape):
 @HALVES
 @pytest.mark.parametrize("way", ["ours"], indirect=True)
 def test_exact_over_several_blocks_of_weights_and_of_rows(dtype, way):
-    """More than 384 numbers of a row, 2^20 of the weight, 1024 rows: sums go on from block to block."""
+    """More than 192 numbers of a row, 2^20 of the weight, 1024 rows: sums go on from block to block."""
     check(given(dtype, rows=(1100,), width=72, out=40))
     check(given(dtype, rows=(9,), width=4096, out=600))
 
