@@ -62,9 +62,9 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, float | str]],
     return planted
 
 
-def tune(model: torch.nn.Module, **options: Any) -> kw.KernelConfig:
+def tune(model: torch.nn.Module, seconds: float = 60, **options: Any) -> kw.KernelConfig:
     ids = torch.arange(24).reshape(2, 12)
-    return kw.tune(model, {"input_ids": ids}, workload=WORKLOADS, seconds=60, contenders=[], **options)
+    return kw.tune(model, {"input_ids": ids}, workload=WORKLOADS, seconds=seconds, contenders=[], **options)
 
 
 def choice(config: kw.KernelConfig, name: str, mode: str) -> Any:
@@ -107,6 +107,30 @@ def test_each_is_raced_beside_those_before_and_the_result_has_all(model, plant):
     }
     tuned = {run.workload: run.comparison.speedup for run in config.evidence.runs if run.contender == "tuned"}
     assert tuned == pytest.approx({"prefill": 1.1, "training": 1.21})
+
+
+def test_what_there_is_no_time_for_is_not_raced_and_said(model, plant):
+    seen = plant({"LinearCrossEntropy": 1.2})
+    config = tune(model, seconds=0.001)
+    assert config.kernel_mapping == {}
+    assert not any(own == "tuned" for _, own, _ in seen), "confirming alone runs"
+    assert any(f"no time was left to try {HEAD}" in note and "tune again" in note for note in config.evidence.notes)
+
+
+def test_all_races_together_take_a_part_of_what_is_left(model, plant, monkeypatch):
+    plant({})
+    allowed, race = [], _confirm.race
+    monkeypatch.setattr(
+        _confirm,
+        "race",
+        lambda *args, seconds, own=EAGER, **more: (
+            allowed.append((own, seconds)) or race(*args, seconds=seconds, own=own, **more)
+        ),
+    )
+    tune(model, seconds=20)
+    wholes = [seconds for own, seconds in allowed if own == "tuned"]
+    assert len(wholes) == 3  # the decoder layer in prefill and training, the head in training
+    assert 0 < sum(wholes) <= 0.25 * 20
 
 
 def test_what_the_user_decides_is_not_tried(model):

@@ -191,6 +191,7 @@ def _tuned(
         )
         wholes = race_wholes(course, chosen, of_wholes)
         session.tried |= wholes.tried
+        session.notes += wholes.notes
         found = confirm(course, chosen | wholes.chosen)
         face_rivals(course, found)
     session.progress("done", 1.0)
