@@ -415,6 +415,34 @@ def test_of_a_gpu_the_own_clock_is_read_and_starting_is_hidden_where_it_can_be(
     assert (half.own_peak, half.peak) == (100, 0)
 
 
+def test_of_a_gpu_its_own_time_alone_counts_where_that_is_asked_for(
+    machine: Callable[..., Machine], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = machine()
+    gpu = Gpu(here)
+    waits = []
+
+    def sleep(cycles: int) -> None:
+        waits.append(cycles / 2e9)  # of a device with as many cycles in a second as are counted on
+        gpu.queued += waits[-1]
+
+    monkeypatch.setattr(torch.cuda, "Event", gpu.event)
+    monkeypatch.setattr(torch.cuda, "synchronize", gpu.synchronize)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: gpu.held)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: gpu.peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", gpu.reset)
+    monkeypatch.setattr(torch.cuda, "_sleep", sleep)
+    calls = {"own": gpu.call(20e-6, started_in=5e-6), "hard to start": gpu.call(2e-6, started_in=40e-6)}
+    found = compare(calls, own="own", device="cuda", seconds=0.1, hide_starts=True)["hard to start"]
+    assert isinstance(found, Comparison)
+    assert (found.own_us, found.us) == (pytest.approx(20, rel=0.06), pytest.approx(2, rel=0.06))
+    assert found.verdict == "faster"
+    assert 0 < max(waits) <= 0.05
+    waits.clear()
+    compare(calls, own="own", device="cuda", seconds=0.1)
+    assert not waits
+
+
 def test_on_the_real_clock_a_call_that_sleeps_is_slower() -> None:
     x = torch.ones(16)
 
