@@ -125,6 +125,16 @@ def test_what_was_tuned_for_compile_is_best_where_it_is_and_is_not_raced_again(c
     assert any("The config holds it" in said and 'mode="inference+compile"' in said for said in tuning.better())
 
 
+def test_torch_compile_is_best_where_it_is_though_nobody_asked_for_a_rival(course, monkeypatch):
+    seen = planted(monkeypatch, {"prefill": {}, "decode": {}})
+    compiled = {"torch.compile": 1.6, "tuned+compile": 1.5}
+    runs = tuple(Run(name, workload, ratio(by)) for name, by in compiled.items() for workload in ("prefill", "decode"))
+    found, tuning = faced(replace(course, others=()), {"prefill": 1.2, "decode": 1.3}, runs)
+    assert seen == []
+    assert found.best == "torch.compile"
+    assert tuning.better()[0].startswith("torch.compile is better than the tuned config.")
+
+
 def test_there_must_be_time_to_compile(course, monkeypatch):
     seen = planted(monkeypatch, {"prefill": {}, "decode": {}})
     late = replace(course, until=time.monotonic() + _rivals.COMPILE_S)

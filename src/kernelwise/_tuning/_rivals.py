@@ -14,7 +14,7 @@ from torch import nn
 from kernelwise._evidence import AND_COMPILED, BUILTIN, COMPILED, EAGER, TUNED, Run
 from kernelwise._measuring._contenders import is_compiled
 from kernelwise._measuring._workload import Workload
-from kernelwise._tuning._confirm import TURNS, Confirmation, Course, failed, race_all, rank, seems_better
+from kernelwise._tuning._confirm import OTHERS, TURNS, Confirmation, Course, failed, race_all, rank, seems_better
 from kernelwise._units import duration
 
 COMPILE_S, COMPILE_LAYER_S = 10.0, 0.25
@@ -38,11 +38,12 @@ def face_rivals(course: Course, found: Confirmation) -> None:
             course.step(f"the whole model with {', '.join(ready)}: {workload.name}")
             raced = race_all(replace(course, workloads=(workload,)), {EAGER: None, TUNED: result, **ready})
             found.runs += [run for run in raced if run.contender in ready]
-    ran = [name for name in (TUNED + AND_COMPILED, *course.others) if not failed(found.runs, name)]
+    # torch.compile was raced wherever the config was tuned for it, asked for or not.
+    ran = [name for name in (TUNED + AND_COMPILED, *OTHERS) if not failed(found.runs, name)]
     best = max(ran, key=lambda name: rank(course, found.runs, name), default=TUNED)
     if seems_better(course, found.runs, best, TUNED):
         found.best = best
-    whole = (EAGER, BUILTIN, TUNED, *course.others)
+    whole = (EAGER, BUILTIN, TUNED, *OTHERS)
     found.runs.sort(key=lambda run: whole.index(run.contender) if run.contender in whole else len(whole))
 
 
