@@ -145,6 +145,21 @@ def test_a_row_is_the_same_whatever_other_heads_there_are(dtype):
     assert torch.equal(cpu._forward(*one.values(), None, True, 0.2), y[:, 2:4])
 
 
+@DTYPES
+@pytest.mark.parametrize("causal", [False, True])
+def test_few_rows_are_the_same_with_every_number_of_threads(dtype, causal):
+    given = inputs(dtype, positions=2, keys=700, heads=(4, 1), batch=1, width=64)
+    before = torch.get_num_threads()
+    found = []
+    try:
+        for num in (1, 2, 3, 16):
+            torch.set_num_threads(num)
+            found.append(cpu._forward(*given.values(), None, causal, 0.2))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(y, found[0]) for y in found)
+
+
 def test_the_result_lies_in_memory_by_positions():
     y = cpu.attention(**inputs(torch.bfloat16, positions=9))
     assert y.transpose(1, 2).is_contiguous()

@@ -281,7 +281,7 @@ static void tasks(const AttentionArgs& a, float* memory, int64_t begin, int64_t 
 
 template <class T>
 static Attention attention_of() {
-  return {kRows, scratch, tasks<T>};
+  return {kRows, kFew, scratch, tasks<T>};
 }
 
 #endif
@@ -298,7 +298,7 @@ Attention attention(DType dtype) {
     case DType::kFloat16: return attention_of<fp16>();
   }
 #endif
-  return {0, nullptr, nullptr};
+  return {0, 0, nullptr, nullptr};
 }
 
 }  // namespace KERNELWISE_ISA

@@ -135,7 +135,7 @@ struct Gemm {
 // A task is up to `rows` rows: `each` positions of `together` heads that share their keys. Null where there is none, as in
 // Gemm.
 struct Attention {
-  int64_t rows;
+  int64_t rows, few;  // tasks of up to `few` rows may be cut between heads, their rows do not change
   int64_t (*scratch)(const AttentionArgs&);  // numbers of memory for the caller's thread alone
   void (*tasks)(const AttentionArgs&, float* scratch, int64_t begin, int64_t end);
 };

@@ -50,8 +50,11 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeT
   if (out.numel() == 0) return out;
   a.out = out.data_ptr();
   a.together = std::min(a.group, kernel.rows), a.each = std::min(kernel.rows / a.together, a.positions);
-  const int64_t parts = (a.group + a.together - 1) / a.together, blocks = (a.positions + a.each - 1) / a.each;
-  each_row(batch * shared * parts * blocks, std::max<int64_t>(1, a.together * a.each * a.keys * 4), [&](int64_t begin, int64_t end) {
+  const int64_t blocks = (a.positions + a.each - 1) / a.each, few = batch * shared * blocks;
+  if (const int64_t threads = torch::stable::get_num_threads(); a.together * a.each <= kernel.few && few < threads)
+    a.together = std::max<int64_t>(1, a.together * few / threads);  // decoding: a task for every thread
+  const int64_t parts = (a.group + a.together - 1) / a.together;
+  each_row(few * parts, std::max<int64_t>(1, a.together * a.each * a.keys * 4), [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> memory(new float[kernel.scratch(a)]);
     kernel.tasks(a, memory.get(), begin, end);
   });
