@@ -26,7 +26,7 @@ from kernelwise._applying import _apply
 from kernelwise._cli import main
 from kernelwise._configuring._config_file import tomllib
 from kernelwise._errors import KernelConfigError, PlanError
-from kernelwise._evidence import EAGER, OWN_CODE, Candidate, Choice, Comparison, Run, Timing, Tuning, load
+from kernelwise._evidence import COMPILED, EAGER, OWN_CODE, Candidate, Choice, Comparison, Run, Timing, Tuning, load
 from kernelwise._reference import read_reference
 from kernelwise._register import unregister_op
 from kernelwise._tuning import _choose, _confirm, _ranks, _trials, _tune
@@ -369,6 +369,29 @@ def test_a_choice_that_does_not_hold_end_to_end_is_taken_back(course_and_choices
     assert seen[0] == (EAGER, "builtin", "tuned", "SleepyNorm", "GeLU")
     assert seen[1] == (EAGER, "builtin", "tuned")  # what is left was raced again
     assert [run.contender for run in found.runs] == [EAGER, "builtin", "tuned", "SleepyNorm", "GeLU"]
+
+
+def test_under_compile_kernels_stay_in_the_modes_in_which_the_compiled_model_is_better(course_and_choices, monkeypatch):
+    course, chosen = course_and_choices
+    norm = next(iter(chosen))
+    kinds = {mode: replace(norm, mode=mode) for mode in ("inference+compile", "training+compile")}
+    course = replace(course, modes=(*course.modes, "training", *kinds))
+    speeds = {"prefill": {COMPILED: 1.5, "tuned+compile": 1.4}, "training": {COMPILED: 1.2, "tuned+compile": 1.4}}
+
+    def race_all(course, contenders):
+        assert list(contenders) == [EAGER, COMPILED, "tuned+compile"]
+        return [Run(name, one, ratio(by.get(name, 1.0))) for one, by in speeds.items() for name in contenders]
+
+    monkeypatch.setattr(_confirm, "race_all", race_all)
+    found = _confirm.Confirmation(dict.fromkeys(kinds.values(), chosen[norm]))
+    runs = _confirm._compiled(course, found)
+    assert found.chosen[kinds["training+compile"]] == chosen[norm]
+    assert found.chosen[kinds["inference+compile"]] is None
+    assert "not better with it" in found.taken_back[kinds["inference+compile"]]
+    off = {(kind.layer.name, kind.mode) for kind, why in found.taken_back.items() if why.startswith("turned off")}
+    assert off == {("GeLU", "inference+compile")}  # what it gets by default
+    tuned = {run.workload: run.comparison.speedup for run in runs if run.contender == "tuned+compile"}
+    assert tuned == {"prefill": 1.5, "training": 1.4}  # without kernels it is torch.compile
 
 
 def test_a_choice_that_computes_something_else_end_to_end_is_taken_back(course_and_choices, monkeypatch):
