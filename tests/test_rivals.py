@@ -135,6 +135,17 @@ def test_torch_compile_is_best_where_it_is_though_nobody_asked_for_a_rival(cours
     assert tuning.better()[0].startswith("torch.compile is better than the tuned config.")
 
 
+def test_times_of_races_on_a_machine_that_changed_are_said_not_to_compare():
+    at = {1.0: [], 1.2: [], 4.0: []}
+    for slower in at:
+        runs = [Run(name, "prefill", ratio(1.5)) for name in (EAGER, "builtin")]
+        late = ratio(1.5)
+        at[slower] = [*runs, Run("tuned", "prefill", replace(late, own_us=late.own_us * slower, us=late.us * slower))]
+    assert _contenders.caveats(at[1.0]) == _contenders.caveats(at[1.2]) == ()
+    (note,) = _contenders.caveats(at[4.0])
+    assert note.startswith("in prefill the machine was not equally fast in all races")
+
+
 def test_there_must_be_time_to_compile(course, monkeypatch):
     seen = planted(monkeypatch, {"prefill": {}, "decode": {}})
     late = replace(course, until=time.monotonic() + _rivals.COMPILE_S)

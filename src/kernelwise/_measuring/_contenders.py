@@ -29,6 +29,9 @@ CONTENDERS = (EAGER, BUILTIN, COMPILED, TRANSFORMERS, LIGER)
 MAX_COMPILATIONS = 32
 """Of one function: more, and torch.compile would silently run the rest eagerly."""
 
+DRIFT = 1.25
+"""How many times as long own code may take in one race as in another before the times of the two say nothing together."""
+
 _HUB_SECONDS = 5.0
 _MISSING = object()
 
@@ -90,9 +93,19 @@ def is_compiled(name: str) -> bool:
 
 def caveats(runs: Sequence[Run]) -> tuple[str, ...]:
     """Say what there is to know beside the figures of contenders."""
-    decoded = any(run.workload == "decode" and run.comparison is not None for run in runs if is_compiled(run.contender))
-    note = "in decode, torch.compile has transformers' static cache; the others have the growing one"
-    return (note,) if decoded else ()
+    notes = []
+    if any(run.workload == "decode" and run.comparison is not None for run in runs if is_compiled(run.contender)):
+        notes.append("in decode, torch.compile has transformers' static cache; the others have the growing one")
+    eager: dict[str, list[float]] = {}
+    for run in runs:
+        if run.comparison is not None:
+            eager.setdefault(run.workload, []).append(run.comparison.own_us)
+    apart = [name for name, times in eager.items() if max(times) > DRIFT * min(times)]
+    if apart:
+        notes.append(
+            f"in {', '.join(apart)} the machine was not equally fast in all races: compare what is times eager, not the times"
+        )
+    return tuple(notes)
 
 
 def _compiled(model: nn.Module) -> Contender:
