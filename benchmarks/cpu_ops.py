@@ -8,7 +8,8 @@ take the cores, `--cpu-time` counts the processor time of one thread instead of 
 A kernel's function leaves to plain PyTorch what that does as fast; such calls are marked (`kernel_ran`). The mean at the end
 counts the operations that `kernelize` puts in unasked (`PUT_IN`), with and without those calls.
 
-`--smallest` runs one row of the least width that each operation takes: what is left of a call when there is nothing to compute.
+`--smallest` runs one row of the least width that each operation takes: what is left of a call when there is nothing to
+compute (the least of the rounds, `contender_least_us`, is what other processes disturb least).
 
 To see what another processor would gain, limit what torch, oneDNN and MKL may use:
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/cpu_ops.py linear
@@ -92,6 +93,7 @@ class Result:
     contender: str
     own_us: float
     contender_us: float
+    contender_least_us: float
     speedup: float
     speedup_quartiles: tuple[float, float]
     rounds: int
@@ -306,6 +308,7 @@ def race(
             name,
             own_us=round(statistics.median(times["own"]) * 1e6, 2),
             contender_us=round(statistics.median(times[name]) * 1e6, 2),
+            contender_least_us=round(min(times[name]) * 1e6, 2),
             speedup=round(statistics.median(ratios), 3),
             speedup_quartiles=(round(quartiles[0], 3), round(quartiles[2], 3)),
             rounds=len(ratios),

@@ -2,6 +2,8 @@
 //
 // Few rows go through dot products, more through panels of the weight that are widened in the cache. Without AVX2 there are
 // no panels: the weight is widened block by block for torch's float32 product. So it is for the weight's gradient everywhere.
+#include <memory>
+
 #include "products.h"
 
 namespace kernelwise {
@@ -67,11 +69,11 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   char* y_data = static_cast<char*>(y.data_ptr());
   if (s.rows <= kMostFewRows) {
     if (const FewRows kernel = kernels().few_rows(s.dtype, s.rows); kernel.columns != nullptr) {
-      const Scratch wide_x(s.rows * s.in);
-      for (int64_t m = 0; m < s.rows; m++) kernel.lay_out(s.x.data + m * s.x.stride * 2, wide_x.data + m * s.in, s.in);
+      const std::unique_ptr<float[]> wide_x(new float[s.rows * s.in]);
+      for (int64_t m = 0; m < s.rows; m++) kernel.lay_out(s.x.data + m * s.x.stride * 2, wide_x.get() + m * s.in, s.in);
       const int64_t octets = (s.out + 7) / 8;
       each_row(octets, 8 * s.in, [&](int64_t begin, int64_t end) {
-        kernel.columns(wide_x.data, s.weight.data_ptr(), b, y_data, s.in, s.out, 8 * begin, std::min(s.out, 8 * end));
+        kernel.columns(wide_x.get(), s.weight.data_ptr(), b, y_data, s.in, s.out, 8 * begin, std::min(s.out, 8 * end));
       });
       return y;
     }
