@@ -423,7 +423,7 @@ def test_of_a_gpu_its_own_time_alone_counts_where_that_is_asked_for(
     waits = []
 
     def sleep(cycles: int) -> None:
-        waits.append(cycles / 2e9)  # of a device with as many cycles in a second as are counted on
+        waits.append(cycles / 3e9)  # of a device with as many cycles in a second as are counted on
         gpu.queued += waits[-1]
 
     monkeypatch.setattr(torch.cuda, "Event", gpu.event)

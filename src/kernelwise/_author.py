@@ -39,8 +39,11 @@ def read_reference(text: str, *, trust_remote_code: bool = False) -> KernelRef:
         KernelConfigError: it is none of these.
     """
     location, colon, layer = text.rpartition(":")
-    if colon and Path(location).expanduser().is_dir():
-        text = f"{Path(location).expanduser().resolve()}:{layer}"
+    place = Path(location).expanduser()
+    if colon and place.is_dir():
+        text = f"{place.resolve()}:{layer}"
+    elif colon and location.startswith((".", "~")):
+        raise KernelwiseError(f"there is no directory {place.resolve()}\n  go on      give the one that holds build/")
     ref = KernelConfig({"Kernel": text}).rules()[0].ref
     if ref is None:
         raise KernelwiseError(f"{text!r} names no kernel\n  go on      write DIR:Layer or org/repo@v1:Layer")

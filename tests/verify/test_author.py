@@ -92,6 +92,8 @@ def test_a_relative_directory_is_a_kernel(repository, monkeypatch):
     assert read_reference("org/repo@v2:Layer", trust_remote_code=True).trust_remote_code
     with pytest.raises(kw.KernelwiseError, match="write DIR:Layer"):
         read_reference("none")
+    with pytest.raises(kw.KernelwiseError, match=r"no directory .*not-there"):
+        read_reference("./not-there:MyNorm")
 
 
 def test_the_command_line_checks_a_kernel_and_exits_with_1(repository, capsys):

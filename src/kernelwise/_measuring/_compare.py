@@ -41,7 +41,7 @@ _AHEAD = 32
 _WAIT_S = 0.05
 """The longest that it is kept waiting for one turn: a first call may take seconds to start."""
 
-_CYCLES_PER_S = 2e9
+_CYCLES_PER_S = 3e9
 """At least as many as a device has: it may be kept waiting for longer than it is told."""
 
 _SURE = 20

@@ -33,6 +33,9 @@ LONG_S = 2.0
 DEVICE_BOUND = 0.8
 """Where all work of a run is given to the device within this part of its time, the device is what the run waits for."""
 
+BEHIND_S = 5e-3
+"""So it is where the device has as much to do when all is given to it: its queue, of about a thousand kernels, was full."""
+
 
 @dataclass(frozen=True, slots=True)
 class Look:
@@ -71,7 +74,8 @@ def shares_of(
         (workload.name, kind.key): Share(seen[kind.key][0], None if kind.layer.function else seen[kind.key][1] / total)
         for kind in there
     }
-    return Look(shares, total, device != "cpu" and started < DEVICE_BOUND * total)
+    behind = started < DEVICE_BOUND * total or total - started > BEHIND_S
+    return Look(shares, total, device != "cpu" and behind)
 
 
 @contextmanager
