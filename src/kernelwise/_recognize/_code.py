@@ -9,9 +9,12 @@ from __future__ import annotations
 
 import dis
 import functools
+import itertools
 import types
 from collections.abc import Iterator
 from typing import Any
+
+import torch
 
 from kernelwise._recognize._device import ATTRIBUTES, COMPARISONS, SKIPPED, uses_device
 
@@ -36,8 +39,10 @@ _ASKED_OF_TENSORS = frozenset(
     | {"untyped_storage", "storage", "get_num_threads", "get_num_interop_threads", "get_default_dtype"}
     | {"is_deterministic_algorithms_warn_only_enabled", "are_deterministic_algorithms_enabled", "backends", "nbytes"}
     | {"get_float32_matmul_precision", "is_tracing", "is_initialized", "get_rank", "get_world_size"}
+    | {"_get_tracing_state", "is_in_onnx_export", "is_dynamo_compiling", "is_exporting", "maybe_current_level"}
+    | {"_backward_hooks", "requires_grad_", "is_anomaly_enabled", "initial_seed"}
 )
-_SIZES = frozenset({"shape", "size", "numel", "nelement", "len", "dim", "ndim"})
+_SIZES = frozenset({"shape", "size", "numel", "nelement", "len", "dim", "ndim", "ndimension"})
 _DTYPES = frozenset({"dtype", "half", "float16", "finfo", "itemsize", "element_size", "is_floating_point"})
 
 
@@ -129,7 +134,7 @@ def problem_of(code: types.CodeType) -> str | None:
                 return "it asks whether a value is one very object"
             if _asks_what_it_has(known, index, first):
                 return f"it asks which attributes an argument has ({instruction.argval})"
-            if [i.argval for i in known[index : index + 2] if i.opname in ATTRIBUTES] == ["shape", "numel"]:
+            if _counts_a_shape(known, index):
                 return "it takes the number of elements of a shape, which cannot be followed"
             if _is_name_of_type(known, index):
                 return "what it computes may depend on more than its inputs (type)"
@@ -139,6 +144,51 @@ def problem_of(code: types.CodeType) -> str | None:
         if uses_device(part):
             return "what it computes may depend on more than its inputs (device)"
     return None
+
+
+def _counts_a_shape(known: tuple[dis.Instruction, ...], index: int) -> bool:
+    """Whether code calls `numel` of a shape, or of what may be a part of one: `x.shape[:2].numel()`, `x.size().numel()`."""
+    if known[index].opname not in ATTRIBUTES or known[index].argval != "numel" or index == 0:
+        return False
+    if not any(one.opname in ATTRIBUTES and one.argval in ("shape", "size") for one in known):
+        return False
+    value = known[index - 1]
+    if not value.opname.startswith("LOAD_FAST"):
+        return _may_be_a_shape(value)
+    stored = (place for place, one in enumerate(known) if one.opname.startswith("STORE_FAST"))
+    return any(known[place].argval == value.argval and _may_be_a_shape(known[place - 1]) for place in stored)
+
+
+def _may_be_a_shape(value: dis.Instruction) -> bool:
+    return value.opname.startswith(("BINARY_S", "CALL")) or (value.opname in ATTRIBUTES and value.argval == "shape")
+
+
+@functools.lru_cache(maxsize=4096)
+def asked_of_attributes(code: types.CodeType) -> frozenset[Chain]:
+    """Attributes of the module of which code asks what only a look at the object itself tells, where they are tensors.
+
+    Which class they have, which attributes, or for one that tensors do not have.
+    """
+    found: set[Chain] = set()
+    for part in inner(code):
+        known, first = instructions(part), part.co_varnames[:1]
+        for index, instruction in enumerate(known):
+            if not (instruction.opname.startswith("LOAD_FAST") and instruction.argval in first):
+                continue
+            following = itertools.takewhile(lambda one: one.opname in ATTRIBUTES, known[index + 1 :])
+            chain = tuple(str(one.argval) for one in following)
+            before = known[index - 1] if index else None
+            if before is not None and before.opname == "LOAD_GLOBAL" and before.argval in _ASK_AN_OBJECT:
+                found.add(chain)
+            found.update(
+                chain[:end]
+                for end in range(1, len(chain))
+                if chain[end] in ("__class__", "__dict__") or not hasattr(torch.Tensor, chain[end])
+            )
+    return frozenset(found)
+
+
+_ASK_AN_OBJECT = frozenset({"hasattr", "getattr", "isinstance", "type", "vars", "dir", "str", "repr"})
 
 
 def _is_name_of_type(known: tuple[dis.Instruction, ...], index: int) -> bool:
@@ -152,6 +202,8 @@ def _asks_what_it_has(known: tuple[dis.Instruction, ...], index: int, first: tup
     """Whether code asks an argument, not the module itself, for an attribute that a tensor may have or not."""
     if known[index].opname != "LOAD_GLOBAL" or known[index].argval not in ("hasattr", "getattr", "vars", "id"):
         return False
+    if known[index].argval == "id":  # one object may have two stand-ins
+        return True
     value = known[index + 1] if index + 1 < len(known) else None
     return value is not None and value.opname.startswith("LOAD_FAST") and value.argval not in first
 
@@ -163,7 +215,10 @@ def _is_type_of(known: tuple[dis.Instruction, ...], index: int) -> bool:
 
 
 def _is_of_values(known: tuple[dis.Instruction, ...], index: int, first: tuple[str, ...]) -> bool:
-    """Whether `a is b` compares with None, or what stands on the module or on a global with a constant, or dtypes."""
+    """Whether `a is b` compares with None, or what stands on the module with a constant, two globals, or dtypes.
+
+    Two attributes of the module may be one object, and one of them a global, which have a stand-in each.
+    """
     right, before = _operand(known, index - 1)
     if right is not None and right.opname == "LOAD_CONST" and right.argval is None:
         return True
@@ -174,10 +229,11 @@ def _is_of_values(known: tuple[dis.Instruction, ...], index: int, first: tuple[s
         return True
     if known[index - 1].argval == "dtype" or known[before].argval == "dtype":
         return True
-    fixed = [i.opname in ("LOAD_CONST", "LOAD_GLOBAL") for i in (left, right)]
+    if all(i.opname in ("LOAD_CONST", "LOAD_GLOBAL") for i in (left, right)):
+        return True
     own = [i.opname.startswith("LOAD_FAST") and i.argval in first for i in (left, right)]
     own = [is_own and known[end].opname in ATTRIBUTES for is_own, end in zip(own, (before, index - 1), strict=True)]
-    return all(a or b for a, b in zip(fixed, own, strict=True))
+    return any(own) and any(i.opname == "LOAD_CONST" for i in (left, right))
 
 
 def _operand(known: tuple[dis.Instruction, ...], end: int) -> tuple[dis.Instruction | None, int]:

@@ -133,16 +133,24 @@ class _Attributes:
 
 def value_at(module: Any, path: tuple[str, ...]) -> Any:
     """Return the token of what a trace would find at `path`."""
+    value = found_at(module, path)
+    return MISSING if value is MISSING else token(value)
+
+
+def found_at(module: Any, path: tuple[str, ...]) -> Any:
+    """Return what a trace would find at `path`: children, attributes, items of lists and dicts; `MISSING` for nothing."""
     value = module
     for name in path:
         value = _attribute(value, name)
         if value is MISSING:
             return MISSING
-    return token(value)
+    return value
 
 
 def _attribute(value: Any, name: str) -> Any:
     """Return an attribute without running code of a module's class."""
+    if name == "__class__":
+        return type(value)
     if isinstance(value, nn.Module):
         d = value.__dict__
         if name in d and not (name == "forward" and is_own_code(value, d[name])):
@@ -151,6 +159,8 @@ def _attribute(value: Any, name: str) -> Any:
             if name in d[kept]:
                 return d[kept][name]
         return getattr(type(value), name, MISSING)
-    if isinstance(value, dict):
+    if type(value) is dict:
         return value.get(name, MISSING)
+    if type(value) in (list, tuple):
+        return value[int(name)] if name.isdigit() and int(name) < len(value) else MISSING
     return getattr(value, name, MISSING)

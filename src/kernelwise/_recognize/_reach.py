@@ -20,6 +20,7 @@ from torch import nn
 from kernelwise._recognize._code import (
     ASKED,
     Chain,
+    asked_of_attributes,
     chains,
     decides_by_dtype,
     decides_by_size,
@@ -287,10 +288,20 @@ def not_only_of_its_inputs(reads: Reads, functions: Iterable[Any], cls: type | N
         problem = None
         if _package(function) in own:
             problem = problem_of(function.__code__) or writes_to(function) or _asks_the_world(function)
+            problem = problem or _asks_a_tensor(function, reads)
         if problem is not None:
             return problem
     if asked:
         return f"what it computes may depend on more than its inputs ({', '.join(sorted(asked))})"
+    return None
+
+
+def _asks_a_tensor(function: types.FunctionType, reads: Reads) -> str | None:
+    """Return why a fake tensor cannot stand for one of the module's: its code asks for what only that one has."""
+    for path in sorted(asked_of_attributes(function.__code__)):
+        value = reads.tokens.get(path)
+        if isinstance(value, tuple) and value[0] == "tensor":
+            return f"it asks for the class or the attributes of its tensor {'.'.join(path)}"
     return None
 
 

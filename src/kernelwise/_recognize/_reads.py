@@ -25,14 +25,21 @@ CODE = (types.FunctionType, types.BuiltinFunctionType, types.MethodType, types.M
 class Reads:
     """The attributes that a traced forward has read, and what stood there: what a cached answer depends on.
 
-    A path is a tuple of names, from the module (`("config", "eps")`, `("act_fn", "training")`).
+    A path is a tuple of names, from the module (`("config", "eps")`, `("act_fn", "training")`). `asked` has the paths below
+    children that the module's own code asks for (`self.gate.bias`), not that of a child.
     """
 
     tokens: dict[tuple[str, ...], Token] = field(default_factory=dict)
+    asked: set[tuple[str, ...]] = field(default_factory=set)
 
     def note(self, path: tuple[str, ...], value: Any) -> None:
         """Note that the forward has read `value` at `path`."""
         self.tokens.setdefault(path, token(value))
+
+    def ask(self, path: tuple[str, ...], value: Any) -> None:
+        """Note that the forward has asked a child for `value` at `path`."""
+        self.asked.add(path)
+        self.note(path, value)
 
 
 def token(value: Any) -> Token:
@@ -57,7 +64,9 @@ def token(value: Any) -> Token:
         return ("partial", token(value.func), token(value.args), token(value.keywords))
     if isinstance(value, (type, types.FunctionType)):
         return weakref.ref(value)
-    if isinstance(value, (*PLAIN, *CODE)):
+    if isinstance(value, PLAIN):
+        return (kind, value)
+    if isinstance(value, CODE):
         return value
     return ("object", weakref.ref(kind))
 

@@ -11,6 +11,7 @@ import contextlib
 import dis
 import functools
 import logging
+import sys
 import threading
 import types
 from collections.abc import Callable, Iterator, Mapping
@@ -21,6 +22,7 @@ import torch
 import torch._subclasses.fake_tensor
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.overrides import TorchFunctionMode
 
 from kernelwise._recognize._reads import CODE, MISSING, OF_THE_MODULE, PLAIN, Reads, has_hooks, is_function, is_own_code
 from kernelwise._recognize._record import Failed, Recorder, Refused, Source, Untraceable, Widths, no_way_back
@@ -157,12 +159,46 @@ def stand_in_for(value: Any, stage: Stage, path: tuple[str, ...]) -> Any:
         if isinstance(value, types.MethodType) and isinstance(value.__self__, nn.Module):
             raise Untraceable(f"it calls a method of another module ({'.'.join(path)})")
         return value
-    if isinstance(value, (tuple, list)):
-        kind = _List if type(value) is list else type(value)
+    # A subclass of a list or a dict may have attributes, and answers of its own: only those may be read.
+    if type(value) in (tuple, list):
+        kind = _List if type(value) is list else tuple
         return kind(stand_in_for(item, stage, (*path, str(i))) for i, item in enumerate(value))
-    if isinstance(value, dict):
+    if type(value) is dict:
         return _Dict({key: stand_in_for(item, stage, (*path, str(key))) for key, item in value.items()})
-    return _Plain(value, stage, path)
+    return (_Callable if callable(value) else _Plain)(value, stage, path)
+
+
+def _refusing(name: str) -> Callable[..., Any]:
+    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
+        path = self.__dict__["_kernelwise"][2]
+        raise Untraceable(f"it uses {'.'.join(path)} as more than a bag of values ({name})")
+
+    return refuse
+
+
+def _refuses(*names: str) -> Callable[[type], type]:
+    """Have a stand-in refuse what Python would answer for any object, or raise an exception for that code may catch."""
+
+    def decorate(cls: type) -> type:
+        for name in names:
+            setattr(cls, name, _refusing(name))
+        return cls
+
+    return decorate
+
+
+_AS_AN_OBJECT = ("__eq__", "__ne__", "__hash__", "__repr__", "__str__", "__format__", "__dir__", "__sizeof__")
+_AS_A_VALUE = (
+    *("__lt__", "__le__", "__gt__", "__ge__", "__len__", "__iter__", "__next__", "__reversed__", "__contains__"),
+    *("__getitem__", "__int__", "__float__", "__complex__", "__index__", "__enter__", "__exit__"),
+    *("__neg__", "__pos__", "__abs__", "__invert__", "__round__", "__trunc__", "__floor__", "__ceil__"),
+    *(
+        f"__{side}{name}__"
+        for side in ("", "r")
+        for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow")
+    ),
+    *(f"__{side}{name}__" for side in ("", "r") for name in ("lshift", "rshift", "and", "or", "xor")),
+)
 
 
 def _refuse_write(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -183,8 +219,12 @@ class _Dict(dict):  # type: ignore[type-arg]
     pop = popitem = clear = update = setdefault = _refuse_write
 
 
+@_refuses(*_AS_AN_OBJECT, *_AS_A_VALUE)
 class _Plain:
-    """Stands for an object that is neither a module nor a tensor (a config): attributes can be read, nothing called."""
+    """Stands for an object that is neither a module nor a tensor (a config): attributes can be read, nothing called.
+
+    Nor compared: what is remembered of it is its class and what was read of it.
+    """
 
     def __init__(self, value: Any, stage: Stage, path: tuple[str, ...]) -> None:
         self.__dict__["_kernelwise"] = (value, stage, path)
@@ -207,8 +247,19 @@ class _Plain:
         stage.reads.note((*path, name), found)
         return stand_in_for(found, stage, (*path, name))
 
+    def __bool__(self) -> bool:
+        value, _, path = self.__dict__["_kernelwise"]
+        if hasattr(type(value), "__bool__") or hasattr(type(value), "__len__"):
+            raise Untraceable(f"it uses {'.'.join(path)} as a condition, which its class answers")
+        return True
+
     def __setattr__(self, name: str, value: Any) -> None:
         raise Untraceable(f"it writes to {'.'.join(self.__dict__['_kernelwise'][2])}.{name}")
+
+
+@_refuses("__call__")
+class _Callable(_Plain):
+    """The same for one that may be called, as `callable` asks."""
 
 
 def make_stand_in(module: nn.Module, stage: Stage, path: tuple[str, ...] = ()) -> Any:
@@ -222,6 +273,7 @@ def make_stand_in(module: nn.Module, stage: Stage, path: tuple[str, ...] = ()) -
     return stand_in
 
 
+@_refuses(*_AS_AN_OBJECT)  # one module may stand at two places, which have a stand-in each
 class Child:
     """Stands for a child module: a leaf, or its own code where it is nothing but a function.
 
@@ -234,7 +286,10 @@ class Child:
 
     @property  # type: ignore[misc]
     def __class__(self) -> type:
-        return type(self.__dict__["_kernelwise"][0])
+        module, stage, path = self.__dict__["_kernelwise"]
+        if str(sys._getframe(1).f_globals.get("__name__")).partition(".")[0] not in ("torch", "kernelwise"):
+            stage.reads.ask((*path, "__class__"), type(module))
+        return type(module)
 
     def _inner(self) -> Any:
         d = self.__dict__
@@ -244,6 +299,8 @@ class Child:
         return d["_inner_stand_in"]
 
     def __getattr__(self, name: str) -> Any:
+        _, stage, path = self.__dict__["_kernelwise"]
+        stage.reads.asked.add((*path, name))
         return getattr(self._inner(), name)
 
     def __setattr__(self, name: str, value: Any) -> None:
@@ -323,6 +380,15 @@ _ONLY_HERE = (
 )
 
 
+class _WithoutAutocast(TorchFunctionMode):
+    """Refuses what a forward computes under an autocast of its own: where operations are recorded, it is over."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if torch.is_autocast_enabled("cpu") or torch.is_autocast_enabled("cuda"):
+            raise Untraceable("it computes something under autocast")
+        return func(*args, **(kwargs or {}))
+
+
 def run(stage: Stage, function: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
     default = torch.get_default_dtype()
     try:
@@ -331,6 +397,8 @@ def run(stage: Stage, function: Callable[..., Any], args: tuple[Any, ...], kwarg
             torch.inference_mode(False),
             torch.enable_grad(),
             torch.amp.autocast("cpu", enabled=False),
+            torch.amp.autocast("cuda", enabled=False),
+            _WithoutAutocast(),
             stage.mode,
             stage.recorder,
             stage.watch or contextlib.nullcontext(),
