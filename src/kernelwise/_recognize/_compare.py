@@ -23,6 +23,7 @@ from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Failed, Recorder, Source, Untraceable
 from kernelwise._recognize._rounds import (
     FIRST,
+    ROUNDS,
     SIZE_NAMES,
     Round,
     dtype_of,
@@ -31,7 +32,7 @@ from kernelwise._recognize._rounds import (
     sizes_of,
     with_size,
 )
-from kernelwise._recognize._sizes import LARGEST, Decisions, Sizes, Tree, Watch, parts_of, sizes_otherwise
+from kernelwise._recognize._sizes import FIXED, LARGEST, Decisions, Sizes, Tree, Watch, parts_of, sizes_otherwise
 from kernelwise._recognize._stand_in import Stage
 from kernelwise._recognize._trace import trace
 from kernelwise.ops import OPERATIONS, Operation, Variant
@@ -64,13 +65,29 @@ class Candidate:
             watch=watch,
         )
         try:
-            return self.run(stage, at)
+            graph = self.run(stage, at)
+            if watch.failed:
+                raise Untraceable("it goes on after PyTorch has raised an exception: it decides something by it")
+            return graph
         finally:
             if not overrides:
                 self.decisions[at] = watch.decisions
             for path, value in stage.reads.tokens.items():
                 if not overrides or path[0] not in overrides:
                     self.reads.tokens.setdefault(path, value)
+
+    def decides_by_unnamed(self) -> bool:
+        """Whether it decides something by a size of which nobody knows where it comes from, and that is not always the same.
+
+        Always the same is the width of a head. What is not is another number wherever all sizes are others.
+        """
+        unnamed = {
+            at: {tree for tree in decisions if next(parts_of(tree, "unnamed"), None) is not None}
+            for at, decisions in self.decisions.items()
+            if not at.absent and min(at.lead, default=2) > 1 and not (at.width and FIXED in self.sizes(at))
+        }
+        first = unnamed.get(FIRST, set())
+        return any(not trees <= first for trees in unnamed.values()) or not first <= unnamed.get(ROUNDS[0], first)
 
     def numbers(self) -> frozenset[int]:
         """The whole numbers that sizes were compared with."""
@@ -254,6 +271,8 @@ def prove(
                     outcomes.setdefault(other, set()).add(found)
             if len(done) > most:
                 return f"is {op.name} {dict(variant.options)} in bfloat16, but decides more by sizes than is tried"
+    if problem is None and candidate.decides_by_unnamed():
+        return f"is {op.name} {dict(variant.options)} in bfloat16, but decides by a size that it has made itself"
     return problem
 
 

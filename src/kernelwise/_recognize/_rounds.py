@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from kernelwise._recognize._record import Widths
-from kernelwise._recognize._sizes import Sizes, Tree, parts_of
+from kernelwise._recognize._sizes import FIXED, Sizes, Tree, parts_of
 from kernelwise.ops import Operation, Role, Variant
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32
@@ -97,12 +97,9 @@ ROUNDS_OF_FUNCTIONS = (
 )
 
 
-_FIXED = "the width"
-
-
 def sizes_of_module(width: int, is_fixed: bool, at: Round) -> Sizes:
     """The sizes of the inputs of a module, by name; its width is its own choice where it has parameters."""
-    return {**{str(place): size for place, size in enumerate(at.lead)}, _FIXED if is_fixed else "W": at.width or width}
+    return {**{str(place): size for place, size in enumerate(at.lead)}, FIXED if is_fixed else "W": at.width or width}
 
 
 def sizes_of_function(at: Round) -> Sizes:
@@ -111,8 +108,8 @@ def sizes_of_function(at: Round) -> Sizes:
     return {"B": at.batch, "S": at.length, **heads, **dict(at.sizes)}
 
 
-def names_of(sizes: Sizes) -> dict[int, Tree]:
-    """What a size in a trace is, where that is clear: one of these, a product of neighbours, half a head, with a prefix."""
+def names_of(sizes: Sizes) -> dict[int, Tree | None]:
+    """What a size in a trace is: one of these, a product of neighbours, half a head, with a prefix; None if unclear."""
     values = list(sizes.values())
     names: dict[int, Tree] = {size: ("size", name) for name, size in sizes.items()}
     for place, (name, size) in enumerate(sizes.items()):
@@ -122,22 +119,23 @@ def names_of(sizes: Sizes) -> dict[int, Tree]:
             names.setdefault(size, tree)
         if name in ("D", "R"):
             names.setdefault(sizes[name] // 2, ("floordiv", ("size", name), ("number", 2)))
+            names.setdefault(sizes["D"] - sizes["R"], ("sub", ("size", "D"), ("size", "R")))
         elif name == "S":
             names.setdefault(sizes[name] + _BEFORE, ("add", ("size", name), ("number", _BEFORE)))
     unclear = {size for size in values if size < 2 or values.count(size) > 1}
     return {
-        size: tree
+        size: None if unclear & {sizes[name] for name in parts_of(tree, "size")} else tree
         for size, tree in names.items()
-        if size > 1 and not unclear & {sizes[name] for name in parts_of(tree, "size")}
+        if size > 1
     }
 
 
 def with_size(sizes: Sizes, name: str, size: int) -> Sizes | None:
     """Sizes with one of them changed, and those that go with it; None where there are no such arguments."""
-    if name == _FIXED:
+    if name == FIXED:
         return None
     if name in ("D", "R"):  # of a head all or a half is turned
-        return {**sizes, "D": size, "R": size // 2} if name == "D" and size % 4 == 0 else None
+        return {**sizes, "D": size, "R": size if size % 4 else size // 2} if name == "D" and size % 2 == 0 else None
     return {**sizes, name: size}
 
 

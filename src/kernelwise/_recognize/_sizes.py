@@ -7,6 +7,7 @@ Then sizes are looked for at which one of them has the other outcome, and the fo
 
 from __future__ import annotations
 
+import dis
 import functools
 import itertools
 import math
@@ -21,7 +22,12 @@ from torch.overrides import TorchFunctionMode
 from kernelwise._recognize._record import WHOLE, Untraceable
 
 Tree = tuple[Any, ...]
-"""How a value comes about: `("size", "B")`, `("number", 40)`, or an operator with its operands."""
+"""How a value comes about: `("size", "B")`, `("number", 40)`, or an operator with its operands.
+
+`("unnamed", 12)` is a size of a tensor of which nobody knows where it comes from.
+"""
+FIXED = "the width"
+"""The size that a module has chosen itself, by its parameters: it is the same in every trace."""
 Decisions = Mapping[Tree, bool]
 Sizes = dict[str, int]
 
@@ -35,6 +41,8 @@ _OPERATORS = ("add", "sub", "mul", "floordiv", "mod", "pow", "truediv", "lshift"
 _COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
 _OF_ONE: dict[str, Callable[..., Any]] = {
     "neg": operator.neg,
+    "pos": operator.pos,
+    "invert": operator.invert,
     "abs": operator.abs,
     "floor": math.floor,
     "ceil": math.ceil,
@@ -45,6 +53,12 @@ _COMPUTE: dict[str, Callable[..., Any]] = {
     **_OF_ONE,
     "round": round,
 }
+_TAKE_NUMBERS = frozenset({torch.sym_int, torch.sym_float, torch.sym_not, torch.sym_max, torch.sym_min, torch.sym_sqrt})
+_GIVE_ALL = frozenset({torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind})
+_GIVE_PIECES = frozenset({torch.Tensor.split, torch.split})
+_MOST_PARTS = 64
+"""A number that is computed from more than this is not followed: trees are walked again and again."""
+_MOST_DECIDED = 128
 _PIECES = 8
 """Whole parts of fewer elements are taken of most sizes (`shape[-1] // 2`) and decide nothing by themselves."""
 
@@ -52,19 +66,28 @@ _PIECES = 8
 class Watch(TorchFunctionMode):
     """Notes what code decides by the sizes of tensors while it is entered.
 
-    `names` says where a size comes from: sizes of one trace that have a name differ from each other.
+    `names` says where a size comes from: sizes of one trace that have a name differ from each other. Those for which it
+    says None may be one or another.
     """
 
-    def __init__(self, names: Mapping[int, Tree]) -> None:
+    def __init__(self, names: Mapping[int, Tree | None]) -> None:
         super().__init__()
         self.names = names
         self.decisions: dict[Tree, bool] = {}
         self.paused = False
+        self.failed = False
+        """Whether PyTorch raised an exception: code that catches it has decided something by it."""
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        try:
+            result = func(*args, **kwargs)
+        except Exception:
+            self.failed |= not self.paused
+            raise
         if self.paused:
             return result
+        self._look_at_pieces(func, args, kwargs, result)
         if func is torch.Tensor.__getitem__:
             self._look_at_ends(*args)
         if func in _GIVE_SIZES and _is_asked_by_a_model(1):
@@ -85,14 +108,36 @@ class Watch(TorchFunctionMode):
             if isinstance(item, slice) and isinstance(item.stop, int) and tensor.shape[dim] < item.stop < WHOLE:
                 self.cut(tensor.shape[dim], item.stop)
 
+    def _look_at_pieces(self, func: Any, args: Any, kwargs: Any, result: Any) -> None:
+        """Refuse as many tensors as a size says: how many there are is a number that Python takes without asking."""
+        if func in _TAKE_NUMBERS and any(isinstance(item, _Followed) for item in args) and _is_asked_by_a_model(4):
+            raise Untraceable(f"it takes a size as a number ({func.__name__}), which cannot be followed")
+        if func not in _GIVE_ALL and func not in _GIVE_PIECES:
+            return
+        rest = [*args[1:], *kwargs.values()]
+        cut = rest.pop(0) if func in _GIVE_PIECES and rest else None
+        if type(cut) in (tuple, list) or isinstance(cut, _Followed) or not args:
+            return
+        asker = sys._getframe(4)
+        if func is torch.Tensor.__iter__ and asker.f_code.co_code[asker.f_lasti] == dis.opmap["UNPACK_SEQUENCE"]:
+            return  # the code says how many there must be
+        size = args[0].shape[kwargs.get("dim", rest[0] if rest else 0)]
+        tree = self.names.get(size)
+        if type(cut) is int and len(result) <= 2:
+            self.cut(size, cut * len(result))  # where it is longer there is one more
+        elif tree is not None and any(name != FIXED for name in parts_of(tree, "size")):
+            raise Untraceable("it takes as many tensors as a size says, which cannot be followed")
+
     def _size(self, value: int) -> int:
-        tree = self.names.get(value)
+        tree = self.names.get(value, ("unnamed", value) if value > 1 else None)
         return value if tree is None else _Size(value, tree, self)
 
     def decide(self, tree: Tree, outcome: bool) -> None:
         """Note a question and its answer."""
         if not self.paused:
             self.decisions.setdefault(tree, outcome)
+            if len(self.decisions) > _MOST_DECIDED:
+                raise Untraceable(f"it decides more than {_MOST_DECIDED} things by sizes")
 
     def cut(self, size: int, end: int) -> None:
         """Note that a part up to `end` was taken, which at this size is the whole."""
@@ -108,10 +153,11 @@ def _is_asked_by_a_model(depth: int) -> bool:
 
 
 class _Followed:
-    """A number that knows how it came about."""
+    """A number that knows how it came about. `num_parts` counts what its tree is made of."""
 
     tree: Tree
     watch: Watch
+    num_parts: int
 
     def __bool__(self) -> bool:
         return bool(_compared("ne", self, 0))
@@ -129,12 +175,11 @@ class _Followed:
         return float(_plain(self))
 
     def _lost(self, how: str) -> None:
-        if not self.watch.paused and _is_asked_by_a_model(2):
+        if self.watch.paused or not _is_asked_by_a_model(2):
+            return
+        if next(parts_of(self.tree, "size"), None) is not None:
             raise Untraceable(f"it takes a size as a number ({how}), which cannot be followed")
-
-    def bit_length(self) -> int:
-        self._lost("bit_length")
-        return _plain(self).bit_length()  # type: ignore[no-any-return]
+        self.watch.decide((how, self.tree), True)  # it may always be the same: other rounds tell
 
     def __divmod__(self, other: Any) -> Any:
         return _computed("floordiv", self, other), _computed("mod", self, other)
@@ -143,23 +188,26 @@ class _Followed:
         return _computed("floordiv", other, self), _computed("mod", other, self)
 
     def __round__(self, digits: int | None = None) -> Any:
-        return _computed("round", self) if digits is None else round(_plain(self), digits)
+        if digits is None:
+            return _computed("round", self)
+        self._lost("round")
+        return round(_plain(self), digits)
 
     def __deepcopy__(self, memo: Any) -> Any:
         return self
 
 
 class _Size(_Followed, int):  # type: ignore[misc]
-    def __new__(cls, value: int, tree: Tree, watch: Watch) -> _Size:
+    def __new__(cls, value: int, tree: Tree, watch: Watch, num_parts: int = 1) -> _Size:
         made = int.__new__(cls, value)
-        made.tree, made.watch = tree, watch
+        made.tree, made.watch, made.num_parts = tree, watch, num_parts
         return made
 
 
 class _Ratio(_Followed, float):  # type: ignore[misc]
-    def __new__(cls, value: float, tree: Tree, watch: Watch) -> _Ratio:
+    def __new__(cls, value: float, tree: Tree, watch: Watch, num_parts: int = 1) -> _Ratio:
         made = float.__new__(cls, value)
-        made.tree, made.watch = tree, watch
+        made.tree, made.watch, made.num_parts = tree, watch, num_parts
         return made
 
 
@@ -179,11 +227,15 @@ def _tree(value: Any) -> Tree:
 
 def _computed(name: str, *operands: Any) -> Any:
     """A number computed from others, one of which is followed."""
-    if not all(_is_number(item) for item in operands):
-        return NotImplemented
+    for item in operands:
+        if not _is_number(item):
+            return _met(item, 2)
     value = _COMPUTE[name](*map(_plain, operands))
     watch = next(item.watch for item in operands if isinstance(item, _Followed))
     tree = (name, *map(_tree, operands))
+    num_parts = 1 + sum(item.num_parts if isinstance(item, _Followed) else 1 for item in operands)
+    if num_parts > _MOST_PARTS:
+        raise Untraceable("it computes more with a size than can be followed")
     if not _is_asked_by_a_model(2):
         pass
     elif name == "mod" and type(value) is int:
@@ -191,13 +243,21 @@ def _computed(name: str, *operands: Any) -> Any:
     elif name == "floordiv" and type(operands[1]) is int and operands[1] >= _PIECES:
         watch.decide(("ge", *tree[1:]), bool(_plain(operands[0]) >= operands[1]))
     if type(value) is int:
-        return _Size(value, tree, watch)
-    return _Ratio(value, tree, watch) if type(value) is float else value
+        return _Size(value, tree, watch, num_parts)
+    return _Ratio(value, tree, watch, num_parts) if type(value) is float else value
+
+
+def _met(other: Any, depth: int) -> Any:
+    """Leave what is no number to PyTorch or Python; not where it could take the value out of a size."""
+    is_harmless = type(other) in (str, type(None)) or issubclass(type(other), torch.Tensor)
+    if not is_harmless and _is_asked_by_a_model(depth + 1):
+        raise Untraceable(f"it puts a size together with a {type(other).__name__}, which cannot be followed")
+    return NotImplemented
 
 
 def _compared(name: str, left: _Followed, right: Any) -> Any:
     if not _is_number(right):
-        return NotImplemented
+        return _met(right, 2)
     outcome = bool(_COMPUTE[name](_plain(left), _plain(right)))
     if _is_asked_by_a_model(2):
         left.watch.decide((name, left.tree, _tree(right)), outcome)
@@ -226,10 +286,29 @@ def _define() -> None:
             setattr(_Followed, f"__r{word}__", backward(name))
     for name in _OF_ONE:
         setattr(_Followed, f"__{name}__", of_one(name))
+
+    def taken(name: str, kind: type) -> Callable[..., Any]:
+        def take(self: _Followed, *args: Any) -> Any:
+            self._lost(name)
+            found = getattr(kind, name)
+            return found(_plain(self), *args) if callable(found) else found.__get__(_plain(self))
+
+        return take
+
     for name in _COMPARISONS:
         setattr(_Followed, f"__{name}__", compared(name))
+    for kind in (int, float):
+        followed = _Size if kind is int else _Ratio
+        for name in _TAKEN:
+            if hasattr(kind, name):
+                take = taken(name, kind)
+                setattr(followed, name, take if callable(getattr(kind, name)) else property(take))
 
 
+_TAKEN = (
+    *("__index__", "is_integer", "as_integer_ratio", "real", "imag", "numerator", "denominator", "conjugate"),
+    *("bit_length", "bit_count", "to_bytes", "hex"),
+)
 _define()
 
 
@@ -242,16 +321,19 @@ def value_of(tree: Tree, sizes: Mapping[str, int]) -> Any:
     """What a tree is at other sizes. Raises `ArithmeticError` and `ValueError` as the code would."""
     if tree[0] == "size":
         return sizes[tree[1]]
-    if tree[0] == "number":
+    if tree[0] in ("number", "unnamed"):
         return tree[1]
-    return _COMPUTE[tree[0]](*(value_of(part, sizes) for part in tree[1:]))
+    operands = [value_of(part, sizes) for part in tree[1:]]
+    if tree[0] in ("pow", "lshift") and operands[1] > _MOST_PARTS:
+        raise OverflowError(tree[0])
+    return _COMPUTE[tree[0]](*operands)
 
 
 def parts_of(tree: Tree, kind: str) -> Iterator[Any]:
-    """The names of the sizes, or the numbers, that a tree is made of."""
+    """The names of the sizes, the numbers, or the unnamed sizes that a tree is made of."""
     if tree[0] == kind:
         yield tree[1]
-    elif tree[0] not in ("size", "number"):
+    elif tree[0] not in ("size", "number", "unnamed"):
         for part in tree[1:]:
             yield from parts_of(part, kind)
 
@@ -265,27 +347,33 @@ def sizes_otherwise(
     """
     before = list(itertools.takewhile(lambda one: one != tree, decisions))
     fallback = None
-    for sizes in _near(tree, at, change):
-        if _outcome(tree, sizes) is not (not decisions[tree]):
-            continue
-        if all(_outcome(one, sizes) is decisions[one] for one in before):
-            return sizes
-        fallback = fallback or sizes
+    for numbers_near in (_numbers_near, _numbers_further):
+        for sizes in _near(tree, at, change, numbers_near):
+            if _outcome(tree, sizes) is not (not decisions[tree]):
+                continue
+            if all(_outcome(one, sizes) is decisions[one] for one in before):
+                return sizes
+            fallback = fallback or sizes
     return fallback
 
 
 def _outcome(tree: Tree, sizes: Sizes) -> bool | None:
     try:
         return bool(value_of(tree, sizes))
-    except (ArithmeticError, ValueError, TypeError):
+    except (ArithmeticError, ValueError, TypeError, KeyError):
         return None
 
 
-def _near(tree: Tree, at: Sizes, change: Callable[[Sizes, str, int], Sizes | None]) -> Iterator[Sizes]:
+def _near(
+    tree: Tree,
+    at: Sizes,
+    change: Callable[[Sizes, str, int], Sizes | None],
+    numbers_near: Callable[[frozenset[int]], tuple[int, ...]],
+) -> Iterator[Sizes]:
     """Sizes next to the numbers that a decision is about: one of them changed, then two."""
     names = list(dict.fromkeys(parts_of(tree, "size")))
-    numbers = frozenset(int(n) for n in parts_of(tree, "number") if math.isfinite(n))
-    tried = _numbers_near(numbers | {at[name] for name in names})
+    numbers = frozenset(int(n) for n in parts_of(tree, "number") if type(n) is int or math.isfinite(n))
+    tried = numbers_near(numbers | {at[name] for name in names})
     starts = [at]
     starts += [there for name in names for small in (1, 2, 3) if (there := change(at, name, small)) is not None]
     for start, name, size in itertools.product(starts, names, tried):
@@ -300,4 +388,14 @@ def _numbers_near(numbers: Iterable[int]) -> tuple[int, ...]:
     for a, b in itertools.permutations(found, 2):
         found |= {a + b, a * b, abs(a - b), a // b if b else a}
     near = {number + step for number in found for step in (-1, 0, 1)} | {*range(1, 65)}
+    # One comes last: where a size is one, it is not told from others and nothing more is followed.
+    return tuple(sorted((number for number in near if 1 <= number <= LARGEST), key=lambda n: (n == 1, n)))
+
+
+@functools.lru_cache(maxsize=1024)
+def _numbers_further(numbers: Iterable[int]) -> tuple[int, ...]:
+    """Where no number near those of the code has the other outcome: their powers, and steps up to the largest size."""
+    found = {a * (b + 1) for a, b in itertools.product(map(abs, numbers), repeat=2)} | {n * n for n in numbers}
+    found |= {step << power for step in (1, 3) for power in range(LARGEST.bit_length())}
+    near = {number + step for number in found for step in (-1, 0, 1)}
     return tuple(sorted(number for number in near if 1 <= number <= LARGEST))

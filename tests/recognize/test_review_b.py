@@ -1,0 +1,150 @@
+"""Look-alikes that decide by what is made of sizes, or by what children give: a reviewer's smallest cases."""
+
+from __future__ import annotations
+
+import fractions
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from test_gallery2 import MLP, Norm, operation, reason, rms, with_forward
+from torch import Tensor
+
+from kernelwise._recognize import _recognize_function
+
+Question = Callable[[Any, Tensor], Any]
+QUARTER = fractions.Fraction(40)
+
+
+def scaled_if(question: Question) -> Callable[..., Any]:
+    def forward(self: Any, x: Tensor) -> Tensor:
+        return rms(x * 2 if question(self, x) else x, self.weight, self.eps)
+
+    return forward
+
+
+def fits_in_blocks(self: Any, x: Tensor) -> bool:
+    try:
+        x.view(x.shape[0], -1, 64, 32)
+    except RuntimeError:
+        return False
+    return True
+
+
+MADE: dict[str, Question] = {
+    "all but the last": lambda self, x: x[:, :-1].shape[1] == 39,
+    "one more": lambda self, x: torch.cat((x, x[:, :1]), 1).shape[1] == 41,
+    "groups": lambda self, x: x.reshape(-1, 16).shape[0] == 160,
+    "heads": lambda self, x: x.view(*x.shape[:2], 4, 8).transpose(1, 2).flatten(0, 1).shape[0] == 8,
+    "two of a size": lambda self, x: torch.stack((x, x)).flatten(0, 1).shape[0] == 80,
+    "a new tensor": lambda self, x: x.new_zeros(x.shape[1] + 1).shape[0] == 41,
+}
+TAKEN: dict[str, Question] = {
+    "unbind": lambda self, x: len(x.unbind(1)) == 40,
+    "split": lambda self, x: len(x.split(1, 1)) == 40,
+    "rows": lambda self, x: sum(1 for _ in x) == 40,
+    "a list": lambda self, x: len([0] * x.shape[1]) == 40,
+    "sym_int": lambda self, x: torch.sym_int(x.shape[1]) == 40,
+    "sym_max": lambda self, x: torch.sym_max(x.shape[1], 40) > 40,
+    "index": lambda self, x: x.shape[1].__index__() == 40,
+    "real": lambda self, x: x.shape[1].real == 40,
+    "whole": lambda self, x: (x.shape[1] / 512).is_integer(),
+    "digits": lambda self, x: round(x.shape[1] / 512, 1) > 100,
+    "fraction": lambda self, x: x.shape[1] == QUARTER,
+    "complex": lambda self, x: x.shape[1] * 1j == 40j,
+}
+FAR: dict[str, Question] = {
+    "blocks": lambda self, x: x.shape[1] // 16 > 600,
+    "root": lambda self, x: x.shape[1] ** 0.5 > 150,
+    "rounded": lambda self, x: round(x.shape[1] / 512) > 40,
+    "inverse": lambda self, x: 512 / x.shape[1] < 0.03,
+    "plus": lambda self, x: +x.shape[1] == 40,
+    "inverted": lambda self, x: ~x.shape[1] == -41,
+    "powers of two": lambda self, x: (x.shape[1] & (x.shape[1] - 1)) == 0 and x.shape[1] > 100,
+}
+
+
+@pytest.mark.parametrize("question", MADE.values(), ids=list(MADE))
+def test_a_size_that_the_layer_has_made_itself_decides_nothing_unseen(question: Question):
+    assert "a size that it has made itself" in reason(with_forward(Norm, scaled_if(question)))
+
+
+@pytest.mark.parametrize("question", TAKEN.values(), ids=list(TAKEN))
+def test_a_size_is_not_taken_out_of_what_follows_it(question: Question):
+    assert "cannot be followed" in reason(with_forward(Norm, scaled_if(question)))
+
+
+@pytest.mark.parametrize("question", FAR.values(), ids=list(FAR))
+def test_the_other_side_is_found_far_from_the_numbers_of_the_code(question: Question):
+    assert "but not on inputs" in reason(with_forward(Norm, scaled_if(question)))
+
+
+def test_what_pytorch_refuses_decides_nothing():
+    assert "PyTorch has raised" in reason(with_forward(Norm, scaled_if(fits_in_blocks)))
+
+
+def guarded(self: Any, x: Tensor) -> Tensor:
+    gated = self.gate(x)
+    return self.down(self.act(gated * 2 if gated.numel() > 2**29 else gated) * self.up(x))
+
+
+def test_elements_of_what_a_child_gives_decide_nothing_unseen():
+    assert "by a size that" in reason(with_forward(MLP, guarded))
+
+
+def test_a_size_that_is_always_the_same_may_decide():
+    def forward(self: Any, x: Tensor) -> Tensor:
+        heads = x.view(*x.shape[:-1], 4, 8)
+        return rms(x if heads.shape[-1] == 8 and heads.shape[-2] > 2 else x * 2, self.weight, self.eps)
+
+    assert operation(with_forward(Norm, forward)) == "rms_norm"
+
+
+def half(x: Tensor) -> Tensor:
+    one, two = x.chunk(2, -1)
+    return torch.cat((-two, one), -1)
+
+
+def at_one_width(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
+    cos, sin = cos.unsqueeze(unsqueeze_dim), sin.unsqueeze(unsqueeze_dim)
+    q = q * 2 if q.shape[-1] == 90 else q
+    return q * cos + half(q) * sin, k * cos + half(k) * sin
+
+
+def test_heads_of_any_even_width_are_tried():
+    assert not hasattr(_recognize_function(at_one_width), "op")
+
+
+def sums(self: Any, x: Tensor) -> bool:
+    total = 0
+    for _ in range(1500):
+        total = total + x.shape[1]
+    return total < 0
+
+
+def squares(self: Any, x: Tensor) -> bool:
+    number = x.shape[1]
+    for _ in range(40):
+        number = number * number % 1009
+    return number == 3
+
+
+def counts_down(self: Any, x: Tensor) -> bool:
+    number = x.shape[1]
+    while number > 4:
+        number -= 4
+    return False
+
+
+def divides(self: Any, x: Tensor) -> bool:
+    return max(d for d in range(1, x.shape[1] + 1) if x.shape[1] % d == 0) == 128
+
+
+@pytest.mark.parametrize("question", [sums, squares, counts_down, divides])
+def test_what_is_endless_ends(question: Question):
+    assert reason(with_forward(Norm, scaled_if(question)))
+
+
+def test_a_number_beyond_all_floats_is_a_number():
+    assert "not tried" in reason(with_forward(Norm, scaled_if(lambda self, x: x.shape[1] > 10**400)))
