@@ -285,15 +285,16 @@ def race(
         torch._dynamo.reset()
         contenders["torch.compile"] = torch.compile(case.own, fullgraph=True)
     calls = {name: _call(function, case) for name, function in contenders.items()}
-    with Operators() as seen:
-        calls["kernel"]()
-    once = max(_time(call, 1, clock) for call in [*calls.values(), *calls.values()])  # the first turn warms up
-    number = max(1, int(2e-4 / once))
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    start = time.perf_counter()
-    while len(times["own"]) < 5 or (time.perf_counter() - start < seconds and len(times["own"]) < 500):
-        for name, call in calls.items():
-            times[name].append(_time(call, number, clock))
+    with torch.set_grad_enabled(case.training):
+        with Operators() as seen:
+            calls["kernel"]()
+        once = max(_time(call, 1, clock) for call in [*calls.values(), *calls.values()])  # the first turn warms up
+        number = max(1, int(2e-4 / once))
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        start = time.perf_counter()
+        while len(times["own"]) < 5 or (time.perf_counter() - start < seconds and len(times["own"]) < 500):
+            for name, call in calls.items():
+                times[name].append(_time(call, number, clock))
     for name in calls:
         if name == "own":
             continue
@@ -318,7 +319,7 @@ def race(
 
 def _call(function: Callable[..., object], case: Case) -> Callable[[], object]:
     if not case.training:
-        return torch.no_grad()(lambda: function(*case.tensors))
+        return lambda: function(*case.tensors)
     leaves = [t.detach().requires_grad_() for t in case.tensors]
     with torch.no_grad():
         outputs = case.own(*case.tensors)

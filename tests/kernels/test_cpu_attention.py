@@ -185,17 +185,15 @@ def test_what_torch_does_as_fast_is_left_to_it(monkeypatch):
         raise AssertionError("the kernel ran")
 
     monkeypatch.setattr(cpu, "_forward", refuse)
-    cpu.attention(**inputs(torch.float32, positions=30))
+    cpu.attention(**inputs(torch.float32, positions=130))
+    cpu.attention(**inputs(torch.float32, positions=127), causal=True)
     cpu.attention(**inputs(torch.float64))
     given = inputs(torch.bfloat16, positions=2)
     given["q"].requires_grad_()
     cpu.attention(**given, causal=True)
-    for called in (
-        {"given": inputs(torch.float32), "causal": True},
-        {"given": inputs(torch.float32, positions=1, keys=9)},
-    ):
+    for options, causal in (({"positions": 128}, True), ({"positions": 1, "keys": 9}, False)):
         with pytest.raises(AssertionError, match="the kernel ran"):
-            cpu.attention(**called["given"], causal=called.get("causal", False))
+            cpu.attention(**inputs(torch.float32, **options), causal=causal)
 
 
 def test_a_reason_where_it_is_not_worthwhile(monkeypatch):

@@ -16,6 +16,7 @@ _forward = load().attention.default
 _own = torch.nn.functional.scaled_dot_product_attention
 
 _FEW_ROWS = 8  # of the heads that share their keys: they are not laid out first
+_CAUSAL_POSITIONS = 128  # from which leaving out what the mask hides pays in float32
 _TRAINING = 8  # positions from which gradients by way of float32 are faster than torch's own in half precision
 
 
@@ -61,7 +62,11 @@ def attention(
             return plain(q, k, v, mask, causal, scale)
         added = mask if mask is None or mask.dtype == torch.bool else mask.float()
         return plain(q.float(), k.float(), v.float(), added, causal, scale).to(q.dtype)
-    if q.dtype == torch.float32 and not causal and q.shape[2] * q.shape[1] > _FEW_ROWS * k.shape[1]:
+    if (
+        q.dtype == torch.float32
+        and q.shape[2] * q.shape[1] > _FEW_ROWS * k.shape[1]
+        and not (causal and q.shape[2] >= _CAUSAL_POSITIONS)
+    ):
         return plain(q, k, v, mask, causal, scale)
     y: torch.Tensor = _forward(q, k, v, mask, causal, q.shape[-1] ** -0.5 if scale is None else scale)
     return y
