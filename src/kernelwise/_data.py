@@ -93,15 +93,18 @@ class Recognition:
 
     `depends` names the layer's attributes and children that fill no role but decide the answer (`act_fn`): what is put in
     holds only as long as they are the same objects. `held` has the values that were read inside of them, by dotted path
-    (`("config.eps", 1e-6)`; of a list, all of its items), and `modes` the children that must be in the layer's own mode.
+    (`("config.eps", 1e-6)`; of a list or a dict, what its items are), also where nothing stood, and `modes` the children that
+    must be in the layer's own mode. `of_class` names what the layer has of its class (a method, a default) and must not
+    have of its own.
     """
 
     op: str
     roles: tuple[tuple[str, Binding], ...]
     options: tuple[tuple[str, Scalar], ...] = ()
     depends: tuple[str, ...] = ()
-    held: tuple[tuple[str, Scalar | tuple[Scalar, ...]], ...] = ()
+    held: tuple[tuple[str, Any], ...] = ()
     modes: tuple[str, ...] = ()
+    of_class: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

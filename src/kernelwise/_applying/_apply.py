@@ -268,7 +268,7 @@ def _bind(
                 decision.mode,
                 own_forward(module),
                 parameters,
-                tuple(module._modules),
+                tuple(name for name, child in module._modules.items() if child is not None),
                 passing_of(module, layer, decision.kernel, decision.mode),
             )
     asked = _modes(len(decisions) == 1, *(d.mode for d in decisions if d.asked_by != "default"))

@@ -22,7 +22,7 @@ from kernelwise._applying._fuse import REFUSALS, Passing, first
 from kernelwise._data import Binding, Kernel, Layer, Limits, Parameter, Recognition
 from kernelwise._discover import STATE, mark_dispatcher, wrapping
 from kernelwise._errors import ApplyError
-from kernelwise._recognize import condition, kinds_of
+from kernelwise._recognize import condition, found_at, kinds_of, said
 from kernelwise._signature import bind, source
 
 Call = Callable[..., Any]
@@ -73,6 +73,8 @@ def unchanged(self: torch.nn.Module) -> bool:
         return False
     for name, value in state.pins.items():
         now = self._modules[name] if name in self._modules else self.__dict__.get(name)
+        if now is None:  # a parameter that was registered as None may be there now
+            now = self._parameters.get(name, self._buffers.get(name))
         if now is not value and not (
             type(now) is type(value) and isinstance(now, (bool, int, float, str)) and now == value
         ):
@@ -96,12 +98,12 @@ def holding(recognition: Recognition) -> Callable[[torch.nn.Module], bool] | Non
             if getattr(follow(self, path), "training", None) is not self.training:
                 return False
         for path, value in held:
-            now = follow(self, path)
+            now = found_at(self, path)
             if path[-1] == "_modules":
                 if kinds_of(now) != value:
                     return False
             elif type(value) is tuple:
-                if type(now) not in (tuple, list) or tuple(now) != value:
+                if said(now) != value:
                     return False
             elif type(now) is not type(value) or now != value:
                 return False
@@ -273,6 +275,9 @@ def _compile(
                 ]
         if set(recognition.depends) - set(children):
             lines += ["    if not _kw_unchanged(self):", run_own("_kw_CHANGED")]
+        if recognition.of_class:
+            there = " or ".join(f"{name!r} in self.__dict__" for name in recognition.of_class)
+            lines += [f"    if {there}:", run_own("_kw_CHANGED")]
         if holds is not None:
             lines += ["    if not _kw_holds(self):", run_own("_kw_CHANGED")]
     if passing is not None:
@@ -406,13 +411,15 @@ def dispatcher(own: Call) -> Call:
     """
     parameters = _accepted(own)
     declared, passed = source([Parameter(p.name, p.kind.name.lower(), p.default is not p.empty) for p in parameters])
-    namespace: dict[str, Any] = {"_kw_own": own}
+    namespace: dict[str, Any] = {"_kw_own": own, "_kw_run_own": run_own, "_kw_CHANGED": CHANGED}
     exec(
         f"def forward(self, {declared}):\n"
         "    try:\n"
         f"        _kw_state = self.{STATE}\n"
         "    except AttributeError:\n"
         f"        return _kw_own(self, {passed})\n"
+        "    if self.__class__.forward is not _kw_own:\n"
+        f"        return _kw_run_own(self, _kw_CHANGED, {passed})\n"
         f"    return (_kw_state.training if self.training else _kw_state.inference)(self, {passed})",
         namespace,
     )

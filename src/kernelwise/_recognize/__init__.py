@@ -22,9 +22,9 @@ from kernelwise._recognize._code import global_names
 from kernelwise._recognize._compare import forget_references
 from kernelwise._recognize._explain import NearMiss, near_miss
 from kernelwise._recognize._fit import condition
-from kernelwise._recognize._memory import Entry, modes
+from kernelwise._recognize._memory import Entry, found_at, modes
 from kernelwise._recognize._reach import is_library, not_only_of_its_inputs, plain_function
-from kernelwise._recognize._reads import OF_THE_MODULE, SCALARS, Reads, has_hooks, is_child_token
+from kernelwise._recognize._reads import MISSING, OF_THE_MODULE, PLAIN, SCALARS, Reads, has_hooks, is_child_token, said
 from kernelwise._recognize._record import Untraceable
 from kernelwise._recognize._search import Finding, find_function
 from kernelwise._recognize._trace import innermost_forward
@@ -118,28 +118,55 @@ def _entries_for(forward: Callable[..., Any], cls: type[nn.Module], training: bo
 
 def _with_what_it_depends_on(answer: Recognition, module: nn.Module, reads: Reads) -> Recognition:
     """Add what the trace has read of the module itself, besides what fills a role: a call must find the same."""
-    bound = {binding.value for _, binding in answer.roles if binding.kind in ("attribute", "child")}
-    own = {name for name in module.__dict__ if not name.startswith("_")} | module._modules.keys()
-    own -= {"training", "forward", *map(str, bound)}
-    tokens = {path: value for path, value in reads.tokens.items() if path and path[0] in own}
-    held, modes = [], []
-    for path, value in tokens.items():
-        if not all(type(name) is str and name and "." not in name for name in path):
+    bound = {str(binding.value) for _, binding in answer.roles if binding.kind in ("attribute", "child")}
+    depends, of_class, held, modes = set(), set(), {}, []
+    for path, value in reads.tokens.items():
+        name, *below = path
+        if name in ("training", "forward") or ".".join(path) in bound or (name in bound and path not in reads.asked):
+            continue  # what fills a role is read at each call; a child is called, whatever it is
+        if name not in bound and value is not MISSING:
+            if isinstance(value, tuple) and value[0] == "tensor" and name not in module.__dict__:
+                held[name] = said(found_at(module, (name,)))
+            elif any(name in kept for kept in _own(module)):
+                depends.add(name)
+            elif not (isinstance(value, tuple) and value[0] == "property"):
+                of_class.add(name)
+        if not all(type(part) is str and part and "." not in part for part in path):
             continue
         if value is OF_THE_MODULE:
             modes.append(".".join(path[:-1]))
-        elif is_child_token(value) and value[2]:  # a container that was looked into: by names and classes
-            held.append((".".join((*path, "_modules")), kinds_of(_child(module, path)._modules)))
-        elif isinstance(value, tuple) and value[0] in SCALARS and len(path) > 1:
-            held.append((".".join(path), value[1]))
-        elif isinstance(value, tuple) and value[0] in (list, tuple) and all(_is_scalar(item) for item in value[1]):
-            held.append((".".join(path), tuple(item[1] for item in value[1])))
+        elif is_child_token(value):
+            if value[2]:  # a container that was looked into: by names and classes
+                held[".".join((*path, "_modules"))] = kinds_of(_child(module, path)._modules)
+        elif value is MISSING:
+            held[".".join(path)] = MISSING
+        elif isinstance(value, tuple) and value[0] in SCALARS:
+            if below:
+                held[".".join(path)] = value[1]
+        elif path in reads.asked or (
+            isinstance(value, tuple) and (below or value[0] in _CONTAINERS) and _is_plain(value)
+        ):
+            held[".".join(path)] = said(found_at(module, path))
     return replace(
         answer,
-        depends=tuple(sorted({str(path[0]) for path in tokens})),
-        held=tuple(sorted(held)),
+        depends=tuple(sorted(depends)),
+        held=tuple(sorted(held.items())),
         modes=tuple(sorted(modes)),
+        of_class=tuple(sorted(of_class)),
     )
+
+
+def _own(module: nn.Module) -> tuple[dict[str, Any], ...]:
+    """Where a module keeps what is its own, and not of its class."""
+    return module.__dict__, module._modules, module._parameters, module._buffers
+
+
+_CONTAINERS = (list, tuple, dict)
+
+
+def _is_plain(value: tuple[Any, ...]) -> bool:
+    """Whether a token is that of a container, or of a value that is no object: no tensor, no method, no config."""
+    return value[0] in _CONTAINERS or (isinstance(value[0], type) and issubclass(value[0], PLAIN))
 
 
 def _child(module: nn.Module, path: tuple[str, ...]) -> nn.Module:
@@ -154,10 +181,6 @@ def kinds_of(children: dict[str, nn.Module | None]) -> tuple[str, ...]:
         f"{name}: {type(child).__qualname__}{' with hooks' if child is not None and has_hooks(child) else ''}"
         for name, child in children.items()
     )
-
-
-def _is_scalar(value: object) -> bool:
-    return isinstance(value, tuple) and len(value) == 2 and value[0] in SCALARS
 
 
 def recognize_functions(module: nn.Module) -> tuple[tuple[str, Recognition], ...]:
@@ -241,10 +264,12 @@ __all__ = [
     "Recognizer",
     "Unknown",
     "condition",
+    "found_at",
     "functions_called",
     "kinds_of",
     "near_miss",
     "plain_function",
     "recognize",
     "recognize_functions",
+    "said",
 ]

@@ -75,6 +75,7 @@ class Candidate:
             for path, value in stage.reads.tokens.items():
                 if not overrides or path[0] not in overrides:
                     self.reads.tokens.setdefault(path, value)
+            self.reads.asked |= stage.reads.asked
 
     def decides_by_unnamed(self) -> bool:
         """Whether it decides something by a size of which nobody knows where it comes from, and that is not always the same.

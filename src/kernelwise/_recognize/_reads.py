@@ -71,6 +71,29 @@ def token(value: Any) -> Token:
     return ("object", weakref.ref(kind))
 
 
+def said(value: Any) -> Any:
+    """What a value is, as plain data: scalars as they are, of containers all items, of anything else which it is by name.
+
+    For what a call looks at again: it can be hashed, copied and pickled, and keeps nothing alive.
+    """
+    kind = type(value)
+    if kind in SCALARS:
+        return value
+    if kind in (list, tuple):
+        return (kind.__name__, *((type(item).__name__, said(item)) for item in value))
+    if kind is dict:
+        return ("dict", *((type(key).__name__, said(key), type(v).__name__, said(v)) for key, v in value.items()))
+    if isinstance(value, enum.Enum):
+        return (kind.__qualname__, value.name)
+    if isinstance(value, functools.partial):
+        return ("partial", said(value.func), said(value.args), said(value.keywords))
+    if isinstance(value, PLAIN) and not isinstance(value, type):
+        return (kind.__qualname__, str(value))
+    if isinstance(value, (type, *CODE)):
+        return (getattr(value, "__module__", None), getattr(value, "__qualname__", getattr(value, "__name__", "")))
+    return ("one", kind.__module__, kind.__qualname__)
+
+
 def child_token(module: nn.Module) -> Token:
     """What decides how a trace goes on at a child: its class, whether it is a function or a leaf, what it is made of."""
     only_function = is_function(module)
