@@ -129,6 +129,7 @@ def test_what_it_can_answer_does_not():
     assert operation(by(lambda self, x: self.config is None or not self.config)) == "rms_norm"
     assert operation(by(lambda self, x: self.function is None or self.act is None)) == "rms_norm"
     assert operation(by(lambda self, x: isinstance(self.config, dict) or self.one.a == 2)) == "rms_norm"
+    assert operation(by(lambda self, x: not isinstance(self.p1, torch.Tensor))) == "rms_norm"
     assert operation(by(lambda self, x: self.p1.dtype is torch.int32 or self.p1.numel() == 7)) == "rms_norm"
 
 

@@ -179,7 +179,9 @@ def asked_of_attributes(code: types.CodeType) -> frozenset[Chain]:
             chain = tuple(str(one.argval) for one in following)
             before = known[index - 1] if index else None
             if before is not None and before.opname == "LOAD_GLOBAL" and before.argval in _ASK_AN_OBJECT:
-                found.add(chain)
+                behind = [one.argval for one in known[index + 1 + len(chain) :][:2]]
+                if not (before.argval == "isinstance" and behind == ["torch", "Tensor"]):
+                    found.add(chain)  # that it is a tensor at all is known
             found.update(
                 chain[:end]
                 for end in range(1, len(chain))
