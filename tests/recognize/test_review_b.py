@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_gallery2 import MLP, Norm, operation, reason, rms, with_forward
+from test_gallery2 import MLP, Layer, Norm, operation, reason, rms, with_forward
 from torch import Tensor
 
 from kernelwise._recognize import _recognize_function
@@ -148,3 +148,101 @@ def test_what_is_endless_ends(question: Question):
 
 def test_a_number_beyond_all_floats_is_a_number():
     assert "not tried" in reason(with_forward(Norm, scaled_if(lambda self, x: x.shape[1] > 10**400)))
+
+
+Forward = Callable[..., Any]
+
+
+def an_entry_of_a_cache(self: Any, x: Tensor, mask: Any = None, cache: Any = None) -> Tensor:
+    x = x + self.attention(self.norm(x), mask=mask)[0]
+    return x if cache is not None and cache.conv is None else x + self.mlp(self.norm2(x))
+
+
+def weights(self: Any, x: Tensor, mask: Any = None) -> Tensor:
+    attended, weights = self.attention(self.norm(x), mask=mask)
+    x = x + attended
+    x = x + self.mlp(self.norm2(x))
+    return x if weights is not None else x * 2
+
+
+def two_switches(
+    self: Any, x: Tensor, mask: Any = None, output_attentions: bool = False, use_cache: bool = False
+) -> Tensor:
+    attended = self.attention(self.norm(x), mask=mask)[0]
+    x = x + (attended * 2 if output_attentions and use_cache and mask is not None else attended)
+    return x + self.mlp(self.norm2(x))
+
+
+def other_names(self: Any, x: Tensor, mask: Any = None, cache: Any = None, position: Any = None) -> Tensor:
+    m, c, p = mask, cache, position
+    attended = self.attention(self.norm(x), mask=mask)[0]
+    x = x + (attended * 2 if m is None and c is None and p is not None else attended)
+    return x + self.mlp(self.norm2(x))
+
+
+def a_list_of_answers(self: Any, x: Tensor, mask: Any = None, cache: Any = None, position: Any = None) -> Tensor:
+    attended = self.attention(self.norm(x), mask=mask)[0]
+    absent = [item is None for item in (mask, cache, position)]
+    x = x + (attended * 2 if absent == [True, True, False] else attended)
+    return x + self.mlp(self.norm2(x))
+
+
+def as_many_as_attention_gives(self: Any, x: Tensor, mask: Any = None) -> Tensor:
+    attended = self.attention(self.norm(x), mask=mask)[0]
+    x = x[:, -attended.shape[1] :] + attended
+    return x + self.mlp(self.norm2(x))
+
+
+def another_dtype(self: Any, x: Tensor, mask: Any = None) -> Tensor:
+    attended = self.attention(self.norm(x), mask=mask)[0]
+    is_half = attended.dtype == torch.float16 and x.dtype == torch.float32
+    x = x + (attended * 2 if is_half else attended)
+    return x + self.mlp(self.norm2(x))
+
+
+def dtypes_of_weights(self: Any, x: Tensor, mask: Any = None) -> Tensor:
+    attended = self.attention(self.norm(x), mask=mask)[0]
+    x = x + (attended * 2 if self.norm.weight.dtype != self.norm2.weight.dtype else attended)
+    return x + self.mlp(self.norm2(x))
+
+
+def no_tuple(self: Any, x: Tensor, mask: Any = None) -> Tensor:
+    attended = self.attention(self.norm(x), mask=mask)
+    x = x + (attended[0] if isinstance(attended, tuple) else attended * 2)
+    return x + self.mlp(self.norm2(x))
+
+
+def a_long_tuple(self: Any, x: Tensor, mask: Any = None) -> Tensor:
+    attended = self.attention(self.norm(x), mask=mask)
+    x = x + (attended[0] * 2 if len(attended) == 3 else attended[0])
+    return x + self.mlp(self.norm2(x))
+
+
+def an_exception(self: Any, x: Tensor, past: Any = None) -> Tensor:
+    x = x + self.attention(self.norm(x))[0]
+    try:
+        is_late = past > 3
+    except TypeError:
+        is_late = False
+    return x if is_late else x + self.mlp(self.norm2(x))
+
+
+@pytest.mark.parametrize(
+    "forward",
+    [
+        *(an_entry_of_a_cache, weights, two_switches, other_names, a_list_of_answers, as_many_as_attention_gives),
+        *(another_dtype, dtypes_of_weights, no_tuple, a_long_tuple, an_exception),
+    ],
+)
+def test_a_layer_that_looks_at_what_it_is_given_is_not_taken_for_one_that_hands_it_on(forward: Forward):
+    assert reason(with_forward(Layer, forward))
+
+
+def first_of_what_it_is_given(self: Any, x: Tensor, mask: Any = None, cache: Any = None) -> Tensor:
+    x = x + self.attention(self.norm(x), mask=mask)[0]
+    further = self.mlp(self.norm2(x))
+    return x + (further[0] if isinstance(further, tuple) else further)
+
+
+def test_a_layer_that_takes_the_first_is_known():
+    assert operation(with_forward(Layer, first_of_what_it_is_given)) == "decoder_layer"

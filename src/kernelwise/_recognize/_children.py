@@ -7,6 +7,7 @@ of the arguments that may be None left out, and the children in the place of nor
 from __future__ import annotations
 
 import inspect
+import itertools
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -20,11 +21,15 @@ from kernelwise._recognize._passing import LENGTHS, ChildCall, LayerTrace, trace
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Failed, Source, Untraceable
 from kernelwise._recognize._rounds import FIRST, ROUNDS
-from kernelwise._recognize._search import Finding, find_module, rounds_of_code
+from kernelwise._recognize._search import Finding, find_module, mixes_dtypes, rounds_of_code
 from kernelwise.ops import OPERATIONS, Operation, Variant
 
 _NORMS = frozenset({"rms_norm", "layer_norm"})
 _MOST_CHILDREN = 24
+_TUPLES = (1, 2, 3, 4)  # results of a child
+# How reasons begin where a tensor stands for a tuple or a tuple for a tensor: PyTorch names the kind of a tensor in saying that
+# the two have no sum, and a norm is given a tuple.
+_MISTAKEN = ("it does not run on tensors without data", "it calls its child")
 _NEARNESS = ((2, "is "), (1, "looks like "))  # how the reasons of `_compare` and `prove` begin
 
 
@@ -188,6 +193,9 @@ def _compare(op: Operation, variant: Variant, graph: Graph, trace: LayerTrace) -
     rounds = (*ROUNDS, *rounds_of_code(layer.reads, (layer.forward,), type(layer.module)))
     problem = prove(op, variant, {}, trace.candidate, found.roles, rounds)
     problem = problem or _prove_without(op, variant, trace, found.roles)
+    problem = problem or _looks_at_results(op, variant, trace, found.roles)
+    if problem is None and mixes_dtypes(layer.reads, (layer.forward,), type(layer.module)):
+        problem = f"looks like {op.name}, but decides by the dtypes of several of its children"
     if problem is not None:
         return problem
     roles = bindings(op, variant, {}, trace.candidate, found.roles)
@@ -202,12 +210,41 @@ def _compare(op: Operation, variant: Variant, graph: Graph, trace: LayerTrace) -
     )
 
 
+def _looks_at_results(op: Operation, variant: Variant, trace: LayerTrace, roles: dict[str, Bound]) -> str | None:
+    """Return why a layer is something else where a child gives a tensor or a tuple of another length, or None.
+
+    A tensor of which it takes the first as if it were a tuple is the caller's mistake, and a kernel makes the same.
+    """
+    trace.candidate.graph(FIRST)
+    num_open = sum(call.is_open for call in trace.calls)
+    for place, length in itertools.product(range(num_open), (0, *_TUPLES)):
+        graph = _with_length(trace, place, length)
+        if graph is None or (isinstance(graph, Graph) and compare(op, variant, {}, graph, FIRST, roles) is not None):
+            continue
+        if length == 0 and str(graph) == str(_with_length(trace, place, -2)):
+            continue
+        return f"is {op.name} {dict(variant.options)}, but not where a child gives {length or 'no'} results in a tuple"
+    return None
+
+
+def _with_length(trace: LayerTrace, place: int, length: int) -> Graph | str | None:
+    """The graph where the child that is called at this place gives so many; why there is none; None where it fails."""
+    lengths = [trace.lengths[min(i, len(trace.lengths) - 1)] for i in range(max(place + 1, len(trace.lengths)))]
+    lengths[place] = length
+    try:
+        return LayerTrace(trace.layer, tuple(lengths), trace.tensor, trace.refused).candidate.graph(FIRST)
+    except Failed:
+        return None
+    except Untraceable as reason:
+        return None if str(reason).startswith(_MISTAKEN) else str(reason)
+
+
 def _prove_without(op: Operation, variant: Variant, trace: LayerTrace, roles: dict[str, Bound]) -> str | None:
     """Return why a layer is something else where some of its arguments are None, or None."""
     for absent in trace.absences():
         at = replace(FIRST, absent=absent)
         try:
-            graph = trace.candidate.graph(at)
+            graph, _ = trace.without(absent)
         except Failed:
             continue  # it cannot be called this way, so nothing is lost there
         except Untraceable as reason:

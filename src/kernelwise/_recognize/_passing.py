@@ -36,7 +36,17 @@ LENGTHS = (2, 0, 3)
 _MORE = "_kernelwise_more"
 _CONTEXT = 29  # positions of a context
 _MOST_UNKNOWN = 3  # children of a layer that may give a tensor or a tuple
-_MOST_ASKED = 4
+_MOST_ASKED = 5
+_REFUSED = (
+    *("lt", "le", "gt", "ge", "ne", "contains", "len", "index", "int", "float", "neg", "abs", "format"),
+    *(
+        side + name
+        for name in ("add", "sub", "mul", "truediv", "floordiv", "mod", "pow", "matmul")
+        for side in ("", "r")
+    ),
+    *(side + name for name in ("and", "or", "xor") for side in ("", "r")),
+)
+"""What Python asks of a number or a container: where it is answered with a TypeError, code may catch that."""
 
 
 def _can_be_written(item: Any) -> bool:
@@ -47,24 +57,28 @@ def _can_be_written(item: Any) -> bool:
 
 
 class Kinds:
-    """What a trace says when it is asked of which class something given is: no class, but where `taken` says it is.
+    """What a trace says when it is asked what something given is: of no class, and not None, but where `taken` says it is.
 
-    `asked` collects the questions, as text. Both answers must lead to the same layer.
+    `asked` collects the questions, as text, and `conditions` the switches that were asked. All answers must lead to the
+    same layer.
     """
 
-    __slots__ = ("asked", "taken")
+    __slots__ = ("asked", "conditions", "taken")
 
-    def __init__(self, asked: set[str], taken: frozenset[str]) -> None:
-        self.asked, self.taken = asked, taken
+    def __init__(self, asked: set[str], conditions: set[str], taken: frozenset[str]) -> None:
+        self.asked, self.conditions, self.taken = asked, conditions, taken
+
+    def takes(self, question: str) -> bool:
+        """Note a question that has no answer of its own, and whether it is answered by yes this time."""
+        self.asked.add(question)
+        return question in self.taken
 
     def answer(self, name: str, asker: types.FrameType) -> type | None:
         """The class to be taken for, where `isinstance(<variable>, <class>)` asks; None where something else does."""
         cls = class_asked_for(asker)
         if cls is None:
             return None
-        question = f"{name} as a {cls.__name__}"
-        self.asked.add(question)
-        return cls if question in self.taken else Given
+        return cls if self.takes(f"{name} as a {cls.__name__}") else Given
 
 
 class Given:
@@ -88,10 +102,18 @@ class Given:
         return self._refuse("its class") if answer is None else answer
 
     def __getattr__(self, name: str) -> Any:
-        return Given(f"{self.name}.{name}", kinds=self.kinds) if not name.startswith("_") else self._refuse(name)
+        if name.startswith("_"):
+            return self._refuse(name)
+        if self.kinds is not None and self.kinds.takes(f"{self.name}.{name} as None"):
+            return None
+        return Given(f"{self.name}.{name}", kinds=self.kinds)
 
     def __bool__(self) -> bool:
-        return bool(self._refuse("as a condition")) if self.value is None else self.value
+        if self.value is None:
+            return bool(self._refuse("as a condition"))
+        if self.kinds is not None:
+            self.kinds.conditions.add(self.name)
+        return self.value
 
     def __iter__(self) -> Iterator[Any]:
         return self._refuse("takes it apart")  # type: ignore[no-any-return]
@@ -109,6 +131,17 @@ class Given:
 
     def __repr__(self) -> str:
         return str(self._refuse("as text"))
+
+
+def _refuse_all() -> None:
+    def refused(name: str) -> Callable[..., Any]:
+        return lambda self, *_: self._refuse(f"__{name}__")
+
+    for name in _REFUSED:
+        setattr(Given, f"__{name}__", refused(name))
+
+
+_refuse_all()
 
 
 @dataclass(frozen=True, slots=True)
@@ -163,6 +196,9 @@ class LayerTrace:
         self.num_unknown = 0
         self._length_of: dict[str, int] = {}
         self.kinds_asked: set[str] = set()
+        self._conditions: set[str] = set()
+        self._kinds = Kinds(self.kinds_asked, self._conditions, frozenset())
+        self._without: dict[frozenset[str], tuple[Graph | Untraceable, list[ChildCall]]] = {}
         self.returns_more = False  # whether it gives back, in some case, what a child gave besides its own result
         self.looked_into = False  # whether there are children whose own code is a part of the graph
 
@@ -172,7 +208,7 @@ class LayerTrace:
         stage.call_child = self._call
         stand_in = make_stand_in(layer.module, stage)
         absent = {*at.absent, self.refused}
-        kinds = Kinds(self.kinds_asked, at.absent)
+        kinds = self._kinds = Kinds(self.kinds_asked, self._conditions, at.absent)
         given: dict[str, Any] = {name: None if name in absent else Given(name, kinds=kinds) for name in layer.others}
         given |= {name: Given(name, value != (name in absent), kinds) for name, value in layer.switches}
         width, dtype = layer.width, at.widths.activations
@@ -215,12 +251,14 @@ class LayerTrace:
             if type(item) is not Given and not isinstance(item, (Tensor, *_CONSTANTS)):
                 raise Untraceable(f"it calls its child {name} with a {type(item).__name__}")
         is_linear = isinstance(getattr(module, "out_features", None), int)
-        shape = child.result(tensors[0]).shape if is_linear else tensors[0].shape
-        output = stage.recorder.call(
-            Source("child", name), tuple(tensors), stage.fake(tuple(shape), stage.widths.leaves or tensors[0].dtype)
-        )
+        shape = tuple(child.result(tensors[0]).shape if is_linear else tensors[0].shape)
         length = 0
         is_open = not is_linear and name not in self.layer.norms
+        if is_open and len(shape) > 2 and shape[-2] > 1 and self._kinds.takes(f"{name} giving one position"):
+            shape = (*shape[:-2], 1, shape[-1])
+        output: Any = stage.recorder.call(
+            Source("child", name), tuple(tensors), stage.fake(shape, stage.widths.leaves or tensors[0].dtype)
+        )
         if is_open:
             # By name from the second trace on, in which a child before it may be left out.
             length = self._length_of.setdefault(name, self.lengths[min(self.num_unknown, len(self.lengths) - 1)])
@@ -234,7 +272,14 @@ class LayerTrace:
                 is_open,
             )
         )
-        return (output, *(Given(f"{name}[{i}]") for i in range(1, length))) if length else output
+        if length < 0:
+            output, length = output[0], -length
+        more = [f"{name}[{i}]" for i in range(1, length)]
+        return (
+            (output, *(None if self._kinds.takes(f"{item} as None") else Given(item) for item in more))
+            if length
+            else output
+        )
 
     def refuses(self) -> bool:
         """Whether the layer itself raises an exception where it is given the argument that is left out."""
@@ -259,28 +304,43 @@ class LayerTrace:
             return False
         for absent in self.absences():
             try:
-                self.candidate.graph(replace(FIRST, absent=absent))
+                _, there = self.without(absent)
             except Failed:
                 continue
             except Untraceable:
                 return False
-            if len(self.calls) != len(calls) or not all(
-                one.is_like(other, absent) for one, other in zip(calls, self.calls, strict=True)
+            if len(there) != len(calls) or not all(
+                one.is_like(other, absent) for one, other in zip(calls, there, strict=True)
             ):
                 return False
         return not self.returns_more
 
-    def absences(self) -> Iterator[frozenset[str]]:
-        """Sets of arguments that may be None, or switches turned over, at once.
+    def without(self, absent: frozenset[str]) -> tuple[Graph, list[ChildCall]]:
+        """The graph of the layer, and its calls, where some of its arguments are None. Raises `Untraceable`."""
+        if absent not in self._without:
+            graph: Graph | Untraceable
+            try:
+                graph = self.candidate.graph(replace(FIRST, absent=absent))
+            except Untraceable as reason:
+                graph = reason
+            self._without[absent] = graph, self.calls
+        graph, calls = self._without[absent]
+        if isinstance(graph, Untraceable):
+            raise graph
+        return graph, calls
 
-        Each alone, all of them, and every mix of those that the code compares with None.
+    def absences(self) -> Iterator[frozenset[str]]:
+        """Sets of arguments that may be None, switches turned over, and questions answered by yes, at once.
+
+        Each alone, all of them, every two arguments, and every mix of those that the code asks for.
         """
-        names = [*self.layer.others, *(name for name, _ in self.layer.switches)]
-        names += [self.tensor] if self.tensor else []
-        names += sorted(self.kinds_asked)
-        asked = [name for name in names if name in self.layer.asked][:_MOST_ASKED]
+        arguments = [*self.layer.others, *(name for name, _ in self.layer.switches)]
+        arguments += [self.tensor] if self.tensor else []
+        names = [*arguments, *sorted(self.kinds_asked)]
+        asked = [name for name in names if name in self.layer.asked or name in self._conditions][:_MOST_ASKED]
         mixes = itertools.chain.from_iterable(itertools.combinations(asked, n) for n in range(2, len(asked) + 1))
-        yield from dict.fromkeys(map(frozenset, (*((name,) for name in names), tuple(names), *mixes)))
+        pairs = itertools.combinations(arguments, 2)
+        yield from dict.fromkeys(map(frozenset, (*((name,) for name in names), tuple(names), *mixes, *pairs)))
 
 
 @dataclass(frozen=True, slots=True)

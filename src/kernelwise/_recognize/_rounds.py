@@ -78,8 +78,11 @@ ROUNDS = (
 ROUNDS_OF_RANKS = (Round((), FIRST.widths), Round((2, 3, 5, 7), FIRST.widths))
 # For code that looks at dtypes and decides something: those that are not among the usual ones.
 ROUNDS_OF_DTYPES = tuple(
-    Round((11, 13), Widths(activations, parameters))
-    for activations, parameters in ((F16, F32), (F32, F16), (F16, BF16), (BF16, F16))
+    Round((11, 13), Widths(*dtypes))
+    for dtypes in (
+        *((F16, F32), (F32, F16), (F16, BF16), (BF16, F16)),
+        *((F32, F32, F16), (F32, F32, BF16), (F16, F16, F32), (F16, F16, BF16), (BF16, BF16, F16)),
+    )
 )
 
 

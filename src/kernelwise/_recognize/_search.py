@@ -93,6 +93,8 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
             if problem is None:
                 elsewhere = (replace(FIRST, width=OTHER_WIDTH), *rounds_of_code(reads, (forward,), type(module)))
                 problem = prove(op, variant, fixed, candidate, found.roles, elsewhere)
+            if problem is None and mixes_dtypes(reads, (forward,), type(module)):
+                problem = f"looks like {op.name}, but decides by the dtypes of several of its children"
             if problem is None and not fits(op, variant, fixed, graph, found.roles):
                 problem = f"looks like {op.name}, but the sizes of its tensors only fit by broadcasting"
             if problem is None:
@@ -111,6 +113,14 @@ def rounds_of_code(reads: Reads, functions: tuple[Any, ...], cls: type | None = 
         *(ROUNDS_OF_RANKS if has_ranks else ()),
         *(ROUNDS_OF_DTYPES if decides_by_dtype_in(reads, functions, cls) else ()),
     )
+
+
+def mixes_dtypes(reads: Reads, functions: tuple[Any, ...], cls: type) -> bool:
+    """Whether code decides something by dtypes and has read tensors of several children, which a trace gives one dtype."""
+    holders = {
+        path[:-1] for path, value in reads.tokens.items() if isinstance(value, tuple) and value[:1] == ("tensor",)
+    }
+    return len(holders) > 1 and decides_by_dtype_in(reads, functions, cls)
 
 
 def _integers(op: Operation, reads: Reads) -> list[dict[str, int]]:

@@ -13,6 +13,7 @@ import itertools
 import math
 import operator
 import sys
+import types
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
@@ -54,8 +55,9 @@ _COMPUTE: dict[str, Callable[..., Any]] = {
     "round": round,
 }
 _TAKE_NUMBERS = frozenset({torch.sym_int, torch.sym_float, torch.sym_not, torch.sym_max, torch.sym_min, torch.sym_sqrt})
-_GIVE_ALL = frozenset({torch.Tensor.__iter__, torch.Tensor.unbind, torch.unbind})
+_GIVE_ALL = frozenset({torch.Tensor.unbind, torch.unbind})
 _GIVE_PIECES = frozenset({torch.Tensor.split, torch.split})
+_UNPACK = frozenset({dis.opmap["UNPACK_SEQUENCE"], dis.opmap["UNPACK_EX"]})
 _MOST_PARTS = 64
 """A number that is computed from more than this is not followed: trees are walked again and again."""
 _MOST_DECIDED = 128
@@ -78,7 +80,7 @@ class Watch(TorchFunctionMode):
         self.failed = False
         """Whether PyTorch raised an exception: code that catches it has decided something by it."""
 
-    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_function__(self, func: Any, kinds: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         try:
             result = func(*args, **kwargs)
@@ -90,6 +92,8 @@ class Watch(TorchFunctionMode):
         self._look_at_pieces(func, args, kwargs, result)
         if func is torch.Tensor.__getitem__:
             self._look_at_ends(*args)
+        if func is torch.Tensor.__repr__:
+            raise Untraceable("it takes a tensor as text, which cannot be followed")
         if func in _GIVE_SIZES and _is_asked_by_a_model(1):
             return self._size(result) if type(result) is int else torch.Size([self._size(item) for item in result])
         if func is torch.Tensor.__len__ and _is_asked_by_a_model(3):  # PyTorch asks twice in Python
@@ -118,8 +122,8 @@ class Watch(TorchFunctionMode):
         cut = rest.pop(0) if func in _GIVE_PIECES and rest else None
         if type(cut) in (tuple, list) or isinstance(cut, _Followed) or not args:
             return
-        asker = sys._getframe(4)
-        if func is torch.Tensor.__iter__ and asker.f_code.co_code[asker.f_lasti] == dis.opmap["UNPACK_SEQUENCE"]:
+        asker = sys._getframe(2)
+        if asker.f_code is torch.Tensor.__iter__.__code__ and _is_unpacking(asker.f_back):
             return  # the code says how many there must be
         size = args[0].shape[kwargs.get("dim", rest[0] if rest else 0)]
         tree = self.names.get(size)
@@ -150,6 +154,11 @@ def _is_asked_by_a_model(depth: int) -> bool:
     """Whether the code that runs so many calls above the caller is neither PyTorch's nor ours."""
     name = sys._getframe(depth + 1).f_globals.get("__name__")
     return str(name).partition(".")[0] not in ("torch", "kernelwise")
+
+
+def _is_unpacking(asker: types.FrameType | None) -> bool:
+    """Whether `a, b = tensor` asks."""
+    return asker is not None and asker.f_code.co_code[asker.f_lasti] in _UNPACK
 
 
 class _Followed:
