@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import collections
+import collections.abc
 import dataclasses
 import types
 from collections.abc import Callable
@@ -40,6 +40,11 @@ class Numbers:
     a: int = 1
 
 
+class Calls:
+    def __call__(self) -> None:
+        pass
+
+
 class Attributes(dict[str, Any]):
     def __getattr__(self, name: str) -> Any:
         try:
@@ -61,7 +66,7 @@ class Holding(Norm):
         )
         self.own, self.one, self.other, self.limit = Own(), Numbers(), Numbers(), np.int64(40)
         self.config = types.SimpleNamespace(n=np.int64(3), heads=set[int](), act=F.silu)
-        self.attributes, self.empty = Attributes(use=True), EMPTY
+        self.attributes, self.empty, self.calls = Attributes(use=True), EMPTY, Calls()
         self.a = nn.Identity()
         self.b, self.p1 = self.a, nn.Parameter(torch.ones(3))
         self.p2 = self.p1
@@ -96,6 +101,8 @@ def by(condition: Callable[[Any, Tensor], bool]) -> nn.Module:
         lambda self, x: str(self.one) == "Numbers(a=1)",
         lambda self, x: not self.config.heads,
         lambda self, x: self.config.n == 3,
+        lambda self, x: callable(self.calls),
+        lambda self, x: not isinstance(self.config, collections.abc.Iterable),
         lambda self, x: x.shape[1] == self.limit,
         lambda self, x: getattr(self.attributes, "use", False),
         lambda self, x: hasattr(self.attributes, "use"),
@@ -187,6 +194,7 @@ class Kept(Norm):
         self.config = types.SimpleNamespace(d={"a": 1.0}, dtype=torch.float32)
         self.register_parameter("bias", None)
         self._act = self.of_tensor
+        self.table: dict[str, Any] = {"same": self.of_tensor}
 
     @property
     def through(self) -> float:
@@ -264,6 +272,10 @@ def calls_its_method(self: Any, x: Tensor) -> Tensor:
     return rms(self.before(x), self.weight, self.eps)
 
 
+def calls_of_a_table(self: Any, x: Tensor) -> Tensor:
+    return rms(self.table["same"](x), self.weight, self.eps)
+
+
 def calls_a_function(self: Any, x: Tensor) -> Tensor:
     return rms(self._act(x), self.weight, self.eps)
 
@@ -273,6 +285,7 @@ def calls_a_function(self: Any, x: Tensor) -> Tensor:
     [
         (calls_its_method, lambda layer: setattr(layer, "before", other)),
         (calls_a_function, lambda layer: setattr(layer, "_act", other)),
+        (calls_of_a_table, lambda layer: layer.table.update(same=other)),
         (calls_a_function, lambda layer: setattr(layer, "__class__", Doubled)),
     ],
 )

@@ -24,6 +24,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 
+from kernelwise._recognize._objects import AS_AN_OBJECT, Dict, List, plain, refuses
 from kernelwise._recognize._reads import CODE, MISSING, OF_THE_MODULE, PLAIN, Reads, has_hooks, is_function, is_own_code
 from kernelwise._recognize._record import Failed, Recorder, Refused, Source, Untraceable, Widths, no_way_back
 from kernelwise._recognize._sizes import Watch
@@ -161,105 +162,11 @@ def stand_in_for(value: Any, stage: Stage, path: tuple[str, ...]) -> Any:
         return value
     # A subclass of a list or a dict may have attributes, and answers of its own: only those may be read.
     if type(value) in (tuple, list):
-        kind = _List if type(value) is list else tuple
+        kind = List if type(value) is list else tuple
         return kind(stand_in_for(item, stage, (*path, str(i))) for i, item in enumerate(value))
     if type(value) is dict:
-        return _Dict({key: stand_in_for(item, stage, (*path, str(key))) for key, item in value.items()})
-    return (_Callable if callable(value) else _Plain)(value, stage, path)
-
-
-def _refusing(name: str) -> Callable[..., Any]:
-    def refuse(self: Any, *args: Any, **kwargs: Any) -> Any:
-        path = self.__dict__["_kernelwise"][2]
-        raise Untraceable(f"it uses {'.'.join(path)} as more than a bag of values ({name})")
-
-    return refuse
-
-
-def _refuses(*names: str) -> Callable[[type], type]:
-    """Have a stand-in refuse what Python would answer for any object, or raise an exception for that code may catch."""
-
-    def decorate(cls: type) -> type:
-        for name in names:
-            setattr(cls, name, _refusing(name))
-        return cls
-
-    return decorate
-
-
-_AS_AN_OBJECT = ("__eq__", "__ne__", "__hash__", "__repr__", "__str__", "__format__", "__dir__", "__sizeof__")
-_AS_A_VALUE = (
-    *("__lt__", "__le__", "__gt__", "__ge__", "__len__", "__iter__", "__next__", "__reversed__", "__contains__"),
-    *("__getitem__", "__int__", "__float__", "__complex__", "__index__", "__enter__", "__exit__"),
-    *("__neg__", "__pos__", "__abs__", "__invert__", "__round__", "__trunc__", "__floor__", "__ceil__"),
-    *(
-        f"__{side}{name}__"
-        for side in ("", "r")
-        for name in ("add", "sub", "mul", "matmul", "truediv", "floordiv", "mod", "divmod", "pow")
-    ),
-    *(f"__{side}{name}__" for side in ("", "r") for name in ("lshift", "rshift", "and", "or", "xor")),
-)
-
-
-def _refuse_write(self: Any, *args: Any, **kwargs: Any) -> Any:
-    raise Untraceable(f"it writes to a {type(self).__bases__[0].__name__} of its own")
-
-
-class _List(list):  # type: ignore[type-arg]
-    """A list of the module, which a trace may only read."""
-
-    __setitem__ = __delitem__ = __iadd__ = __imul__ = _refuse_write
-    append = extend = insert = pop = remove = clear = sort = reverse = _refuse_write
-
-
-class _Dict(dict):  # type: ignore[type-arg]
-    """A dict of the module, which a trace may only read."""
-
-    __setitem__ = __delitem__ = __ior__ = _refuse_write
-    pop = popitem = clear = update = setdefault = _refuse_write
-
-
-@_refuses(*_AS_AN_OBJECT, *_AS_A_VALUE)
-class _Plain:
-    """Stands for an object that is neither a module nor a tensor (a config): attributes can be read, nothing called.
-
-    Nor compared: what is remembered of it is its class and what was read of it.
-    """
-
-    def __init__(self, value: Any, stage: Stage, path: tuple[str, ...]) -> None:
-        self.__dict__["_kernelwise"] = (value, stage, path)
-
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        return type(self.__dict__["_kernelwise"][0])
-
-    def __getattr__(self, name: str) -> Any:
-        value, stage, path = self.__dict__["_kernelwise"]
-        if name.startswith("__"):
-            raise Untraceable(f"it uses {'.'.join(path)} as more than a bag of values ({name})")
-        try:
-            found = getattr(value, name)
-        except AttributeError:
-            stage.reads.tokens[(*path, name)] = MISSING
-            raise
-        if isinstance(found, CODE):
-            raise Untraceable(f"it calls a method of {'.'.join(path)} ({name})")
-        stage.reads.note((*path, name), found)
-        return stand_in_for(found, stage, (*path, name))
-
-    def __bool__(self) -> bool:
-        value, _, path = self.__dict__["_kernelwise"]
-        if hasattr(type(value), "__bool__") or hasattr(type(value), "__len__"):
-            raise Untraceable(f"it uses {'.'.join(path)} as a condition, which its class answers")
-        return True
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        raise Untraceable(f"it writes to {'.'.join(self.__dict__['_kernelwise'][2])}.{name}")
-
-
-@_refuses("__call__")
-class _Callable(_Plain):
-    """The same for one that may be called, as `callable` asks."""
+        return Dict({key: stand_in_for(item, stage, (*path, str(key))) for key, item in value.items()})
+    return plain(value, stage, path, stand_in_for)
 
 
 def make_stand_in(module: nn.Module, stage: Stage, path: tuple[str, ...] = ()) -> Any:
@@ -273,7 +180,7 @@ def make_stand_in(module: nn.Module, stage: Stage, path: tuple[str, ...] = ()) -
     return stand_in
 
 
-@_refuses(*_AS_AN_OBJECT)  # one module may stand at two places, which have a stand-in each
+@refuses(*AS_AN_OBJECT)  # one module may stand at two places, which have a stand-in each
 class Child:
     """Stands for a child module: a leaf, or its own code where it is nothing but a function.
 
