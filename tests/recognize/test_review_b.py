@@ -246,3 +246,7 @@ def first_of_what_it_is_given(self: Any, x: Tensor, mask: Any = None, cache: Any
 
 def test_a_layer_that_takes_the_first_is_known():
     assert operation(with_forward(Layer, first_of_what_it_is_given)) == "decoder_layer"
+
+
+def test_a_condition_whose_other_side_is_not_found_makes_the_layer_unknown():
+    assert "not tried" in reason(with_forward(Norm, scaled_if(lambda self, x: x.shape[1] * 7919 % 1000003 == 17)))

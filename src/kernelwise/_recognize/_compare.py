@@ -261,7 +261,8 @@ def prove(
             outcomes[tree].add(not outcome)  # it is looked for once
             sizes = sizes_otherwise(tree, candidate.decisions[at], candidate.sizes(at), with_size)
             if sizes is None:
-                if any(LARGEST < abs(number) < math.inf for number in parts_of(tree, "number")):
+                beyond = any(LARGEST < abs(number) < math.inf for number in parts_of(tree, "number"))
+                if beyond or _is_computed(tree):
                     return f"is {op.name} {dict(variant.options)} in bfloat16, but decides by a size that is not tried"
                 continue
             there = round_at(at, sizes)
@@ -275,6 +276,13 @@ def prove(
     if problem is None and candidate.decides_by_unnamed():
         return f"is {op.name} {dict(variant.options)} in bfloat16, but decides by a size that it has made itself"
     return problem
+
+
+def _is_computed(tree: Tree) -> bool:
+    """Whether a decision is about more than one size as it is, of those that can be anything."""
+    if not set(parts_of(tree, "size")) - {FIXED, "D", "R"}:
+        return False
+    return any(part[0] not in ("size", "number", "unnamed") for part in tree[1:])
 
 
 def _prove(
