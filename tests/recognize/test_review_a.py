@@ -20,6 +20,8 @@ from kernelwise._recognize._code import decides_by_size
 
 Alias = nn.Parameter
 EMPTY = object()
+SPECIAL: set[nn.Module] = set()
+ROW: list[nn.Module] = [nn.Identity()]
 
 
 class Own:
@@ -108,6 +110,8 @@ def by(condition: Callable[[Any, Tensor], bool]) -> nn.Module:
         lambda self, x: hasattr(self.attributes, "use"),
         lambda self, x: isinstance(self.attributes, Attributes),
         lambda self, x: self.empty is EMPTY,
+        lambda self, x: self not in SPECIAL,
+        lambda self, x: [self] != ROW,
         lambda self, x: self.a is self.b,
         lambda self, x: self.a == self.b,
         lambda self, x: self.a in (self.b,),
