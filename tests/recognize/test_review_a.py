@@ -104,6 +104,7 @@ def by(condition: Callable[[Any, Tensor], bool]) -> nn.Module:
         lambda self, x: not self.config.heads,
         lambda self, x: self.config.n == 3,
         lambda self, x: callable(self.calls),
+        lambda self, x: not callable(self.config),
         lambda self, x: not isinstance(self.config, collections.abc.Iterable),
         lambda self, x: x.shape[1] == self.limit,
         lambda self, x: getattr(self.attributes, "use", False),

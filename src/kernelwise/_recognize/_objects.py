@@ -73,8 +73,13 @@ def plain(value: Any, stage: Stage, path: tuple[str, ...], make: Callable[..., A
 
     It refuses what its class has, and lacks what that lacks: code may ask for it (`callable`, an abstract class).
     """
-    names = tuple(name for name in _AS_A_VALUE if hasattr(type(value), name))
+    names = tuple(name for name in _AS_A_VALUE if _has(type(value), name))
     return _class_with(names)(value, stage, path, make)
+
+
+def _has(cls: type, name: str) -> bool:
+    """Whether objects of a class have a special method; `hasattr` would find those of the class itself, as `__call__`."""
+    return next((base.__dict__[name] for base in cls.__mro__ if name in base.__dict__), None) is not None
 
 
 @functools.lru_cache(maxsize=256)
@@ -112,7 +117,7 @@ class Plain:
 
     def __bool__(self) -> bool:
         value, _, path, _ = self.__dict__["_kernelwise"]
-        if hasattr(type(value), "__bool__") or hasattr(type(value), "__len__"):
+        if _has(type(value), "__bool__") or _has(type(value), "__len__"):
             raise Untraceable(f"it uses {'.'.join(path)} as a condition, which its class answers")
         return True
 
