@@ -17,6 +17,7 @@ import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kernelwise._data import Binding
+from kernelwise._recognize._conditions import FIXED, LARGEST, Decisions, Sizes, Tree, parts_of, sizes_otherwise
 from kernelwise._recognize._graph import Graph
 from kernelwise._recognize._match import Bound, Match, markers, match
 from kernelwise._recognize._reads import Reads
@@ -32,7 +33,7 @@ from kernelwise._recognize._rounds import (
     sizes_of,
     with_size,
 )
-from kernelwise._recognize._sizes import FIXED, LARGEST, Decisions, Sizes, Tree, Watch, parts_of, sizes_otherwise
+from kernelwise._recognize._sizes import Watch
 from kernelwise._recognize._stand_in import Stage
 from kernelwise._recognize._trace import trace
 from kernelwise.ops import OPERATIONS, Operation, Variant

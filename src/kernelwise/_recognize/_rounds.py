@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
+from kernelwise._recognize._conditions import FIXED, Sizes, Tree, parts_of
 from kernelwise._recognize._record import Widths
-from kernelwise._recognize._sizes import FIXED, Sizes, Tree, parts_of
 from kernelwise.ops import Operation, Role, Variant
 
 BF16, F16, F32 = torch.bfloat16, torch.float16, torch.float32

@@ -2,64 +2,39 @@
 
 A branch on a size compares it with something: a number in the code, an attribute, an entry of a config, another size. While a
 forward is traced, every size that it reads knows where it comes from, and every comparison is written down with its outcome.
-Then sizes are looked for at which one of them has the other outcome, and the forward is traced there too.
+Then sizes are looked for at which one of them has the other outcome (`_conditions`), and the forward is traced there too.
 """
 
 from __future__ import annotations
 
 import dis
-import functools
-import itertools
-import math
-import operator
 import sys
 import types
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
+from kernelwise._recognize._conditions import (
+    COMPARISONS,
+    COMPUTE,
+    FIXED,
+    MOST_PARTS,
+    OF_ONE,
+    OPERATORS,
+    Tree,
+    parts_of,
+)
 from kernelwise._recognize._record import WHOLE, Untraceable
-
-Tree = tuple[Any, ...]
-"""How a value comes about: `("size", "B")`, `("number", 40)`, or an operator with its operands.
-
-`("unnamed", 12)` is a size of a tensor of which nobody knows where it comes from.
-"""
-FIXED = "the width"
-"""The size that a module has chosen itself, by its parameters: it is the same in every trace."""
-Decisions = Mapping[Tree, bool]
-Sizes = dict[str, int]
-
-LARGEST = 1 << 22
-"""The largest size that is tried: a forward that cuts its input into pieces must come to an end."""
 
 _GIVE_SIZES = frozenset(
     {torch.Tensor.shape.__get__, torch.Tensor.size, torch.Tensor.numel, torch.Tensor.nelement, torch.numel}  # type: ignore[attr-defined]
 )
-_OPERATORS = ("add", "sub", "mul", "floordiv", "mod", "pow", "truediv", "lshift", "rshift", "and_", "or_", "xor")
-_COMPARISONS = ("lt", "le", "gt", "ge", "eq", "ne")
-_OF_ONE: dict[str, Callable[..., Any]] = {
-    "neg": operator.neg,
-    "pos": operator.pos,
-    "invert": operator.invert,
-    "abs": operator.abs,
-    "floor": math.floor,
-    "ceil": math.ceil,
-    "trunc": math.trunc,
-}
-_COMPUTE: dict[str, Callable[..., Any]] = {
-    **{name: getattr(operator, name) for name in (*_OPERATORS, *_COMPARISONS)},
-    **_OF_ONE,
-    "round": round,
-}
 _TAKE_NUMBERS = frozenset({torch.sym_int, torch.sym_float, torch.sym_not, torch.sym_max, torch.sym_min, torch.sym_sqrt})
 _GIVE_ALL = frozenset({torch.Tensor.unbind, torch.unbind})
 _GIVE_PIECES = frozenset({torch.Tensor.split, torch.split})
 _UNPACK = frozenset({dis.opmap["UNPACK_SEQUENCE"], dis.opmap["UNPACK_EX"]})
-_MOST_PARTS = 64
-"""A number that is computed from more than this is not followed: trees are walked again and again."""
 _MOST_DECIDED = 128
 _PIECES = 8
 """Whole parts of fewer elements are taken of most sizes (`shape[-1] // 2`) and decide nothing by themselves."""
@@ -239,11 +214,11 @@ def _computed(name: str, *operands: Any) -> Any:
     for item in operands:
         if not _is_number(item):
             return _met(item, 2)
-    value = _COMPUTE[name](*map(_plain, operands))
+    value = COMPUTE[name](*map(_plain, operands))
     watch = next(item.watch for item in operands if isinstance(item, _Followed))
     tree = (name, *map(_tree, operands))
     num_parts = 1 + sum(item.num_parts if isinstance(item, _Followed) else 1 for item in operands)
-    if num_parts > _MOST_PARTS:
+    if num_parts > MOST_PARTS:
         raise Untraceable("it computes more with a size than can be followed")
     if not _is_asked_by_a_model(2):
         pass
@@ -267,7 +242,7 @@ def _met(other: Any, depth: int) -> Any:
 def _compared(name: str, left: _Followed, right: Any) -> Any:
     if not _is_number(right):
         return _met(right, 2)
-    outcome = bool(_COMPUTE[name](_plain(left), _plain(right)))
+    outcome = bool(COMPUTE[name](_plain(left), _plain(right)))
     if _is_asked_by_a_model(2):
         left.watch.decide((name, left.tree, _tree(right)), outcome)
     return outcome
@@ -288,12 +263,12 @@ def _define() -> None:
     def compared(name: str) -> Callable[..., Any]:
         return lambda self, other: _compared(name, self, other)
 
-    for name in _OPERATORS:
+    for name in OPERATORS:
         word = name.rstrip("_")
         if hasattr(int, f"__{word}__"):
             setattr(_Followed, f"__{word}__", forward(name))
             setattr(_Followed, f"__r{word}__", backward(name))
-    for name in _OF_ONE:
+    for name in OF_ONE:
         setattr(_Followed, f"__{name}__", of_one(name))
 
     def taken(name: str, kind: type) -> Callable[..., Any]:
@@ -304,7 +279,7 @@ def _define() -> None:
 
         return take
 
-    for name in _COMPARISONS:
+    for name in COMPARISONS:
         setattr(_Followed, f"__{name}__", compared(name))
     for kind in (int, float):
         followed = _Size if kind is int else _Ratio
@@ -319,92 +294,3 @@ _TAKEN = (
     *("bit_length", "bit_count", "to_bytes", "hex"),
 )
 _define()
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Sizes at which something is decided otherwise
-# ---------------------------------------------------------------------------------------------------------------------
-
-
-def value_of(tree: Tree, sizes: Mapping[str, int]) -> Any:
-    """What a tree is at other sizes. Raises `ArithmeticError` and `ValueError` as the code would."""
-    if tree[0] == "size":
-        return sizes[tree[1]]
-    if tree[0] in ("number", "unnamed"):
-        return tree[1]
-    operands = [value_of(part, sizes) for part in tree[1:]]
-    if tree[0] in ("pow", "lshift") and operands[1] > _MOST_PARTS:
-        raise OverflowError(tree[0])
-    return _COMPUTE[tree[0]](*operands)
-
-
-def parts_of(tree: Tree, kind: str) -> Iterator[Any]:
-    """The names of the sizes, the numbers, or the unnamed sizes that a tree is made of."""
-    if tree[0] == kind:
-        yield tree[1]
-    elif tree[0] not in ("size", "number", "unnamed"):
-        for part in tree[1:]:
-            yield from parts_of(part, kind)
-
-
-def sizes_otherwise(
-    tree: Tree, decisions: Decisions, at: Sizes, change: Callable[[Sizes, str, int], Sizes | None]
-) -> Sizes | None:
-    """Sizes at which a decision has the other outcome, if possible with those that were made before it as they were.
-
-    `change(sizes, name, size)` gives sizes with one of them changed, or None where there are none.
-    """
-    before = list(itertools.takewhile(lambda one: one != tree, decisions))
-    fallback = None
-    for numbers_near in (_numbers_near, _numbers_further):
-        for sizes in _near(tree, at, change, numbers_near):
-            if _outcome(tree, sizes) is not (not decisions[tree]):
-                continue
-            if all(_outcome(one, sizes) is decisions[one] for one in before):
-                return sizes
-            fallback = fallback or sizes
-    return fallback
-
-
-def _outcome(tree: Tree, sizes: Sizes) -> bool | None:
-    try:
-        return bool(value_of(tree, sizes))
-    except (ArithmeticError, ValueError, TypeError, KeyError):
-        return None
-
-
-def _near(
-    tree: Tree,
-    at: Sizes,
-    change: Callable[[Sizes, str, int], Sizes | None],
-    numbers_near: Callable[[frozenset[int]], tuple[int, ...]],
-) -> Iterator[Sizes]:
-    """Sizes next to the numbers that a decision is about: one of them changed, then two."""
-    names = list(dict.fromkeys(parts_of(tree, "size")))
-    numbers = frozenset(int(n) for n in parts_of(tree, "number") if type(n) is int or math.isfinite(n))
-    tried = numbers_near(numbers | {at[name] for name in names})
-    starts = [at]
-    starts += [there for name in names for small in (1, 2, 3) if (there := change(at, name, small)) is not None]
-    for start, name, size in itertools.product(starts, names, tried):
-        sizes = change(start, name, size)
-        if sizes is not None:
-            yield sizes
-
-
-@functools.lru_cache(maxsize=1024)
-def _numbers_near(numbers: Iterable[int]) -> tuple[int, ...]:
-    found = {abs(number) for number in numbers}
-    for a, b in itertools.permutations(found, 2):
-        found |= {a + b, a * b, abs(a - b), a // b if b else a}
-    near = {number + step for number in found for step in (-1, 0, 1)} | {*range(1, 65)}
-    # One comes last: where a size is one, it is not told from others and nothing more is followed.
-    return tuple(sorted((number for number in near if 1 <= number <= LARGEST), key=lambda n: (n == 1, n)))
-
-
-@functools.lru_cache(maxsize=1024)
-def _numbers_further(numbers: Iterable[int]) -> tuple[int, ...]:
-    """Where no number near those of the code has the other outcome: their powers, and steps up to the largest size."""
-    found = {a * (b + 1) for a, b in itertools.product(map(abs, numbers), repeat=2)} | {n * n for n in numbers}
-    found |= {step << power for step in (1, 3) for power in range(LARGEST.bit_length())}
-    near = {number + step for number in found for step in (-1, 0, 1)}
-    return tuple(sorted(number for number in near if 1 <= number <= LARGEST))
