@@ -93,7 +93,7 @@ def test_the_time_that_tuning_may_take_begins_when_the_wait_is_over(monkeypatch)
             first.kill()
 
     began = time.monotonic()
-    monkeypatch.setattr(_tune, "_tuned", lambda session, refs: session.began)
+    monkeypatch.setattr(_tune, "_tuned", lambda session, refs, of_wholes: session.began)
     try:
         assert kw.tune(nn.Sequential(nn.GELU()).eval(), torch.randn(2, 4), progress=progress) > began + 1.0
     finally:

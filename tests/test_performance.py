@@ -18,11 +18,11 @@ import kernelwise as kw
 
 def overhead_us(model: nn.Module, direct: Callable[[], Any], call: Callable[[], Any]) -> float:
     """How much longer a call takes than the kernel alone, in microseconds: the difference of the fastest repeats."""
-    number = 2000
+    number = 500
     timers = [timeit.Timer(function) for function in (direct, call)]
     for timer in timers:
         timer.timeit(number)
-    fastest = [min(column) for column in zip(*[[t.timeit(number) for t in timers] for _ in range(40)], strict=True)]
+    fastest = [min(column) for column in zip(*[[t.timeit(number) for t in timers] for _ in range(160)], strict=True)]
     return (fastest[1] - fastest[0]) / number * 1e6
 
 

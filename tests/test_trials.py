@@ -184,7 +184,7 @@ def test_a_timing_in_a_hurry_is_taken_again_where_there_is_twice_the_time(
 ):
     measured: list[float] = []
 
-    def measure(model, group, sample, kernel, *, mode, workload, seconds, calls):
+    def measure(model, group, sample, kernel, *, mode, workload, seconds, calls, hide_starts):
         measured.append(seconds)
         return Timing(group.decision.layer.path, group.paths, str(kernel.ref), mode, workload, found, calls)
 

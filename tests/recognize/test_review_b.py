@@ -11,7 +11,9 @@ import torch
 from test_gallery2 import MLP, Layer, Norm, operation, reason, rms, with_forward
 from torch import Tensor
 
-from kernelwise._recognize import _recognize_function
+from kernelwise._data import Recognition
+from kernelwise._recognize import _recognize_function, recognize
+from kernelwise._recognize._children import record_calls
 
 Question = Callable[[Any, Tensor], Any]
 QUARTER = fractions.Fraction(40)
@@ -250,3 +252,31 @@ def test_a_layer_that_takes_the_first_is_known():
 
 def test_a_condition_whose_other_side_is_not_found_makes_the_layer_unknown():
     assert "not tried" in reason(with_forward(Norm, scaled_if(lambda self, x: x.shape[1] * 7919 % 1000003 == 17)))
+
+
+class HandsOn(Layer):
+    """It gives what its last child gives, be it a tensor or a tuple. Only a tensor can be called so."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = MLP()
+
+    def forward(self, x: Tensor, mask: Any = None) -> Any:
+        x = x + self.attention(self.norm(x), mask=mask)[0]
+        return self.last(x + self.mlp(self.norm2(x)))
+
+
+class TakesApart(HandsOn):
+    def forward(self, x: Tensor, mask: Any = None) -> Any:
+        y = super().forward(x, mask)
+        return y[0] if isinstance(y, tuple) else (y,)
+
+
+def test_a_layer_that_hands_on_what_its_last_child_gives_is_called_with_tensors():
+    found = recognize(HandsOn())
+    assert isinstance(found, Recognition)
+    assert (found.op, dict(found.options)["returns"]) == ("decoder_layer", "tensor")
+    calls, _ = record_calls(HandsOn(), training=None)
+    assert calls[-1].path == "last"
+    assert calls[-1].lengths == (0,)
+    assert "results in a tuple" in reason(TakesApart())

@@ -133,7 +133,7 @@ def _with_alternatives(trace: LayerTrace, op: Operation, variant: Variant) -> tu
                 same = compare(op, variant, {}, other.candidate.graph(FIRST), FIRST, None) is not None
             except Untraceable:
                 continue
-            if same and length not in calls[index].lengths:
+            if same and not other.hands_on and length not in calls[index].lengths:
                 calls[index] = replace(calls[index], lengths=(*calls[index].lengths, length))
         place += 1
     return tuple(calls)
@@ -179,7 +179,12 @@ def _variants_like(graph: Graph) -> Iterator[tuple[Operation, Variant]]:
 
 
 def _compare(op: Operation, variant: Variant, graph: Graph, trace: LayerTrace) -> Recognition | str | None:
-    """What the layer is if it is this variant; else why not, or None where it is nothing like it."""
+    """What the layer is if it is this variant; else why not, or None where it is nothing like it.
+
+    A layer that hands on what its last child gives is what it is where that is a tensor.
+    """
+    if trace.hands_on:
+        return None
     found = compare(op, variant, {}, graph, FIRST, None)
     if found is None:
         return None

@@ -200,11 +200,13 @@ class LayerTrace:
         self._kinds = Kinds(self.kinds_asked, self._conditions, frozenset())
         self._without: dict[frozenset[str], tuple[Graph | Untraceable, list[ChildCall]]] = {}
         self.returns_more = False  # whether it gives back, in some case, what a child gave besides its own result
+        self.hands_on = False  # whether its result is the very tuple that a child gave, as that would be a tensor
+        self._tuples: list[Any] = []
         self.looked_into = False  # whether there are children whose own code is a part of the graph
 
     def _run(self, stage: Stage, at: Round) -> Graph:
         layer = self.layer
-        self.calls, self.num_unknown = [], 0
+        self.calls, self.num_unknown, self._tuples = [], 0, []
         stage.call_child = self._call
         stand_in = make_stand_in(layer.module, stage)
         absent = {*at.absent, self.refused}
@@ -223,7 +225,8 @@ class LayerTrace:
         if is_tuple:
             self._look_at_the_rest(stage, result[1:], with_results=bool(at.absent))
         graph = stage.recorder.finish(result[0] if is_tuple else result)
-        graph.structure = "tuple" if is_tuple else "tensor"
+        self.hands_on = any(result is given for given in self._tuples)
+        graph.structure = "tuple" if is_tuple and not self.hands_on else "tensor"
         return graph
 
     def _look_at_the_rest(self, stage: Stage, rest: tuple[Any, ...], *, with_results: bool) -> None:
@@ -274,12 +277,11 @@ class LayerTrace:
         )
         if length < 0:
             output, length = output[0], -length
+        if not length:
+            return output
         more = [f"{name}[{i}]" for i in range(1, length)]
-        return (
-            (output, *(None if self._kinds.takes(f"{item} as None") else Given(item) for item in more))
-            if length
-            else output
-        )
+        self._tuples.append((output, *(None if self._kinds.takes(f"{item} as None") else Given(item) for item in more)))
+        return self._tuples[-1]
 
     def refuses(self) -> bool:
         """Whether the layer itself raises an exception where it is given the argument that is left out."""
