@@ -220,11 +220,10 @@ def _computed(name: str, *operands: Any) -> Any:
     num_parts = 1 + sum(item.num_parts if isinstance(item, _Followed) else 1 for item in operands)
     if num_parts > MOST_PARTS:
         raise Untraceable("it computes more with a size than can be followed")
-    if not _is_asked_by_a_model(2):
-        pass
-    elif name == "mod" and type(value) is int:
+    asked = _is_asked_by_a_model(2)
+    if asked and name == "mod" and type(value) is int:
         watch.decide(("ne", tree, ("number", 0)), bool(value))
-    elif name == "floordiv" and type(operands[1]) is int and operands[1] >= _PIECES:
+    if asked and name == "floordiv" and type(operands[1]) is int and operands[1] >= _PIECES:
         watch.decide(("ge", *tree[1:]), bool(_plain(operands[0]) >= operands[1]))
     if type(value) is int:
         return _Size(value, tree, watch, num_parts)
@@ -265,9 +264,8 @@ def _define() -> None:
 
     for name in OPERATORS:
         word = name.rstrip("_")
-        if hasattr(int, f"__{word}__"):
-            setattr(_Followed, f"__{word}__", forward(name))
-            setattr(_Followed, f"__r{word}__", backward(name))
+        setattr(_Followed, f"__{word}__", forward(name))
+        setattr(_Followed, f"__r{word}__", backward(name))
     for name in OF_ONE:
         setattr(_Followed, f"__{name}__", of_one(name))
 
