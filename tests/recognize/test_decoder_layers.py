@@ -324,6 +324,14 @@ class ClampsInFloat16(Layer):
         return hidden.clamp(-100, 100) if hidden.dtype == torch.float16 else hidden
 
 
+class ByTheDtypesOfTwoChildren(Layer):
+    def forward(self, hidden, mask=None, **kwargs):
+        mixed = self.mix(self.before(hidden), mask, **kwargs)[0]
+        hidden = hidden + mixed
+        dense = self.dense(self.between(hidden))
+        return hidden + (dense if dense.dtype == mixed.dtype else 2 * dense)
+
+
 @pytest.mark.parametrize(
     "cls",
     [
@@ -341,6 +349,7 @@ class ClampsInFloat16(Layer):
         SwitchChangesIt,
         NoNorm,
         ClampsInFloat16,
+        ByTheDtypesOfTwoChildren,
     ],
 )
 def test_look_alikes(cls):

@@ -792,6 +792,42 @@ def test_cast_that_matters_where_a_child_gives_another_dtype():
     assert "another dtype" in answer.reason
 
 
+class ByTheDtypesOfTwo(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.a(x), self.b(x)
+        if gate.dtype != up.dtype:
+            up = up * 2
+        return self.c(self.act(gate) * up)
+
+
+class ByTheDtypeOfOne(Mlp):
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.a(x), self.b(x)
+        if gate.dtype == torch.float32 and x.dtype == torch.bfloat16 and up.dtype == torch.bfloat16:
+            up = up * 2
+        return self.c(self.act(gate) * up)
+
+
+class ThreeInOneDtype(Mlp):
+    """Asks for dtypes, and takes no others."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.a(x), self.b(x)
+        if gate.dtype != up.dtype:
+            raise TypeError("gate and up differ")
+        return self.c(self.act(gate) * up)
+
+
+def test_children_that_give_different_dtypes():
+    for cls in (ByTheDtypesOfTwo, ByTheDtypeOfOne):
+        answer = recognize(cls())
+        assert isinstance(answer, Unknown), cls
+        assert "a giving float32" in answer.reason
+    answer = recognize(ThreeInOneDtype())
+    assert isinstance(answer, Recognition)
+    assert answer.op == "gated_mlp"
+
+
 def vision(q, k, cos, sin):
     kept = q.dtype, k.dtype
     q, k = q.float(), k.float()

@@ -137,6 +137,24 @@ def halved_for_large_ones(logits, labels, vocab_size, num_items_in_batch=None, i
     return loss_utils.ForCausalLMLoss(logits, labels, vocab_size, num_items_in_batch, ignore_index)
 
 
+def doubled_where_long(logits, labels, ignore_index=-100):
+    loss = F.cross_entropy(logits.float().view(-1, logits.size(-1)), labels.view(-1), ignore_index=ignore_index)
+    return loss * 2 if labels.shape[-1] > 4096 else loss
+
+
+def cut_where_long(logits, labels, ignore_index=-100):
+    logits, labels = logits[:, :4096], labels[:, :4096]
+    return F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=ignore_index)
+
+
+def halved_where_wide(logits, labels, ignore_index=-100):
+    logits = logits / 2 if logits.shape[-1] > 300_000 else logits
+    return F.cross_entropy(logits.float().view(-1, logits.size(-1)), labels.view(-1), ignore_index=ignore_index)
+
+
+BY_SIZES = [doubled_where_long, cut_where_long, halved_where_wide]
+
+
 @pytest.mark.parametrize(
     "function",
     [
@@ -163,4 +181,6 @@ def test_look_alikes(function):
 
 def test_why_it_is_unknown():
     assert "not for" in str(find_loss(mean_over_items))
+    for function in BY_SIZES:
+        assert "sizes of its tensors" in str(find_loss(function))
     assert "data" in str(find_loss(looks_at_data))

@@ -244,6 +244,8 @@ def _compile(
         lines += ["    if _kw_is_compiling():", run_own("None")]
     if recognition is not None:
         arguments = ", ".join(_role_arguments(recognition, kernel, passing))
+        if children or passing is not None or any(binding.kind == "child" for _, binding in recognition.roles):
+            lines += ["    _kw_children = self._modules"]  # once: every attribute of a module costs 40 ns
         weight = _weight(recognition)
         if weight:
             # The dict first: a parameter found through nn.Module.__getattr__ costs several times as much.
@@ -268,7 +270,7 @@ def _compile(
         for name in recognition.depends:
             if name in children:  # by far the most frequent case, without a call
                 lines += [
-                    f"    _kw_state, _kw_child = self.__dict__.get({STATE!r}), self._modules.get({name!r})",
+                    f"    _kw_state, _kw_child = self.__dict__.get({STATE!r}), _kw_children.get({name!r})",
                     f"    if _kw_state is None or _kw_child is not _kw_state.pins.get({name!r}) or _kw_child._forward_hooks or "
                     "_kw_child._forward_pre_hooks or _kw_child._backward_hooks or _kw_child._backward_pre_hooks:",
                     run_own("_kw_CHANGED"),
@@ -284,7 +286,6 @@ def _compile(
         if passing.least:
             hidden = dict(recognition.roles)["x"].value if recognition is not None else ""
             lines += [f"    if {hidden}.numel() < {passing.least}:", run_own("None")]
-        lines += ["    _kw_children = self._modules"]
         if passing.refused is not None:
             lines += [f"    if {passing.refused} is not None:", run_own("None")]
     if not has_backward:
@@ -347,8 +348,10 @@ def _role_arguments(
     taken = {p.name for p in kernel}
     weight = _weight(recognition)
     called = dict(passing.children) if passing is not None else {}
+    if weight:
+        called["weight"] = "_kw_weight"
     arguments = [
-        f"{role}={'_kw_weight' if role == 'weight' and weight else called.get(role) or expression(binding)}"
+        f"{role}={called.get(role) or expression(binding, children='_kw_children')}"
         for role, binding in recognition.roles
         if not taken or role in taken
     ]
@@ -357,13 +360,16 @@ def _role_arguments(
     return arguments + [f"{name}={value!r}" for name, value in recognition.options if not taken or name in taken]
 
 
-def expression(binding: Binding, module: str = "self") -> str:
-    """Return the expression for what fills a role, in a function that has `_kw_follow` and the module under a name."""
+def expression(binding: Binding, module: str = "self", children: str | None = None) -> str:
+    """Return the expression for what fills a role, in a function that has `_kw_follow` and the module under a name.
+
+    `children` is a name that stands for the module's dict of children, where the function has one.
+    """
     if binding.kind == "argument":
         return str(binding.value)
     if binding.kind == "child":  # as the weight: through nn.Module.__getattr__ it costs several times as much
-        name = str(binding.value)
-        return f'({module}._modules["{name}"] if "{name}" in {module}._modules else {reach(module, name)})'
+        name, children = str(binding.value), children or f"{module}._modules"
+        return f'({children}["{name}"] if "{name}" in {children} else {reach(module, name)})'
     return reach(module, str(binding.value)) if binding.kind == "attribute" else repr(binding.value)
 
 

@@ -195,7 +195,7 @@ def _compare(op: Operation, variant: Variant, graph: Graph, trace: LayerTrace) -
     if trace.refused is not None and not trace.refuses():
         return f"looks like {op.name} without {trace.refused}, and does something else with it"
     layer = trace.layer
-    rounds = (*ROUNDS, *rounds_of_code(layer.reads, (layer.forward,), type(layer.module)))
+    rounds = (*ROUNDS, *rounds_of_code(layer.reads, (layer.forward,), type(layer.module), found.roles))
     problem = prove(op, variant, {}, trace.candidate, found.roles, rounds)
     problem = problem or _prove_without(op, variant, trace, found.roles)
     problem = problem or _looks_at_results(op, variant, trace, found.roles)

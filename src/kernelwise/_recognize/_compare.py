@@ -27,6 +27,7 @@ from kernelwise._recognize._rounds import (
     ROUNDS,
     SIZE_NAMES,
     Round,
+    at_roles,
     dtype_of,
     names_of,
     round_at,
@@ -121,6 +122,7 @@ def compare(
                     return exact
         return None
     shapes = _shapes_of(graph, roles)
+    at = at_roles(at, {bound.name: role for role, bound in roles.items() if isinstance(bound, Source)})
     for form in _forms(op):
         found = _match_form(op, form, variant, fixed, graph, at, shapes)
         if found is not None and found.roles == roles:
@@ -227,7 +229,7 @@ class _RoleChild:
 
     def __call__(self, x: torch.Tensor, *more: torch.Tensor) -> torch.Tensor:
         shape = self._shape if len(self._shape) == x.dim() else (*x.shape[:-1], self._shape[-1])
-        output = self._stage.fake(shape, self._stage.widths.leaves or x.dtype)
+        output = self._stage.fake(shape, self._stage.widths.given_by(self._source.name, x))
         return self._stage.recorder.call(self._source, (x, *more), output)
 
 

@@ -28,6 +28,8 @@ from kernelwise._recognize._memory import Entry
 from kernelwise._recognize._reach import looks_into_keywords, not_only_of_its_inputs
 from kernelwise._recognize._reads import Reads
 from kernelwise._recognize._record import Failed, Recorder, Source, Untraceable, Widths
+from kernelwise._recognize._rounds import names_of
+from kernelwise._recognize._sizes import Watch
 from kernelwise._recognize._stand_in import Stage
 from kernelwise._recognize._trace import trace
 from kernelwise.ops import OPERATIONS, Operation, Variant
@@ -147,7 +149,7 @@ def _differs(
 def _differs_by_vocabulary(
     function: Callable[..., Any], signature: _Signature, op: Operation, variant: Variant, names: dict[str, str]
 ) -> str | None:
-    """Return where a function looks at the size of the vocabulary, or None: logits may be padded beyond what it is told."""
+    """Return where a function looks at the vocabulary that it is told of, or None: logits may be padded beyond it."""
     for width, said in ((_LARGE, _LARGE), (_VOCABULARY, _VOCABULARY - 1)) if signature.vocabulary else ():
         given = _Given(_SIZES[0], _DTYPES[0], frozenset(), torch.int64, signature.default, width, said)
         try:
@@ -187,8 +189,10 @@ def _graph(
     names: dict[str, str],
     variant: Variant | None = None,
 ) -> Graph:
-    """Trace a loss, or the reference (`variant`), on fake tensors. Raises `Untraceable`."""
-    stage = Stage(Recorder(), FakeTensorMode(), Widths(given.dtype, given.dtype))
+    """Trace a loss, or the reference (`variant`), on fake tensors. Raises `Untraceable`, also for what decides by sizes."""
+    batch, length = given.size
+    watch = Watch(names_of({"batch": batch, "length": length, "logits": given.width}))
+    stage = Stage(Recorder(watch.cut), FakeTensorMode(), Widths(given.dtype, given.dtype), watch=watch)
 
     def make(role: str) -> Any:
         if role in _OPTIONAL and role not in given.mix:
@@ -211,7 +215,10 @@ def _graph(
             arguments[signature.vocabulary] = given.said
         if signature.ignored is not None:
             arguments[signature.ignored] = given.ignored
-    return trace(stage, function, (), arguments)
+    graph = trace(stage, function, (), arguments)
+    if watch.decisions or watch.failed:
+        raise Untraceable("it decides something by the sizes of its tensors")
+    return graph
 
 
 _known: weakref.WeakKeyDictionary[Callable[..., Any], tuple[Entry, bool]] = weakref.WeakKeyDictionary()

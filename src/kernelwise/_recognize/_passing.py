@@ -260,7 +260,7 @@ class LayerTrace:
         if is_open and len(shape) > 2 and shape[-2] > 1 and self._kinds.takes(f"{name} giving one position"):
             shape = (*shape[:-2], 1, shape[-1])
         output: Any = stage.recorder.call(
-            Source("child", name), tuple(tensors), stage.fake(shape, stage.widths.leaves or tensors[0].dtype)
+            Source("child", name), tuple(tensors), stage.fake(shape, stage.widths.given_by(name, tensors[0]))
         )
         if is_open:
             # By name from the second trace on, in which a child before it may be left out.

@@ -73,11 +73,19 @@ class Source:
 
 @dataclass(frozen=True, slots=True)
 class Widths:
-    """Dtypes of one trace: of activations, of floating parameters, and of what leaves give (None: as they are given)."""
+    """Dtypes of one trace: of activations, of floating parameters, and of what leaves give (None: as they are given).
+
+    `odd` names leaves, by path or by role, that give a dtype of their own.
+    """
 
     activations: torch.dtype
     parameters: torch.dtype
     leaves: torch.dtype | None = None
+    odd: tuple[tuple[str, torch.dtype], ...] = ()
+
+    def given_by(self, leaf: str, x: torch.Tensor) -> torch.dtype:
+        """The dtype of what a leaf gives for `x`."""
+        return dict(self.odd).get(leaf) or self.leaves or x.dtype
 
 
 _MOST_CALLS = 64

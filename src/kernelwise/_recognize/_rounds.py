@@ -57,6 +57,7 @@ class Round:
         )
         where = f"on inputs of {len(self.lead) + 1} dimensions {self.lead} in {activations}, parameters in {parameters}"
         where += ", children that give another dtype" if self.widths.leaves else ""
+        where += "".join(f", {name} giving {str(dtype).removeprefix('torch.')}" for name, dtype in self.widths.odd)
         where += f", {self.width} elements wide" if self.width else ""
         where += "".join(f", {name} {size}" for name, size in self.sizes)
         return where + (", one sequence of angles for all" if self.shared else "")
@@ -84,6 +85,21 @@ ROUNDS_OF_DTYPES = tuple(
         *((F32, F32, F16), (F32, F32, BF16), (F16, F16, F32), (F16, F16, BF16), (BF16, BF16, F16)),
     )
 )
+
+
+def rounds_of_children(names: Iterable[str]) -> tuple[Round, ...]:
+    """Rounds in which one child, at a path, gives another dtype than the others."""
+    return tuple(
+        Round((11, 13), Widths(dtype, dtype, odd=((name, other),)))
+        for name in names
+        for dtype, other in ((BF16, F32), (F32, BF16), (BF16, F16))
+    )
+
+
+def at_roles(at: Round, roles: Mapping[str, str]) -> Round:
+    """The round for a reference, whose children have roles for names."""
+    odd = tuple((roles[name], dtype) for name, dtype in at.widths.odd)
+    return replace(at, widths=replace(at.widths, odd=odd)) if odd else at
 
 
 def rounds_of_heads(widths: Iterable[int]) -> tuple[Round, ...]:

@@ -13,7 +13,7 @@ import functools
 import inspect
 import itertools
 import types
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,6 +35,7 @@ from kernelwise._recognize._rounds import (
     Round,
     arguments_of,
     dtype_of,
+    rounds_of_children,
     rounds_of_heads,
     shape_of,
     sizes_of,
@@ -91,7 +92,10 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
             problem = prove(op, variant, fixed, candidate, found.roles, ROUNDS)
             problem = problem or prove_without(op, variant, fixed, candidate, found.roles, optional)
             if problem is None:
-                elsewhere = (replace(FIRST, width=OTHER_WIDTH), *rounds_of_code(reads, (forward,), type(module)))
+                elsewhere = (
+                    replace(FIRST, width=OTHER_WIDTH),
+                    *rounds_of_code(reads, (forward,), type(module), found.roles),
+                )
                 problem = prove(op, variant, fixed, candidate, found.roles, elsewhere)
             if problem is None and mixes_dtypes(reads, (forward,), type(module)):
                 problem = f"looks like {op.name}, but decides by the dtypes of several of its children"
@@ -106,12 +110,20 @@ def find_module(module: nn.Module, *, training: bool | None) -> Finding:
     return Finding(None, near or "no known operation has this graph", str(graph), reads)
 
 
-def rounds_of_code(reads: Reads, functions: tuple[Any, ...], cls: type | None = None) -> tuple[Round, ...]:
-    """Further rounds for code that decides something by dtypes and, in a module, by numbers of dimensions."""
+def rounds_of_code(
+    reads: Reads, functions: tuple[Any, ...], cls: type | None = None, roles: Mapping[str, Bound] | None = None
+) -> tuple[Round, ...]:
+    """Further rounds for code that decides something by dtypes and, in a module, by numbers of dimensions.
+
+    `roles` says which children the module has.
+    """
     has_ranks = cls is not None and decides_by_size_in(reads, functions, cls)
+    has_dtypes = decides_by_dtype_in(reads, functions, cls)
+    children = [b.name for b in (roles or {}).values() if isinstance(b, Source) and b.kind == "child"]
     return (
         *(ROUNDS_OF_RANKS if has_ranks else ()),
-        *(ROUNDS_OF_DTYPES if decides_by_dtype_in(reads, functions, cls) else ()),
+        *(ROUNDS_OF_DTYPES if has_dtypes else ()),
+        *(rounds_of_children(children) if has_dtypes and len(children) > 1 else ()),
     )
 
 

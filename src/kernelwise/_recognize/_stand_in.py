@@ -265,7 +265,7 @@ class Child:
             stage.reads.note((*path, "out_features"), wide_out)
             if x.shape[-1] != wide_in:
                 raise Failed(f"its child {'.'.join(path)} takes {wide_in} features, not {x.shape[-1]}")
-            return stage.fake((*x.shape[:-1], wide_out), stage.widths.leaves or x.dtype)
+            return stage.fake((*x.shape[:-1], wide_out), stage.widths.given_by(".".join(path), x))
         inner = Stage(Recorder(), stage.mode, stage.widths, training=False)
         stand_in = make_stand_in(module, inner)
         given = inner.recorder.input(stage.fake(tuple(x.shape), x.dtype), Source("argument", "x"))
@@ -281,7 +281,7 @@ class Child:
                     stage.reads.tokens.setdefault((*path, *key), value)
         if not isinstance(result, torch.Tensor):
             raise Untraceable(f"its child {'.'.join(path)} gives no single tensor")
-        return stage.fake(tuple(result.shape), stage.widths.leaves or x.dtype)
+        return stage.fake(tuple(result.shape), stage.widths.given_by(".".join(path), x))
 
 
 # Of Python and of PyTorch, where something does not fit; and what they say where only a trace fails: on tensors without
