@@ -2,10 +2,11 @@
 
 A model of SmolLM2-135M's shape (30 layers, random weights, kernelized) against the same with one change, in turns:
 `merged` (q, k and v in one product, gate and up in one), `packed` (float32 weights laid out by MKL once), `static cache`
-(transformers' cache that does not grow), `all logits` (prefill computes those of every token; elsewhere it computes the
-last alone, which `generate` asks for by itself). Work and figures are those of cpu_e2e.py. Whether malloc keeps its pages
-is set for a whole process: run this twice, once with MALLOC_MMAP_THRESHOLD_=4294967296 and
-MALLOC_TRIM_THRESHOLD_=17179869184 in the environment.
+(transformers' cache that does not grow), `roomy cache` (`GrowingCache`, which has room for the next tokens), `all logits`
+(prefill computes those of every token; elsewhere it computes the last alone, which `generate` asks for by itself). Work and
+figures are those of cpu_e2e.py, and `decode long`: one row after 1,024 tokens. Whether malloc keeps its pages is set for a
+whole process: run this twice, once with MALLOC_MMAP_THRESHOLD_=4294967296 and MALLOC_TRIM_THRESHOLD_=17179869184 in the
+environment.
 """
 
 from __future__ import annotations
@@ -28,6 +29,10 @@ from cpu_e2e import PREFILL, PROMPT, STEPS, build
 from cpu_ops import DTYPES, machine
 from torch import nn
 from transformers import DynamicCache, StaticCache
+
+from kernelwise.integrations.transformers import GrowingCache
+
+LONG = 1024
 
 
 class _Part(nn.Module):
@@ -96,17 +101,21 @@ def prefill(model: Any, *, last: int) -> Callable[[], float]:
     return run
 
 
-def decode(model: Any, *, rows: int, static: bool) -> Callable[[], float]:
-    tokens = torch.randint(0, 49152, (rows, PROMPT), generator=torch.Generator().manual_seed(1))
+def decode(model: Any, *, rows: int, cache: str = "dynamic", prompt: int = PROMPT) -> Callable[[], float]:
+    tokens = torch.randint(0, 49152, (rows, prompt), generator=torch.Generator().manual_seed(1))
+    kinds = {
+        "dynamic": DynamicCache,
+        "roomy": GrowingCache,
+        "static": lambda config: StaticCache(config=config, max_cache_len=prompt + STEPS + 8),
+    }
 
     def run() -> float:
-        length = PROMPT + STEPS + 8
-        cache = StaticCache(config=model.config, max_cache_len=length) if static else DynamicCache()
-        model(tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)
+        held = kinds[cache](config=model.config)
+        model(tokens, past_key_values=held, use_cache=True, logits_to_keep=1)
         token = torch.ones(rows, 1, dtype=torch.long)
         start = time.perf_counter()
         for _ in range(STEPS):
-            token = model(token, past_key_values=cache, use_cache=True).logits[:, -1:].argmax(-1)
+            token = model(token, past_key_values=held, use_cache=True).logits[:, -1:].argmax(-1)
         return time.perf_counter() - start
 
     return run
@@ -133,9 +142,13 @@ def race(calls: dict[str, Callable[[], float]], seconds: float) -> dict[str, dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
+    parser.add_argument("--work", nargs="+", default=["prefill", "decode", "decode8", "decode long"])
+    parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=12, help="for each piece of work")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
+    if options.threads:
+        torch.set_num_threads(options.threads)
     results = []
     for dtype in options.dtypes:
         now = build(30, DTYPES[dtype])["ours"]
@@ -151,25 +164,33 @@ def main() -> None:
                 "all logits": prefill(now, last=0),
             },
             "decode": {
-                "now": decode(now, rows=1, static=False),
-                "merged": decode(merged, rows=1, static=False),
-                "static cache": decode(now, rows=1, static=True),
+                "now": decode(now, rows=1),
+                "merged": decode(merged, rows=1),
+                "static cache": decode(now, rows=1, cache="static"),
+                "roomy cache": decode(now, rows=1, cache="roomy"),
             },
             "decode8": {
-                "now": decode(now, rows=8, static=False),
-                "merged": decode(merged, rows=8, static=False),
-                "static cache": decode(now, rows=8, static=True),
+                "now": decode(now, rows=8),
+                "merged": decode(merged, rows=8),
+                "static cache": decode(now, rows=8, cache="static"),
+                "roomy cache": decode(now, rows=8, cache="roomy"),
+            },
+            "decode long": {
+                "now": decode(now, rows=1, prompt=LONG),
+                "static cache": decode(now, rows=1, cache="static", prompt=LONG),
+                "roomy cache": decode(now, rows=1, cache="roomy", prompt=LONG),
             },
         }
         if packed:
             work["prefill"]["packed"] = prefill(packed[PREFILL], last=1)
-            work["decode"]["packed"] = decode(packed[1], rows=1, static=False)
-        for name, calls in work.items():
+            work["decode"]["packed"] = decode(packed[1], rows=1)
+        for name in options.work:
+            calls = work[name]
             for lever, found in race(calls, options.seconds).items():
                 results.append({"work": name, "dtype": dtype, "lever": lever, **found})
                 if lever != "now":
                     shown = f"{found['gain']:.3f} x  ({found['low']:.2f}-{found['high']:.2f})"
-                    print(f"{name:9}{dtype:10}{lever:14}{found['ms']:9.1f} ms  {shown}", flush=True)
+                    print(f"{name:12}{dtype:10}{lever:14}{found['ms']:9.1f} ms  {shown}", flush=True)
     if options.out:
         malloc = {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")}
         about = {

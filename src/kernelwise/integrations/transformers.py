@@ -43,8 +43,9 @@ except ImportError as error:
     ) from error
 
 from kernelwise.integrations import _attention, _fusion
+from kernelwise.integrations._cache import GrowingCache
 
-__all__ = ["KernelConfig", "patch", "unpatch"]
+__all__ = ["GrowingCache", "KernelConfig", "patch", "unpatch"]
 
 
 class KernelConfig(_config.KernelConfig, transformers.KernelConfig):  # type: ignore[misc]

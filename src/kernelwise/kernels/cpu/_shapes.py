@@ -211,7 +211,7 @@ def _linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     return grad.new_empty((grad.shape[-1], x.shape[-1]))
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, causal: bool, scale: float) -> Tensor:
+def _attention(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, causal: bool, scale: float | None) -> Tensor:
     batch, heads, positions, _ = q.shape
     return q.new_empty((batch, positions, heads, v.shape[-1])).transpose(1, 2)
 

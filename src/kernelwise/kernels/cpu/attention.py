@@ -52,23 +52,21 @@ def attention(
     With gradients, and where torch's own is as fast, that one computes, in half precision from copies in float32. Raises
     RuntimeError for other shapes and dtypes.
     """
-    recorded = torch.is_grad_enabled() and (
-        q.requires_grad or k.requires_grad or v.requires_grad or (mask is not None and mask.requires_grad)
-    )
-    if q.dtype not in _DTYPES:
+    dtype = q.dtype
+    if dtype not in _DTYPES:
         return plain(q, k, v, mask, causal, scale)
-    if recorded:
-        if q.dtype == torch.float32 or q.shape[2] < _TRAINING:
+    if torch.is_grad_enabled() and (
+        q.requires_grad or k.requires_grad or v.requires_grad or (mask is not None and mask.requires_grad)
+    ):
+        if dtype == torch.float32 or q.shape[2] < _TRAINING:
             return plain(q, k, v, mask, causal, scale)
         added = mask if mask is None or mask.dtype == torch.bool else mask.float()
-        return plain(q.float(), k.float(), v.float(), added, causal, scale).to(q.dtype)
-    if (
-        q.dtype == torch.float32
-        and q.shape[2] * q.shape[1] > _FEW_ROWS * k.shape[1]
-        and not (causal and q.shape[2] >= _CAUSAL_POSITIONS)
-    ):
-        return plain(q, k, v, mask, causal, scale)
-    y: torch.Tensor = _forward(q, k, v, mask, causal, q.shape[-1] ** -0.5 if scale is None else scale)
+        return plain(q.float(), k.float(), v.float(), added, causal, scale).to(dtype)
+    if dtype == torch.float32:
+        _, heads, rows, _ = q.shape
+        if rows * heads > _FEW_ROWS * k.shape[1] and not (causal and rows >= _CAUSAL_POSITIONS):
+            return plain(q, k, v, mask, causal, scale)
+    y: torch.Tensor = _forward(q, k, v, mask, causal, scale)
     return y
 
 

@@ -1,4 +1,5 @@
 // Attention over keys and values that heads may share.
+#include <cmath>
 #include <memory>
 
 #include "tensors.h"
@@ -14,25 +15,30 @@ MaskKind kind_of(const Tensor& mask, const Tensor& q) {
 }
 
 // The result lies in memory as [batch, positions, heads, width].
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask, bool causal, double scale) {
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4 && v.dim() == 4,
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask, bool causal,
+                 std::optional<double> scale) {
+  View x[3] = {view_of(q), view_of(k), view_of(v)};
+  STD_TORCH_CHECK(x[0].dims == 4 && x[1].dims == 4 && x[2].dims == 4,
                   "kernelwise::attention: q, k and v must be [batch, heads, positions, width]");
-  STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && q.scalar_type() == v.scalar_type(),
-                  "kernelwise::attention: q, k and v must have one dtype");
+  const ScalarType dtype = q.scalar_type();
+  STD_TORCH_CHECK(dtype == k.scalar_type() && dtype == v.scalar_type(), "kernelwise::attention: q, k and v must have one dtype");
   const Attention kernel = kernels().attention(dtype_of(q, "q"));
   STD_TORCH_CHECK(kernel.tasks != nullptr, "kernelwise::attention: it needs a processor with AVX2");
-  const Tensor in[3] = {unit_last(q), unit_last(k), unit_last(v)};
   AttentionArgs a{};
-  a.heads = q.size(1), a.positions = q.size(2), a.keys = k.size(2), a.width = q.size(3), a.value_width = v.size(3);
-  const int64_t batch = q.size(0), shared = k.size(1);
-  STD_TORCH_CHECK(k.size(0) == batch && v.size(0) == batch && v.size(1) == shared && v.size(2) == a.keys &&
-                      k.size(3) == a.width && shared > 0 && a.heads % shared == 0,
+  a.heads = x[0].sizes[1], a.positions = x[0].sizes[2], a.keys = x[1].sizes[2], a.width = x[0].sizes[3];
+  a.value_width = x[2].sizes[3];
+  const int64_t batch = x[0].sizes[0], shared = x[1].sizes[1];
+  STD_TORCH_CHECK(x[1].sizes[0] == batch && x[2].sizes[0] == batch && x[2].sizes[1] == shared && x[2].sizes[2] == a.keys &&
+                      x[1].sizes[3] == a.width && shared > 0 && a.heads % shared == 0,
                   "kernelwise::attention: k and v must fit q, with as many heads or a divisor of its number");
   a.group = a.heads / shared;
-  a.q = in[0].data_ptr(), a.q_batch = in[0].stride(0), a.q_head = in[0].stride(1), a.q_position = in[0].stride(2);
-  a.k = in[1].data_ptr(), a.k_batch = in[1].stride(0), a.k_head = in[1].stride(1), a.k_position = in[1].stride(2);
-  a.v = in[2].data_ptr(), a.v_batch = in[2].stride(0), a.v_head = in[2].stride(1), a.v_position = in[2].stride(2);
-  a.scale = float(scale), a.causal = causal;
+  const Tensor in[3] = {unit_last(q, x[0]), unit_last(k, x[1]), unit_last(v, x[2])};
+  for (int i = 0; i < 3; i++)
+    if (!has_unit_last(x[i])) x[i] = view_of(in[i]);
+  a.q = in[0].data_ptr(), a.q_batch = x[0].strides[0], a.q_head = x[0].strides[1], a.q_position = x[0].strides[2];
+  a.k = in[1].data_ptr(), a.k_batch = x[1].strides[0], a.k_head = x[1].strides[1], a.k_position = x[1].strides[2];
+  a.v = in[2].data_ptr(), a.v_batch = x[2].strides[0], a.v_head = x[2].strides[1], a.v_position = x[2].strides[2];
+  a.scale = float(scale ? *scale : 1 / std::sqrt(double(std::max<int64_t>(a.width, 1)))), a.causal = causal;
   MaybeTensor rows;  // the mask with unit last stride
   if (mask) {
     STD_TORCH_CHECK(mask->dim() == 4 && mask->size(3) == a.keys && (mask->size(2) == 1 || mask->size(2) == a.positions) &&
@@ -46,8 +52,8 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeT
     a.mask_position = rows->size(2) == 1 ? 0 : rows->stride(2);
   }
   const int64_t h = std::max<int64_t>(a.heads, 1), s = std::max<int64_t>(a.positions, 1), w = std::max<int64_t>(a.value_width, 1);
-  Tensor out = empty(Dims{{batch, a.heads, a.positions, a.value_width}, 4}, Dims{{s * h * w, w, h * w, 1}, 4}, q.scalar_type());
-  if (out.numel() == 0) return out;
+  Tensor out = empty(Dims{{batch, a.heads, a.positions, a.value_width}, 4}, Dims{{s * h * w, w, h * w, 1}, 4}, dtype);
+  if (batch * a.heads * a.positions * a.value_width == 0) return out;
   a.out = out.data_ptr();
   a.together = std::min(a.group, kernel.rows), a.each = std::min(kernel.rows / a.together, a.positions);
   const int64_t blocks = (a.positions + a.each - 1) / a.each, few = batch * shared * blocks;
@@ -64,7 +70,7 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeT
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kernelwise, m) {
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kernelwise, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }

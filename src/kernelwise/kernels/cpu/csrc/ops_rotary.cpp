@@ -20,48 +20,58 @@ struct Rotation {
 Rotation rotation_of(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin, int64_t unsqueeze_dim,
                      ScalarType out_type) {
   STD_TORCH_CHECK(unsqueeze_dim == 1 || unsqueeze_dim == 2, "kernelwise::rotary: unsqueeze_dim must be 1 or 2");
-  STD_TORCH_CHECK(q.dim() == 4 && k.dim() == 4, "kernelwise::rotary: q and k must have four dimensions");
-  STD_TORCH_CHECK(cos.dim() == 3, "kernelwise::rotary: cos and sin must be [batch or 1, positions, width]");
-  check_same_shape(cos, sin, "cos and sin");
+  const View x[2] = {view_of(q), view_of(k)}, angles[2] = {view_of(cos), view_of(sin)};
+  STD_TORCH_CHECK(x[0].dims == 4 && x[1].dims == 4, "kernelwise::rotary: q and k must have four dimensions");
+  STD_TORCH_CHECK(angles[0].dims == 3, "kernelwise::rotary: cos and sin must be [batch or 1, positions, width]");
+  check_same_shape(angles[0], angles[1], "cos and sin");
   const int64_t head_dim = unsqueeze_dim, position_dim = 3 - unsqueeze_dim;
-  const int64_t batch = q.size(0), positions = q.size(position_dim), width = q.size(3);
-  STD_TORCH_CHECK(k.size(0) == batch && k.size(position_dim) == positions && k.size(3) == width,
+  const int64_t batch = x[0].sizes[0], positions = x[0].sizes[position_dim], width = x[0].sizes[3];
+  STD_TORCH_CHECK(x[1].sizes[0] == batch && x[1].sizes[position_dim] == positions && x[1].sizes[3] == width,
                   "kernelwise::rotary: q and k must agree in batch, positions and width");
-  STD_TORCH_CHECK(width % 2 == 0 && cos.size(2) == width, "kernelwise::rotary: the width must be even and that of cos");
-  STD_TORCH_CHECK((cos.size(0) == batch || cos.size(0) == 1) && cos.size(1) == positions,
+  const int64_t* const turned = angles[0].sizes;
+  STD_TORCH_CHECK(width % 2 == 0 && turned[2] == width, "kernelwise::rotary: the width must be even and that of cos");
+  STD_TORCH_CHECK((turned[0] == batch || turned[0] == 1) && turned[1] == positions,
                   "kernelwise::rotary: cos and sin must be [batch or 1, positions, width] for q's positions");
   STD_TORCH_CHECK(q.scalar_type() == k.scalar_type() && cos.scalar_type() == sin.scalar_type(),
                   "kernelwise::rotary: q and k, and cos and sin, must have one dtype");
-  const auto result = [&](const Tensor& x) {
-    const int64_t heads = x.size(head_dim);
-    Dims strides{{}, 4};
-    strides.values[0] = std::max<int64_t>(positions, 1) * std::max<int64_t>(heads, 1) * std::max<int64_t>(width, 1);
-    strides.values[position_dim] = std::max<int64_t>(heads, 1) * std::max<int64_t>(width, 1);
-    strides.values[head_dim] = std::max<int64_t>(width, 1);
+  const auto result = [&](const View& v) {
+    const int64_t heads = std::max<int64_t>(v.sizes[head_dim], 1), w = std::max<int64_t>(width, 1);
+    Dims strides{{}, 4}, sizes{{}, 4};
+    std::copy(v.sizes, v.sizes + 4, sizes.values);
+    strides.values[0] = std::max<int64_t>(positions, 1) * heads * w;
+    strides.values[position_dim] = heads * w;
+    strides.values[head_dim] = w;
     strides.values[3] = 1;
-    return empty(sizes_of(x), strides, out_type);
+    return empty(sizes, strides, out_type);
   };
-  Rotation r{{unit_last(q), unit_last(k)}, unit_last(cos), unit_last(sin), {result(q), result(k)}, {}, batch * positions};
+  Rotation r{{unit_last(q, x[0]), unit_last(k, x[1])},
+             unit_last(cos, angles[0]),
+             unit_last(sin, angles[1]),
+             {result(x[0]), result(x[1])},
+             {},
+             batch * positions};
   RotaryArgs& a = r.args;
   for (int i = 0; i < 2; i++) {
-    const Tensor& x = r.inputs[i];
-    const int64_t heads = x.size(head_dim);
-    a.x[i] = x.data_ptr();
+    const View v = has_unit_last(x[i]) ? x[i] : view_of(r.inputs[i]);
+    const int64_t heads = v.sizes[head_dim];
+    a.x[i] = r.inputs[i].data_ptr();
     a.y[i] = r.outputs[i].data_ptr();
     a.heads[i] = heads;
-    a.x_batch[i] = x.stride(0);
-    a.x_head[i] = x.stride(head_dim);
-    a.x_position[i] = x.stride(position_dim);
+    a.x_batch[i] = v.strides[0];
+    a.x_head[i] = v.strides[head_dim];
+    a.x_position[i] = v.strides[position_dim];
     a.y_batch[i] = positions * heads * width;
     a.y_head[i] = width;
     a.y_position[i] = heads * width;
   }
+  const View c = has_unit_last(angles[0]) ? angles[0] : view_of(r.cos);
+  const View s = has_unit_last(angles[1]) ? angles[1] : view_of(r.sin);
   a.cos = r.cos.data_ptr();
   a.sin = r.sin.data_ptr();
-  a.cos_batch = cos.size(0) == 1 ? 0 : r.cos.stride(0);
-  a.sin_batch = sin.size(0) == 1 ? 0 : r.sin.stride(0);
-  a.cos_position = r.cos.stride(1);
-  a.sin_position = r.sin.stride(1);
+  a.cos_batch = c.sizes[0] == 1 ? 0 : c.strides[0];
+  a.sin_batch = s.sizes[0] == 1 ? 0 : s.strides[0];
+  a.cos_position = c.strides[1];
+  a.sin_position = s.strides[1];
   a.positions = positions;
   a.width = width;
   return r;
@@ -75,7 +85,7 @@ std::tuple<Tensor, Tensor> rotate(const Tensor& q, const Tensor& k, const Tensor
   const RotaryPositions kernel = kernels().rotary({dtype_of(q, "q"), dtype_of(cos, "cos"), out});
   STD_TORCH_CHECK(kernel != nullptr, "kernelwise::rotary: cos and sin must have q's dtype or float32");
   r.run([&](int64_t begin, int64_t end) { kernel(r.args, begin, end); });
-  return {r.outputs[0], r.outputs[1]};
+  return {std::move(r.outputs[0]), std::move(r.outputs[1])};
 }
 
 std::tuple<Tensor, Tensor> rotary(const Tensor& q, const Tensor& k, const Tensor& cos, const Tensor& sin,

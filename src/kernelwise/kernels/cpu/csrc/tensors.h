@@ -77,15 +77,34 @@ inline Dims sizes_of(const Tensor& t) {
   return dims;
 }
 
-inline void check_same_shape(const Tensor& a, const Tensor& b, const char* names) {
-  const auto x = a.sizes(), y = b.sizes();
-  STD_TORCH_CHECK(x.size() == y.size() && std::equal(x.begin(), x.end(), y.begin()),
-                  "kernelwise: ", names, " must have one shape");
+// Sizes and strides of a tensor, asked once: every question is a call through the stable ABI.
+struct View {
+  const int64_t* sizes;
+  const int64_t* strides;
+  int64_t dims;
+};
+
+inline View view_of(const Tensor& t) {
+  const auto sizes = t.sizes();
+  int64_t* strides;
+  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
+  return {sizes.data(), strides, int64_t(sizes.size())};
 }
 
-inline Tensor unit_last(const Tensor& t) {
-  return t.size(t.dim() - 1) > 1 && t.stride(t.dim() - 1) != 1 ? torch::stable::contiguous(t) : t;
+inline void check_same_shape(const View& a, const View& b, const char* names) {
+  STD_TORCH_CHECK(a.dims == b.dims && std::equal(a.sizes, a.sizes + a.dims, b.sizes), "kernelwise: ", names,
+                  " must have one shape");
 }
+
+inline void check_same_shape(const Tensor& a, const Tensor& b, const char* names) {
+  check_same_shape(view_of(a), view_of(b), names);
+}
+
+inline bool has_unit_last(const View& v) { return v.sizes[v.dims - 1] <= 1 || v.strides[v.dims - 1] == 1; }
+
+inline Tensor unit_last(const Tensor& t, const View& v) { return has_unit_last(v) ? t : torch::stable::contiguous(t); }
+
+inline Tensor unit_last(const Tensor& t) { return unit_last(t, view_of(t)); }
 
 // A tensor seen as rows of its last dimension, `stride` apart; copied where no single stride does it.
 struct Rows {
@@ -94,28 +113,26 @@ struct Rows {
   int64_t num, width, stride;
 };
 
-inline std::optional<int64_t> row_stride(const Tensor& t) {
-  const auto sizes = t.sizes(), strides = t.strides();
-  const size_t dims = sizes.size();
-  if (sizes[dims - 1] > 1 && strides[dims - 1] != 1) return std::nullopt;
-  int64_t stride = sizes[dims - 1], expected = -1;
-  for (size_t i = dims - 1; i-- > 0;) {
-    if (sizes[i] == 1) continue;
+inline std::optional<int64_t> row_stride(const View& v) {
+  if (!has_unit_last(v)) return std::nullopt;
+  int64_t stride = v.sizes[v.dims - 1], expected = -1;
+  for (int64_t i = v.dims - 1; i-- > 0;) {
+    if (v.sizes[i] == 1) continue;
     if (expected < 0) {
-      stride = strides[i];
-    } else if (strides[i] != expected) {
+      stride = v.strides[i];
+    } else if (v.strides[i] != expected) {
       return std::nullopt;
     }
-    expected = strides[i] * sizes[i];
+    expected = v.strides[i] * v.sizes[i];
   }
   return stride;
 }
 
 inline Rows rows_of(const Tensor& t) {
-  const int64_t dims = t.dim();
-  STD_TORCH_CHECK(dims >= 1, "kernelwise: expected at least one dimension");
-  const int64_t width = t.size(dims - 1), num = width == 0 ? 0 : t.numel() / width;
-  if (const std::optional<int64_t> stride = row_stride(t))
+  const View v = view_of(t);
+  STD_TORCH_CHECK(v.dims >= 1, "kernelwise: expected at least one dimension");
+  const int64_t width = v.sizes[v.dims - 1], num = width == 0 ? 0 : t.numel() / width;
+  if (const std::optional<int64_t> stride = row_stride(v))
     return {std::nullopt, static_cast<const char*>(t.data_ptr()), num, width, *stride};
   Rows rows{torch::stable::contiguous(t), nullptr, num, width, width};
   rows.data = static_cast<const char*>(rows.copy->data_ptr());
