@@ -223,13 +223,13 @@ static void attend(const AttentionArgs& a, const Part& part, const Pieces& p) {
         lay_out(keys + n * a.k_position, a.k_position, false, smaller(kPanel, num - n), d, p.keys + n * d);
       for (int64_t n = 0; n < dv; n += kPanel)
         lay_out(values + n, a.v_position, true, smaller(kPanel, dv - n), num, p.values + n * kKeys);
-      std::memset(p.scores + start * kKeys, 0, sizeof(float) * (rows - start) * kKeys);
+      const float zeros[kPanel] = {};
       for (int64_t n = 0; n < num; n += kPanel) {
         for (int64_t r = start; r < rows; r += at_once) {
           const int64_t tall = smaller(at_once, rows - r), left = seen(r + tall - 1) - n;
           if (left <= 0) continue;
           const int64_t vectors = smaller(kVectors, (left + kLanes - 1) / kLanes);
-          kRowsByPanel[vectors - 1][tall - 1](p.q + r * d, d, p.keys + n * d, d, p.scores + r * kKeys + n, kKeys);
+          kRowsByPanel[vectors - 1][tall - 1]({p.q + r * d, d, p.keys + n * d, d, zeros, 0, p.scores + r * kKeys + n, kKeys, 0});
         }
       }
     }
@@ -251,8 +251,9 @@ static void attend(const AttentionArgs& a, const Part& part, const Pieces& p) {
       const int64_t vectors = smaller(kVectors, (dv - n + kLanes - 1) / kLanes);
       for (int64_t r = start; r < rows; r += at_once) {
         const int64_t tall = smaller(at_once, rows - r);
-        kRowsByPanel[vectors - 1][tall - 1](p.scores + r * kKeys, kKeys, p.values + n * kKeys, seen(r + tall - 1),
-                                            p.sums + r * padded + n, padded);
+        float* const sums = p.sums + r * padded + n;
+        kRowsByPanel[vectors - 1][tall - 1](
+            {p.scores + r * kKeys, kKeys, p.values + n * kKeys, seen(r + tall - 1), sums, padded, sums, padded, 0});
       }
     }
   }

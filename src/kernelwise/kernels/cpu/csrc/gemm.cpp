@@ -8,7 +8,9 @@ namespace {
 
 #if defined(__AVX2__)
 
-constexpr int64_t kPanelDepth = 192;  // of a panel that is laid out at a time
+constexpr int64_t kPanelDepth = 288;   // of a panel that is laid out at a time
+constexpr int64_t kFewRowsDepth = 192;  // the same for few rows, which must stay beside it in the first-level cache
+constexpr int64_t kManyRows = 128;      // from which they do not
 
 // Asks for the part of b that is laid out next, a share with each tile, while there is time for it to arrive.
 template <class T>
@@ -33,31 +35,49 @@ struct Ahead {
   }
 };
 
+// c[0:rows, 0:num] = sums, rounded.
+template <class T>
+static void put(const float* sums, int64_t rows, int64_t num, T* c, int64_t stride) {
+  if (num == kPanel) {  // of a size that the compiler knows
+    for (int64_t m = 0; m < rows; m++) narrow(sums + m * kPanel, c + m * stride, kPanel);
+  } else {
+    for (int64_t m = 0; m < rows; m++) narrow(sums + m * kPanel, c + m * stride, num);
+  }
+}
+
 template <class T>
 static void columns(const GemmArgs& a, float* sums, int64_t begin, int64_t end) {
   alignas(64) float panel[kPanelDepth * kPanel];
   const int64_t tiles = (a.rows + kTall - 1) / kTall;
-  const int64_t blocks = (a.depth + kPanelDepth - 1) / kPanelDepth, block = (a.depth + blocks * 16 - 1) / (blocks * 16) * 16;
+  const bool many = a.rows >= kManyRows;
+  const int64_t deepest = many ? kPanelDepth : kFewRowsDepth;
+  const int64_t blocks = (a.depth + deepest - 1) / deepest, block = (a.depth + blocks * 16 - 1) / (blocks * 16) * 16;
   for (int64_t n = begin; n < end; n += kPanel) {
     const int64_t num = smaller(kPanel, end - n);
-    std::memset(sums, 0, sizeof(float) * a.rows * kPanel);
-    for (int64_t m = 0; m < a.rows && a.bias != nullptr; m++) std::memcpy(sums + m * kPanel, a.bias + n, sizeof(float) * num);
+    T* const c = static_cast<T*>(a.c) + n;
+    float start[kPanel] = {};
+    if (a.bias != nullptr) std::memcpy(start, a.bias + n, sizeof(float) * num);
     for (int64_t k = 0; k < a.depth; k += block) {
       const int64_t depth = smaller(block, a.depth - k);
+      const bool last = k + block >= a.depth;
       lay_out(static_cast<const T*>(a.b) + (a.b_by_depth ? k * a.b_stride + n : n * a.b_stride + k), a.b_stride, a.b_by_depth, num,
               depth, panel);
       Ahead<T> ahead(a, n, end, k, block, tiles);
       for (int64_t t = 0; t < tiles; t++) {
         ahead.ask();
         const int64_t m = t * a.rows / tiles, rows = (t + 1) * a.rows / tiles - m;
-        kRowsByPanel[kVectors - 1][rows - 1](a.a + m * a.a_stride + k, a.a_stride, panel, depth, sums + m * kPanel, kPanel);
+        if (last && many) {  // rows of the result are a page or more apart: they are asked for while the tile is computed
+          for (int64_t i = m; i < m + rows; i++) {
+            __builtin_prefetch(c + i * a.c_stride, 1);
+            __builtin_prefetch(c + i * a.c_stride + num - 1, 1);
+          }
+        }
+        float* const sum = sums + m * kPanel;
+        const bool first = k == 0;
+        kRowsByPanel[kVectors - 1][rows - 1]({a.a + m * a.a_stride + k, a.a_stride, panel, depth, first ? start : sum,
+                                              first ? 0 : kPanel, sum, kPanel, many ? rows * a.a_stride : 0});
+        if (last) put(sum, rows, num, c + m * a.c_stride, a.c_stride);
       }
-    }
-    T* c = static_cast<T*>(a.c) + n;
-    if (num == kPanel) {  // of a size that the compiler knows
-      for (int64_t m = 0; m < a.rows; m++) narrow(sums + m * kPanel, c + m * a.c_stride, kPanel);
-    } else {
-      for (int64_t m = 0; m < a.rows; m++) narrow(sums + m * kPanel, c + m * a.c_stride, num);
     }
   }
 }

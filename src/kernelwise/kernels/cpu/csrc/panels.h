@@ -20,37 +20,60 @@ constexpr int64_t kVectors = 3, kPanel = kVectors * kLanes;  // columns that are
 
 typedef float Vector __attribute__((vector_size(kLanes * 4), aligned(4), may_alias));
 
-// sums[i, 0:V vectors] += a[i, 0:depth] panel[0:depth, 0:V vectors] for R rows; sums' rows are sums_stride apart.
+// What rows_by_panel is given: rows of a are `stride` numbers apart, and so on.
+struct PanelArgs {
+  const float* a;
+  int64_t stride;
+  const float* panel;
+  int64_t depth;
+  const float* start;
+  int64_t start_stride;
+  float* sums;
+  int64_t sums_stride;
+  int64_t ahead;  // how far behind a the rows are that come next, which are asked for meanwhile; 0: they are not
+};
+
+// sums[i, 0:V vectors] = start[i, 0:V vectors] + a[i, 0:depth] panel[0:depth, 0:V vectors] for R rows.
 template <int R, int V>
-static void rows_by_panel(const float* a, int64_t row_stride, const float* panel, int64_t depth, float* sums,
-                          int64_t sums_stride) {
+static void rows_by_panel(const PanelArgs& p) {
   Vector s[R][V];
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < V; j++) s[i][j] = *reinterpret_cast<const Vector*>(sums + i * sums_stride + j * kLanes);
-#pragma GCC unroll 2
-  for (int64_t k = 0; k < depth; k++) {
+    for (int j = 0; j < V; j++) s[i][j] = *reinterpret_cast<const Vector*>(p.start + i * p.start_stride + j * kLanes);
+  const float *a = p.a, *panel = p.panel;
+  const int64_t stride = p.stride;
+  const auto step = [&] {
     Vector v[V];
 #pragma GCC unroll 4
     for (int j = 0; j < V; j++) v[j] = *reinterpret_cast<const Vector*>(panel + j * kLanes);
 #pragma GCC unroll 16
     for (int i = 0; i < R; i++) {
-      const float x = a[i * row_stride];
+      const float x = a[i * stride];
 #pragma GCC unroll 4
       for (int j = 0; j < V; j++) s[i][j] += v[j] * x;
     }
     a++;
     panel += kPanel;
+  };
+  int64_t k = 0;
+  for (; k + 16 <= p.depth; k += 16) {  // a cache line of each row
+    if (p.ahead != 0) {
+#pragma GCC unroll 16
+      for (int i = 0; i < R; i++) __builtin_prefetch(a + i * stride + p.ahead);
+    }
+#pragma GCC unroll 2
+    for (int l = 0; l < 16; l++) step();
   }
+  for (; k < p.depth; k++) step();
 #pragma GCC unroll 16
   for (int i = 0; i < R; i++)
 #pragma GCC unroll 4
-    for (int j = 0; j < V; j++) *reinterpret_cast<Vector*>(sums + i * sums_stride + j * kLanes) = s[i][j];
+    for (int j = 0; j < V; j++) *reinterpret_cast<Vector*>(p.sums + i * p.sums_stride + j * kLanes) = s[i][j];
 }
 
 // By number of vectors and of rows, each less one.
-using RowsByPanel = void (*)(const float*, int64_t, const float*, int64_t, float*, int64_t);
+using RowsByPanel = void (*)(const PanelArgs&);
 #if defined(__AVX512F__)
 #define KERNELWISE_ROWS(V)                                                                                               \
   {rows_by_panel<1, V>, rows_by_panel<2, V>, rows_by_panel<3, V>, rows_by_panel<4, V>, rows_by_panel<5, V>,              \
