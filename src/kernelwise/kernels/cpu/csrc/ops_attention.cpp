@@ -60,10 +60,16 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeT
   if (const int64_t threads = torch::stable::get_num_threads(); a.together * a.each <= kernel.few && few < threads)
     a.together = std::max<int64_t>(1, a.together * few / threads);  // decoding: a task for every thread
   const int64_t parts = (a.group + a.together - 1) / a.together;
-  each_row(few * parts, std::max<int64_t>(1, a.together * a.each * a.keys * 4), [&](int64_t begin, int64_t end) {
+  const int64_t width = std::max<int64_t>(1, a.together * a.each * a.keys * 4);
+  const auto attend = [&](int64_t begin, int64_t end) {
     const std::unique_ptr<float[]> memory(new float[kernel.scratch(a)]);
     kernel.tasks(a, memory.get(), begin, end);
-  });
+  };
+  if (blocks == 1) {
+    each_row(few * parts, width, attend);
+  } else {
+    each_share(few * parts, width, attend);  // later positions see more keys
+  }
   return out;
 }
 

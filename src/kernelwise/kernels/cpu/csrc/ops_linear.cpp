@@ -50,12 +50,17 @@ int64_t block_of(const LinearShape& s) {
   return std::min(s.out, std::max<int64_t>(64, kWideWeights / std::max<int64_t>(1, s.in) / 64 * 64));
 }
 
+constexpr int64_t kSharedRows = 64;  // with fewer it is the weight's way from memory that takes the time
+
 void by_panels(const Gemm& gemm, const GemmArgs& args, int64_t columns) {
   const int64_t panels = (columns + gemm.panel - 1) / gemm.panel;
-  each_row(panels, gemm.panel * args.depth * std::min<int64_t>(args.rows, 16), [&](int64_t begin, int64_t end) {
-    std::vector<float> sums(args.rows * gemm.panel);
-    gemm.columns(args, sums.data(), begin * gemm.panel, std::min(columns, end * gemm.panel));
-  });
+  const int64_t width = gemm.panel * args.depth * std::min<int64_t>(args.rows, 16);
+  const auto multiply = [&](int64_t begin, int64_t end) {
+    const std::unique_ptr<float[]> sums(new float[args.rows * gemm.panel]);
+    gemm.columns(args, sums.get(), begin * gemm.panel, std::min(columns, end * gemm.panel));
+  };
+  if (args.rows < kSharedRows) return each_row(panels, width, multiply);
+  each_share(panels, width, multiply);
 }
 
 Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {

@@ -11,6 +11,7 @@
 #include <torch/csrc/stable/tensor.h>
 
 #include <algorithm>
+#include <atomic>
 #include <initializer_list>
 #include <optional>
 #include <string>
@@ -150,6 +151,26 @@ void each_row(int64_t rows, int64_t width, const F& f) {
     return;
   }
   torch::stable::parallel_for(0, rows, std::max<int64_t>(1, kSerial / width), f);
+}
+
+// The same in shares that threads take when they are ready, the largest first: cores are not equally fast nor always free,
+// and parts of the work are not equally long. A share costs more than a chunk, so the work must be worth it.
+template <class F>
+void each_share(int64_t num, int64_t width, const F& f) {
+  const int64_t threads = torch::stable::get_num_threads();
+  if (serial() || threads == 1 || num * width <= kSerial) {
+    if (num > 0) f(int64_t(0), num);
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  torch::stable::parallel_for(0, threads, 1, [&](int64_t, int64_t) {
+    for (int64_t begin = next, size; begin < num;) {
+      size = std::max<int64_t>(1, (num - begin) / (2 * threads));
+      if (!next.compare_exchange_weak(begin, begin + size)) continue;
+      f(begin, begin + size);
+      begin = next;
+    }
+  });
 }
 
 }  // namespace kernelwise
