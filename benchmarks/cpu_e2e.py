@@ -2,12 +2,12 @@
 
 The model has the shape of SmolLM2-135M (30 layers, random weights), or with `--shape 1b` that of Llama 3.2 1B (16 layers).
 Contenders: `eager`, transformers as it comes (SDPA attention, growing cache); `ours`, the same after `kernelwise.kernelize`
-with a rule for the head with its loss and `set_attn_implementation("kernelwise_sdpa")`; `ours-loss`, without that rule;
-`ours-sdpa`, without that attention; `compile`, torch.compile of the whole model, in
-decoding with transformers' static cache; `ours+compile`. Transformers' own kernels are not among them: it fetches them from
-the Hub, and has none for CPUs.
+with a rule for the head with its loss, `set_attn_implementation("kernelwise_sdpa")` and, in decoding, a `GrowingCache`;
+`ours-loss`, without that rule; `ours-sdpa`, without that attention; `ours-cache`, without that cache; `compile`, torch.compile
+of the whole model, in decoding with transformers' static cache; `ours+compile`. Transformers' own kernels are not among them:
+it fetches them from the Hub, and has none for CPUs.
 
-Work: `prefill` of 1 x 512 tokens (1b: 256); `decode` of 16 tokens after 128, one row; `decode8`, the same for 8 rows;
+Work: `prefill` of 1 x 512 tokens (1b: 256); `decode` of 16 tokens after 128 (`--prompt`), one row; `decode8`, 8 rows;
 `train`, a step of 2 x 256 tokens, forward and backward. Contenders take turns, so that whatever else the machine does meets
 them alike; a result is the median over the rounds of (time of eager / time of the contender), with the quartiles. The time
 until a contender's first result (for torch.compile: compiling) is given beside it. What no time was left for is named in the
@@ -50,7 +50,7 @@ from cpu_ops import DTYPES, machine
 from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM, StaticCache
 
 import kernelwise
-import kernelwise.integrations.transformers
+from kernelwise.integrations.transformers import GrowingCache
 
 PREFILL, PROMPT, STEPS, TRAIN = 512, 128, 16, (2, 256)
 SHAPES = {
@@ -72,7 +72,7 @@ SHAPES = {
     },
 }
 LENGTHS = {"135m": PREFILL, "1b": 256}
-CONTENDERS = ("eager", "ours", "ours-loss", "ours-sdpa", "compile", "ours+compile")
+CONTENDERS = ("eager", "ours", "ours-loss", "ours-sdpa", "ours-cache", "compile", "ours+compile")
 WORK = ("prefill", "decode", "decode8", "train")
 
 
@@ -121,9 +121,10 @@ def call_of(
     models: dict[str, Any],
     clock: Callable[[], float] = time.perf_counter,
     length: int = PREFILL,
+    prompt: int = PROMPT,
 ) -> Callable[[], float]:
     """A function that does the work once and returns its seconds by `clock`, set-up not counted."""
-    model = models[contender.removesuffix("+compile").replace("compile", "eager")]
+    model = models[contender.removesuffix("+compile").replace("compile", "eager").replace("-cache", "")]
     compiled = "compile" in contender
     run = torch.compile(model) if compiled else model
     torch.manual_seed(1)
@@ -137,8 +138,11 @@ def call_of(
     def decode() -> float:
         rows = len(tokens)
         with torch.no_grad():
-            length = PROMPT + STEPS + 8
-            cache = StaticCache(config=model.config, max_cache_len=length) if compiled else DynamicCache()
+            cache: Any = (
+                GrowingCache() if contender.startswith("ours") and contender != "ours-cache" else DynamicCache()
+            )
+            if compiled:
+                cache = StaticCache(config=model.config, max_cache_len=prompt + STEPS + 8)
             models["ours"](tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)  # the quickest
             token = torch.ones(rows, 1, dtype=torch.long)
             start = clock()
@@ -152,7 +156,7 @@ def call_of(
         run(tokens, labels=tokens).loss.backward()
         return clock() - start
 
-    shape = {"prefill": (1, length), "decode": (1, PROMPT), "decode8": (8, PROMPT), "train": TRAIN}[work]
+    shape = {"prefill": (1, length), "decode": (1, prompt), "decode8": (8, prompt), "train": TRAIN}[work]
     tokens = torch.randint(0, model.config.vocab_size, shape)
     return {"prefill": prefill, "decode": decode, "decode8": decode, "train": train}[work]
 
@@ -175,12 +179,20 @@ def _memory(name: str) -> int:
 
 
 def race(
-    work: str, dtype: str, models: dict[str, Any], contenders: list[str], seconds: float, *, cpu_time: bool, length: int
+    work: str,
+    dtype: str,
+    models: dict[str, Any],
+    contenders: list[str],
+    seconds: float,
+    *,
+    cpu_time: bool,
+    length: int,
+    prompt: int,
 ) -> list[Result]:
     """Time the contenders of one piece of work in turns, for at most so many seconds after each one's first result."""
     torch._dynamo.reset()
     clock = time.process_time if cpu_time else time.perf_counter
-    calls = {name: call_of(work, name, models, clock, length) for name in contenders}
+    calls = {name: call_of(work, name, models, clock, length, prompt) for name in contenders}
     first = {}
     for name, call in calls.items():
         start = time.perf_counter()
@@ -222,6 +234,7 @@ def main() -> None:
     parser.add_argument("--work", nargs="+", choices=WORK, default=list(WORK))
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
     parser.add_argument("--shape", choices=SHAPES, default="135m")
+    parser.add_argument("--prompt", type=int, default=PROMPT, help="tokens before decoding")
     parser.add_argument("--layers", type=int, help="fewer than the shape has")
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread instead of seconds")
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
@@ -238,6 +251,8 @@ def main() -> None:
         "transformers": transformers.__version__,
         "layers": options.layers or SHAPES[options.shape]["num_hidden_layers"],
         "clock": "processor time" if options.cpu_time else "seconds",
+        "prompt": options.prompt,
+        "malloc": {name: value for name, value in os.environ.items() if name.startswith("MALLOC_")},
     }
     results: list[Result] = []
     skipped = []
@@ -249,8 +264,8 @@ def main() -> None:
                 continue
             for model in models.values():
                 model.train(work == "train")
-            length = LENGTHS[options.shape]
-            for r in race(work, dtype, models, contenders, options.seconds, cpu_time=options.cpu_time, length=length):
+            given = {"cpu_time": options.cpu_time, "length": LENGTHS[options.shape], "prompt": options.prompt}
+            for r in race(work, dtype, models, contenders, options.seconds, **given):
                 results.append(r)
                 print(
                     f"{r.work:9}{r.dtype:10}{r.contender:13}{r.eager_ms:10.1f} ms {r.contender_ms:10.1f} ms "

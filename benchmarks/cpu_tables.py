@@ -1,4 +1,4 @@
-"""The tables of docs/cpu.md, from result files: `python benchmarks/cpu_tables.py benchmarks/results/cpu_e2e_avx2.json ...`."""
+"""The tables of docs/cpu.md, from result files: `python benchmarks/cpu_tables.py benchmarks/results/cpu_ops_more.json ...`."""
 
 from __future__ import annotations
 
@@ -35,6 +35,8 @@ def operations(results: list[dict[str, Any]]) -> Iterator[str]:
 def limits(results: list[dict[str, Any]]) -> Iterator[str]:
     for kind in ("work", "shape"):
         rows = [r for r in results if kind in r]
+        if not rows:
+            continue
         names = list(dict.fromkeys(name for r in rows for name in r))
         yield "| " + " | ".join(name.replace("_", " ") for name in names) + " |"
         yield "|---" * len(names) + "|"

@@ -22,6 +22,7 @@ from kernelwise._applying._bind import (
     carries_grad,
     dispatcher,
     function_call,
+    has_trained,
     layer_call,
     needs_grad,
     rebuild,
@@ -231,14 +232,14 @@ PLAIN = torch.ones(2)
     ],
 )
 def test_needs_grad_looks_into_containers(arguments: Any, expected: bool) -> None:
-    assert needs_grad(None, *arguments) == expected
+    assert needs_grad(*arguments) == expected
 
 
-def test_needs_grad_looks_at_every_parameter_of_the_module() -> None:
+def test_every_parameter_of_a_module_is_looked_at() -> None:
     module = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2)).requires_grad_(False)
-    assert not needs_grad(module, PLAIN)
+    assert not has_trained(module)
     module[1].bias.requires_grad_(True)
-    assert needs_grad(module, PLAIN)
+    assert has_trained(module)
 
 
 @pytest.mark.parametrize(

@@ -37,19 +37,22 @@ NO_BACKWARD = "a gradient was needed and the kernel has no backward"
 LOST_GRADIENT = "the kernel gave an output without gradient"
 
 
-def needs_grad(module: torch.nn.Module | None, *arguments: Any) -> bool:
-    """Return whether a gradient can flow into any of the arguments or into a parameter of the module."""
+def needs_grad(*arguments: Any) -> bool:
+    """Return whether a gradient can flow into any of the arguments."""
     for argument in arguments:
         if isinstance(argument, Tensor):
             if argument.requires_grad:
                 return True
         elif isinstance(argument, (tuple, list)):
-            if needs_grad(None, *argument):
+            if needs_grad(*argument):
                 return True
-        elif isinstance(argument, dict) and needs_grad(None, *argument.values()):
+        elif isinstance(argument, dict) and needs_grad(*argument.values()):
             return True
-    if module is None:
-        return False
+    return False
+
+
+def has_trained(module: torch.nn.Module) -> bool:
+    """Return whether a parameter of a module needs a gradient."""
     # Its own parameters first, and directly: `module.parameters()` costs more than all the rest of a call.
     for parameter in module._parameters.values():
         if parameter is not None and parameter.requires_grad:
@@ -229,8 +232,8 @@ def _compile(
     Everything that is not the layer's own stands under a name with the prefix `_kw_`, which no forward gives a parameter.
     """
     declared, passed = source(layer)
-    names = ", ".join(p.name for p in layer)
-    self_, module = ("self", "self") if has_self else ("", "None")
+    self_ = "self" if has_self else ""
+    needs = " or ".join([_needs_grad(p.name) for p in layer] + ["_kw_has_trained(self)"] * has_self) or "False"
 
     def run_own(why: str, more: str = "") -> str:
         return f"        return _kw_own({', '.join(filter(None, (self_, why, passed, more)))})"
@@ -290,7 +293,7 @@ def _compile(
             lines += [f"    if {passing.refused} is not None:", run_own("None")]
     if not has_backward:
         lines += [
-            f"    if _kw_is_grad_enabled() and _kw_needs_grad({module}, {names}):",
+            f"    if _kw_is_grad_enabled() and ({needs}):",
             run_own("_kw_NO_BACKWARD"),
         ]
     if has_backward and recognition is None:
@@ -298,7 +301,7 @@ def _compile(
             f"    _kw_output = _kw_kernel({arguments})",
             # By far the most frequent case first; what looks into the output last, as it costs most.
             "    if _kw_is_grad_enabled() and not (type(_kw_output) is _kw_Tensor and _kw_output.requires_grad) and "
-            f"_kw_needs_grad({module}, {names}) and not _kw_carries_grad(_kw_output):",
+            f"({needs}) and not _kw_carries_grad(_kw_output):",
             run_own("_kw_LOST_GRADIENT"),
             "    return _kw_output",
         ]
@@ -321,6 +324,7 @@ def _compile(
         "_kw_is_compiling": torch.compiler.is_compiling,
         "_kw_is_grad_enabled": torch.is_grad_enabled,
         "_kw_needs_grad": needs_grad,
+        "_kw_has_trained": has_trained,
         "_kw_carries_grad": carries_grad,
         "_kw_unchanged": unchanged,
         "_kw_holds": holds,
@@ -397,6 +401,11 @@ def _plain_guard(layer: tuple[Parameter, ...], parameters: tuple[str, ...]) -> s
     given = [_is_plain(p.name) for p in layer if not p.kind.startswith("var_")]
     read = [f'type(self._parameters.get("{name}")) in _kw_plain_or_none' for name in parameters]
     return " and ".join([*given, *read])
+
+
+def _needs_grad(name: str) -> str:
+    """The condition under which a gradient may flow into an argument; without a call for a plain tensor."""
+    return f"({name}.requires_grad if type({name}) in _kw_plain else _kw_needs_grad({name}))"
 
 
 def _is_plain(name: str) -> str:
