@@ -33,6 +33,7 @@ from transformers import DynamicCache, StaticCache
 from kernelwise.integrations.transformers import GrowingCache
 
 LONG = 1024
+WORK = ("prefill", "decode", "decode8", "decode long")
 
 
 class _Part(nn.Module):
@@ -142,7 +143,7 @@ def race(calls: dict[str, Callable[[], float]], seconds: float) -> dict[str, dic
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=["float32", "bfloat16"])
-    parser.add_argument("--work", nargs="+", default=["prefill", "decode", "decode8", "decode long"])
+    parser.add_argument("--work", nargs="+", choices=WORK, default=WORK)
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
     parser.add_argument("--seconds", type=float, default=12, help="for each piece of work")
     parser.add_argument("--out", type=Path)

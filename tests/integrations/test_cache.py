@@ -182,6 +182,57 @@ def test_states_that_do_not_fit_are_an_error() -> None:
             assert cache.get_seq_length() == 3
 
 
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [states(1, 3, 8), states(1, 2, 8)],
+        [states(1, 2, 2, 3, 8), states(1, 2, 2, 1, 8)],
+        [(torch.randn(1, 2, 5, 6), torch.empty(1, 2, 5, 0)), (torch.randn(1, 2, 1, 6), torch.empty(1, 2, 1, 0))],
+        [states(0, 2, 5, 8), states(0, 2, 1, 8)],
+        [(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8).bfloat16()), states(1, 2, 1, 8)],
+        [states(1, 2, 3, 8), tuple(part.bfloat16() for part in states(1, 2, 1, 8))],
+    ],
+    ids=["3 dimensions", "5 dimensions", "no width", "no sequence", "two dtypes", "another dtype"],
+)
+def test_any_states_are_cached_as_transformers_does(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
+    own, ours = DynamicCache(), GrowingCache(step=4)
+    with torch.no_grad():
+        for part in parts:
+            for a, b in zip(own.update(*part, 0), ours.update(*part, 0), strict=True):
+                assert a.dtype == b.dtype
+                assert torch.equal(a, b)
+
+
+def test_what_is_left_after_a_cut_is_of_its_batch() -> None:
+    for cache in (DynamicCache(), GrowingCache()):
+        with torch.no_grad():
+            cache.update(*states(2, 2, 3, 8), 0)
+            cache.crop(-3)
+            with pytest.raises(RuntimeError, match="Sizes of tensors must match"):
+                cache.update(*states(1, 2, 1, 8), 0)
+
+
+@pytest.mark.parametrize("change", ["reorder_cache", "batch_repeat_interleave", "batch_select_indices"])
+def test_a_batch_that_was_changed_holds_nothing_of_the_old_one(change: str) -> None:
+    cache = GrowingCache()
+    with torch.no_grad():
+        cache.update(*states(2, 2, 3, 8), 0)
+        getattr(cache, change)(2 if change == "batch_repeat_interleave" else torch.tensor([1, 0]))
+    assert not cache.layers[0]._rooms
+
+
+def test_under_compile_nothing_breaks_the_graph(model: Any) -> None:
+    compiled = torch.compile(model, backend="eager", fullgraph=True)
+    own, ours = DynamicCache(config=model.config), GrowingCache(config=model.config)
+    with torch.no_grad():
+        for cache in (own, ours):
+            model(ids(1, 9), past_key_values=cache)
+            cache.last = [compiled(torch.tensor([[t]]), past_key_values=cache).logits for t in range(3)]
+            cache.last.append(model(torch.tensor([[7]]), past_key_values=cache).logits)
+    for a, b in zip(own.last, ours.last, strict=True):
+        assert torch.equal(a, b)
+
+
 def test_an_offloaded_layer_holds_no_room() -> None:
     cache = GrowingCache()
     with torch.no_grad():

@@ -219,3 +219,6 @@ def test_wrong_arguments_are_errors():
     ):
         with pytest.raises(RuntimeError, match=complaint):
             cpu._forward(*tensors, mask, False, 1.0)
+    for dtype in (torch.float32, torch.bfloat16):
+        with pytest.raises(RuntimeError, match="must be \\[batch, heads"):
+            cpu.attention(*(x[0].to(dtype) for x in (q, k, v)))

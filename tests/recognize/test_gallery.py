@@ -808,6 +808,16 @@ class ByTheDtypeOfOne(Mlp):
         return self.c(self.act(gate) * up)
 
 
+class ByOneInFloat32(Mlp):
+    """As a model in float16 does that keeps a layer in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate, up = self.a(x), self.b(x)
+        if gate.dtype == torch.float32 and up.dtype == torch.float16:
+            gate = gate * 2
+        return self.c(self.act(gate) * up)
+
+
 class ThreeInOneDtype(Mlp):
     """Asks for dtypes, and takes no others."""
 
@@ -818,14 +828,25 @@ class ThreeInOneDtype(Mlp):
         return self.c(self.act(gate) * up)
 
 
+class NamesakeOfAChild(Mlp):
+    """Its argument is called as one of its children."""
+
+    def forward(self, a: Tensor) -> Tensor:
+        gate, up = self.a(a), self.b(a)
+        if gate.dtype == torch.float64:
+            gate = gate * 2
+        return self.c(self.act(gate) * up)
+
+
 def test_children_that_give_different_dtypes():
-    for cls in (ByTheDtypesOfTwo, ByTheDtypeOfOne):
+    for cls in (ByTheDtypesOfTwo, ByTheDtypeOfOne, ByOneInFloat32):
         answer = recognize(cls())
         assert isinstance(answer, Unknown), cls
         assert "a giving float32" in answer.reason
-    answer = recognize(ThreeInOneDtype())
-    assert isinstance(answer, Recognition)
-    assert answer.op == "gated_mlp"
+    for cls in (ThreeInOneDtype, NamesakeOfAChild):
+        answer = recognize(cls())
+        assert isinstance(answer, Recognition), cls
+        assert answer.op == "gated_mlp"
 
 
 def vision(q, k, cos, sin):

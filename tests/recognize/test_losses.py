@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from exact import float64_mode
@@ -152,6 +154,12 @@ def halved_where_wide(logits, labels, ignore_index=-100):
     return F.cross_entropy(logits.float().view(-1, logits.size(-1)), labels.view(-1), ignore_index=ignore_index)
 
 
+def goes_on_after_an_exception(logits, labels, ignore_index=-100):
+    with contextlib.suppress(RuntimeError):
+        torch.mm(logits, logits)
+    return F.cross_entropy(logits.float().view(-1, logits.size(-1)), labels.view(-1), ignore_index=ignore_index)
+
+
 BY_SIZES = [doubled_where_long, cut_where_long, halved_where_wide]
 
 
@@ -183,4 +191,5 @@ def test_why_it_is_unknown():
     assert "not for" in str(find_loss(mean_over_items))
     for function in BY_SIZES:
         assert "sizes of its tensors" in str(find_loss(function))
+    assert "has raised an exception" in str(find_loss(goes_on_after_an_exception))
     assert "data" in str(find_loss(looks_at_data))

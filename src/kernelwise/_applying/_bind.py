@@ -405,7 +405,7 @@ def _plain_guard(layer: tuple[Parameter, ...], parameters: tuple[str, ...]) -> s
 
 def _needs_grad(name: str) -> str:
     """The condition under which a gradient may flow into an argument; without a call for a plain tensor."""
-    return f"({name}.requires_grad if type({name}) in _kw_plain else _kw_needs_grad({name}))"
+    return f"({name}.requires_grad if type({name}) in _kw_plain else {name} is not None and _kw_needs_grad({name}))"
 
 
 def _is_plain(name: str) -> str:

@@ -122,7 +122,8 @@ def compare(
                     return exact
         return None
     shapes = _shapes_of(graph, roles)
-    at = at_roles(at, {bound.name: role for role, bound in roles.items() if isinstance(bound, Source)})
+    children = {b.name: role for role, b in roles.items() if isinstance(b, Source) and b.kind == "child"}
+    at = at_roles(at, children)
     for form in _forms(op):
         found = _match_form(op, form, variant, fixed, graph, at, shapes)
         if found is not None and found.roles == roles:

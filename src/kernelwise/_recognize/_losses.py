@@ -216,7 +216,9 @@ def _graph(
         if signature.ignored is not None:
             arguments[signature.ignored] = given.ignored
     graph = trace(stage, function, (), arguments)
-    if watch.decisions or watch.failed:
+    if watch.failed:
+        raise Untraceable("it goes on after PyTorch has raised an exception: it decides something by it")
+    if watch.decisions:
         raise Untraceable("it decides something by the sizes of its tensors")
     return graph
 

@@ -6,6 +6,7 @@ are the same. What no round can be about, arguments that do not fit together, is
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -92,7 +93,7 @@ def rounds_of_children(names: Iterable[str]) -> tuple[Round, ...]:
     return tuple(
         Round((11, 13), Widths(dtype, dtype, odd=((name, other),)))
         for name in names
-        for dtype, other in ((BF16, F32), (F32, BF16), (BF16, F16))
+        for dtype, other in itertools.permutations((BF16, F32, F16), 2)
     )
 
 

@@ -5,7 +5,8 @@
     model.generate(**inputs, past_key_values=GrowingCache(config=model.config))
 
 transformers' own `DynamicCache` copies all keys and values of every layer for every token. This one keeps them at the front of
-a larger tensor, writes the new ones behind them, and copies only when the room is used up. What it gives is the same.
+a larger tensor, writes the new ones behind them, and copies only when the room is used up, or the cache was cut or reordered.
+What it gives is the same.
 """
 
 from __future__ import annotations
@@ -32,8 +33,8 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
     keys: torch.Tensor
     values: torch.Tensor
 
-    def __init__(self, step: int, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+    def __init__(self, step: int) -> None:
+        super().__init__()
         self._step = step
         self._rooms: dict[str, _Room] = {}
 
@@ -41,8 +42,10 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
         self, key_states: torch.Tensor, value_states: torch.Tensor, *args: Any, **kwargs: Any
     ) -> tuple[torch.Tensor, torch.Tensor]:
         # With gradients, what was given out may be read again by a backward pass; in a graph nothing is written in place.
-        if torch.is_grad_enabled() or torch.compiler.is_compiling():
-            self._rooms.clear()
+        compiling = torch.compiler.is_compiling()
+        if torch.is_grad_enabled() or compiling:
+            if not compiling:
+                self._rooms.clear()
             both: tuple[torch.Tensor, torch.Tensor] = super().update(key_states, value_states, *args, **kwargs)
             return both
         if not self.is_initialized:
@@ -52,11 +55,12 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def _append(self, name: str, there: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        length = there.shape[-2] if there.numel() else 0
-        end = length + new.shape[-2]
-        if length and _apart_from_length(there) != _apart_from_length(new):
+        is_first = there.dim() == 1  # as transformers initializes it: nothing, of a dtype
+        if there.dtype != new.dtype or not (is_first or _apart_from_length(there) == _apart_from_length(new)):
             self._rooms.pop(name, None)
-            return torch.cat([there, new], dim=-2)  # which says what does not fit
+            return torch.cat([there, new], dim=-2)  # which promotes, or says what does not fit
+        length = 0 if is_first else there.shape[-2]
+        end = length + new.shape[-2]
         room = self._rooms.get(name)
         if (
             room is None
@@ -64,17 +68,31 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
             or end > room.whole.shape[-2]
             or (room.whole.is_inference() and not torch.is_inference_mode_enabled())
         ):
-            room = self._rooms[name] = self._more_room(there if length else new[:, :, :0], end)
-        room.whole.narrow(2, length, end - length).copy_(new)
-        room.given = room.whole.narrow(2, 0, end)
+            room = self._rooms[name] = self._more_room(new[..., :0, :] if is_first else there, end)
+        room.whole.narrow(-2, length, end - length).copy_(new)
+        room.given = room.whole.narrow(-2, 0, end)
         return room.given
 
     def _more_room(self, there: torch.Tensor, end: int) -> _Room:
         """A room that begins with what is there and has free positions after `end`."""
         size = (end // self._step + 1) * self._step
-        whole = there.new_empty((*there.shape[:2], size, there.shape[-1]))
-        whole.narrow(2, 0, there.shape[-2]).copy_(there)
+        whole = there.new_empty((*there.shape[:-2], size, there.shape[-1]))
+        whole.narrow(-2, 0, there.shape[-2]).copy_(there)
         return _Room(whole, whole)
+
+    # What puts other tensors in the place of keys and values: the memory of those they had is given back at once.
+
+    def reorder_cache(self, beam_idx: torch.Tensor) -> None:
+        super().reorder_cache(beam_idx)
+        self._rooms.clear()
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        super().batch_repeat_interleave(repeats)
+        self._rooms.clear()
+
+    def batch_select_indices(self, indices: torch.Tensor) -> None:
+        super().batch_select_indices(indices)
+        self._rooms.clear()
 
     def offload(self) -> None:
         super().offload()
@@ -86,7 +104,7 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
 
 
 def _apart_from_length(states: torch.Tensor) -> tuple[object, ...]:
-    return *states.shape[:2], *states.shape[3:], states.dtype, states.device
+    return *states.shape[:-2], states.shape[-1], states.device
 
 
 class GrowingCache(DynamicCache):  # type: ignore[misc]
@@ -94,7 +112,8 @@ class GrowingCache(DynamicCache):  # type: ignore[misc]
 
     Takes what `DynamicCache` takes, and `step`: for how many further positions there is room at a time. It holds memory for
     at most so many more than are used, in each sequence and layer. Layers with a sliding window, and other kinds, are
-    transformers' own. With gradients and under torch.compile it does what `DynamicCache` does.
+    transformers' own. With gradients and under torch.compile it does what `DynamicCache` does. What reads keys and values with
+    gradients that were cached without must have its backward pass before the next position is written.
 
     Raises:
         ValueError: `step` is below one.

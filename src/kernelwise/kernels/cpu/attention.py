@@ -62,7 +62,7 @@ def attention(
             return plain(q, k, v, mask, causal, scale)
         added = mask if mask is None or mask.dtype == torch.bool else mask.float()
         return plain(q.float(), k.float(), v.float(), added, causal, scale).to(dtype)
-    if dtype == torch.float32:
+    if dtype == torch.float32 and q.dim() == 4:
         _, heads, rows, _ = q.shape
         if rows * heads > _FEW_ROWS * k.shape[1] and not (causal and rows >= _CAUSAL_POSITIONS):
             return plain(q, k, v, mask, causal, scale)

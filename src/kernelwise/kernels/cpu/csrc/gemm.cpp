@@ -8,9 +8,9 @@ namespace {
 
 #if defined(__AVX2__)
 
-constexpr int64_t kPanelDepth = 288;   // of a panel that is laid out at a time
-constexpr int64_t kFewRowsDepth = 192;  // the same for few rows, which must stay beside it in the first-level cache
-constexpr int64_t kManyRows = 128;      // from which they do not
+constexpr int64_t kPanelDepth = 288;    // of a panel that is laid out at a time: with AVX2 it stays in the first-level cache
+constexpr int64_t kFewRowsDepth = 192;  // the same for fewer rows than this, with which it was faster
+constexpr int64_t kManyRows = 128;
 
 // Asks for the part of b that is laid out next, a share with each tile, while there is time for it to arrive.
 template <class T>
@@ -66,7 +66,7 @@ static void columns(const GemmArgs& a, float* sums, int64_t begin, int64_t end) 
       for (int64_t t = 0; t < tiles; t++) {
         ahead.ask();
         const int64_t m = t * a.rows / tiles, rows = (t + 1) * a.rows / tiles - m;
-        if (last && many) {  // rows of the result are a page or more apart: they are asked for while the tile is computed
+        if (last && many) {  // rows of the result may be a page or more apart: they are asked for while the tile is computed
           for (int64_t i = m; i < m + rows; i++) {
             __builtin_prefetch(c + i * a.c_stride, 1);
             __builtin_prefetch(c + i * a.c_stride + num - 1, 1);

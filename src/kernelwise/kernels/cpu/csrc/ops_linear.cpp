@@ -2,6 +2,7 @@
 //
 // Few rows go through dot products, more through panels of the weight that are widened in the cache. Without AVX2 there are
 // no panels: the weight is widened block by block for torch's float32 product. So it is for the weight's gradient everywhere.
+#include <cstring>
 #include <memory>
 
 #include "products.h"
@@ -72,6 +73,12 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   Tensor y = empty(sizes, x.scalar_type());
   if (y.numel() == 0) return y;
   char* y_data = static_cast<char*>(y.data_ptr());
+  if (s.in == 0) {  // sums of nothing
+    const Half out{y_data, s.out, s.dtype};
+    const std::vector<float> nothing(s.out, 0.0f);
+    for (int64_t m = 0; m < y.numel() / s.out; m++) out.narrow(nothing.data(), b, m, 0, 1, s.out);
+    return y;
+  }
   if (s.rows <= kMostFewRows) {
     if (const FewRows kernel = kernels().few_rows(s.dtype, s.rows); kernel.columns != nullptr) {
       const std::unique_ptr<float[]> wide_x(new float[s.rows * s.in]);
@@ -122,7 +129,11 @@ Tensor linear_grad_x(const Tensor& grad, const Tensor& weight) {
   sizes.values[sizes.num - 1] = s.in;
   Tensor dx = empty(sizes, grad.scalar_type());
   if (dx.numel() == 0) return dx;
-  if (const Gemm gemm = kernels().gemm(s.dtype); gemm.columns != nullptr && s.out > 0) {
+  if (s.out == 0) {  // sums of nothing
+    std::memset(dx.data_ptr(), 0, sizeof(uint16_t) * dx.numel());
+    return dx;
+  }
+  if (const Gemm gemm = kernels().gemm(s.dtype); gemm.columns != nullptr) {
     const int64_t most = std::min(s.rows, std::min(kRowTile, std::max<int64_t>(64, kWideRows / s.out)));
     const Scratch wide(most * s.out);
     for (int64_t m = 0; m < s.rows; m += most) {
@@ -154,8 +165,9 @@ Tensor linear_grad_weight(const Tensor& grad, const Tensor& x) {
   STD_TORCH_CHECK(grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type(),
                   "kernelwise::linear_grad_weight: grad does not fit x");
   const Rows g = rows_of(grad), rows = rows_of(x);
-  STD_TORCH_CHECK(g.num == rows.num, "kernelwise::linear_grad_weight: grad does not fit x");
   Tensor dw = empty(Dims{{g.width, rows.width}, 2}, grad.scalar_type());
+  if (dw.numel() == 0) return dw;
+  STD_TORCH_CHECK(g.num == rows.num, "kernelwise::linear_grad_weight: grad does not fit x");
   const LinearShape s{rows, dw, half_of(grad, "grad"), rows.num, rows.width, g.width};
   const Half from{const_cast<char*>(g.data), g.stride, s.dtype}, in = s.x_half(), out = s.weight_half();
   const int64_t block = block_of(s), tile = std::max<int64_t>(1, std::min(s.rows, kRowTile));

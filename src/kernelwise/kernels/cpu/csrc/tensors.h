@@ -101,7 +101,7 @@ inline void check_same_shape(const Tensor& a, const Tensor& b, const char* names
   check_same_shape(view_of(a), view_of(b), names);
 }
 
-inline bool has_unit_last(const View& v) { return v.sizes[v.dims - 1] <= 1 || v.strides[v.dims - 1] == 1; }
+inline bool has_unit_last(const View& v) { return v.dims == 0 || v.sizes[v.dims - 1] <= 1 || v.strides[v.dims - 1] == 1; }
 
 inline Tensor unit_last(const Tensor& t, const View& v) { return has_unit_last(v) ? t : torch::stable::contiguous(t); }
 
