@@ -97,6 +97,7 @@ def calls(dtype=torch.float32):
             torch.randn(2, 6, 130, 64, dtype=dtype),
             *torch.randn(2, 2, 3, 130, 64, dtype=dtype),
         ),
+        "linear of many rows": (linear, torch.randn(150, 330, dtype=half), torch.randn(260, 330, dtype=half) / 8),
         "linear of few rows": (linear, torch.randn(3, 72, dtype=half), torch.randn(520, 72, dtype=half)),
     }
 

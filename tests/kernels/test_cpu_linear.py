@@ -54,6 +54,8 @@ def test_exact_at_every_scale(dtype, way, bias, rows):
         *({"rows": (rows,), "width": 70, "out": 51} for rows in (1, 2, 3, 4, 5, 7, 8, 9, 13, 64)),
         *({"rows": (6,), "width": width, "out": out} for width, out in ((1, 1), (15, 48), (577, 49), (1300, 100))),
         {"rows": (2, 3, 4)},
+        {"rows": (130,), "width": 700, "out": 51},
+        {"rows": (2, 100), "width": 290, "out": 49},
         {"rows": (0,)},
         *({"rows": (rows,), "width": 0} for rows in (1, 3, 9, 200)),
         *({"rows": (rows,), "out": 0} for rows in (1, 9)),
