@@ -1,4 +1,4 @@
-"""The tables of docs/cpu.md, from files of results: `python benchmarks/cpu_tables.py benchmarks/results/cpu_ops_linear.json ...`."""
+"""The tables of docs/cpu.md: `python benchmarks/cpu_tables.py benchmarks/results/cpu_ops_linear.json ...`."""
 
 from __future__ import annotations
 
