@@ -9,8 +9,9 @@ Variants: `eager`; `ours` (`kernelwise.kernelize`: RMS norm, gated MLP, rotary e
 loss); `ours-loss` (what goes in unasked: with its own head and loss); `ours+add` (as `ours`, and the second norm of a layer
 fused with the addition before it, by hand, for llama); `compile` (torch.compile of the model); `ours+compile`; `liger`
 (apply_liger_kernel_to_llama without its fused loss, and with it as `liger+loss`). Each measures prefill of 1 x 4096 tokens,
-decoding with a dynamic cache (a Python loop) and with a static cache and the whole step in one CUDA graph, and a training
-step (forward and backward) of 1 x 4096. Logits, loss and gradient norms are compared with those of `eager`.
+decoding with a dynamic cache (a Python loop; `ours` with a `GrowingCache` too) and with a static cache and the whole step in
+one CUDA graph, and a training step (forward and backward) of 1 x 4096. Logits, loss and gradient norms are compared with those
+of `eager`.
 """
 
 from __future__ import annotations
@@ -34,12 +35,13 @@ os.environ.setdefault("USE_HUB_KERNELS", "NO")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu_ops import command, versions
-from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config, StaticCache
+from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Qwen3Config, StaticCache
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.llama import modeling_llama as llama
 from transformers.models.qwen3 import modeling_qwen3 as qwen3
 
 import kernelwise
+from kernelwise.integrations.transformers import GrowingCache
 from kernelwise.kernels.triton.add_rms_norm import add_rms_norm
 
 START = time.time()
@@ -162,10 +164,10 @@ def extra_gb(step: Callable[[], Any]) -> float:
     return float((torch.cuda.max_memory_allocated() - base) / 2**30)
 
 
-def decode_dynamic_ms(model: Any, ids: torch.Tensor) -> float:
+def decode_dynamic_ms(model: Any, ids: torch.Tensor, kind: type[DynamicCache] = DynamicCache) -> float:
     def run(steps: int) -> float:
-        output = model(input_ids=ids[:, :PROMPT], use_cache=True, logits_to_keep=1)
-        cache, token = output.past_key_values, ids[:, :1]
+        cache, token = kind(config=model.config), ids[:, :1]
+        model(input_ids=ids[:, :PROMPT], past_key_values=cache, use_cache=True, logits_to_keep=1)
         torch.cuda.synchronize()
         begin = time.perf_counter()
         for _ in range(steps):
@@ -232,6 +234,8 @@ def run_variant(variant: str, shape: str, layers: int, reference: dict[str, Any]
         if not compiled:
             found["decode_dynamic_ms"] = decode_dynamic_ms(model, ids)
             found["decode_graph_ms"] = decode_graph_ms(model, ids)
+            if variant.startswith("ours"):
+                found["decode_growing_ms"] = decode_dynamic_ms(model, ids, GrowingCache)
     model.train()
     call = prepared()
 

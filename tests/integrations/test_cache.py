@@ -191,8 +191,9 @@ def test_states_that_do_not_fit_are_an_error() -> None:
         [states(0, 2, 5, 8), states(0, 2, 1, 8)],
         [(torch.randn(1, 2, 3, 8), torch.randn(1, 2, 3, 8).bfloat16()), states(1, 2, 1, 8)],
         [states(1, 2, 3, 8), tuple(part.bfloat16() for part in states(1, 2, 1, 8))],
+        [tuple(part.bfloat16() for part in states(1, 2, 3, 8)), states(1, 2, 1, 8)],
     ],
-    ids=["3 dimensions", "5 dimensions", "no width", "no sequence", "two dtypes", "another dtype"],
+    ids=["3 dimensions", "5 dimensions", "no width", "no sequence", "two dtypes", "a narrower dtype", "a wider dtype"],
 )
 def test_any_states_are_cached_as_transformers_does(parts: list[tuple[torch.Tensor, torch.Tensor]]) -> None:
     own, ours = DynamicCache(), GrowingCache(step=4)

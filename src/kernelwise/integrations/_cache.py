@@ -21,10 +21,26 @@ from transformers.cache_utils import DynamicCache, DynamicLayer
 
 @dataclass(slots=True)
 class _Room:
-    """A tensor with free positions, and the view of its front that was given out last: only that one may be appended to."""
+    """A tensor with free positions behind `length`, and the view of its front that was given out last."""
 
     whole: torch.Tensor
     given: torch.Tensor
+    length: int
+
+    def append(self, new: torch.Tensor) -> torch.Tensor | None:
+        """The front with further positions at its end; None where there is no room, or what is new does not fit."""
+        num = new.shape[-2]
+        if self.length + num > self.whole.shape[-2]:
+            return None
+        place = self.whole.narrow(-2, self.length, num)
+        if place.shape != new.shape or place.dtype != new.dtype or place.device != new.device:
+            return None
+        if place.is_inference() and not torch.is_inference_mode_enabled():
+            return None
+        place.copy_(new)
+        self.length += num
+        self.given = self.whole.narrow(-2, 0, self.length)
+        return self.given
 
 
 class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
@@ -55,30 +71,17 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
         return self.keys, self.values
 
     def _append(self, name: str, there: torch.Tensor, new: torch.Tensor) -> torch.Tensor:
-        is_first = there.dim() == 1  # as transformers initializes it: nothing, of a dtype
-        if there.dtype != new.dtype or not (is_first or _apart_from_length(there) == _apart_from_length(new)):
-            self._rooms.pop(name, None)
-            return torch.cat([there, new], dim=-2)  # which promotes, or says what does not fit
-        length = 0 if is_first else there.shape[-2]
-        end = length + new.shape[-2]
         room = self._rooms.get(name)
-        if (
-            room is None
-            or room.given is not there  # cut, reordered, or appended to by a copy of this layer
-            or end > room.whole.shape[-2]
-            or (room.whole.is_inference() and not torch.is_inference_mode_enabled())
-        ):
-            room = self._rooms[name] = self._more_room(new[..., :0, :] if is_first else there, end)
-        room.whole.narrow(-2, length, end - length).copy_(new)
-        room.given = room.whole.narrow(-2, 0, end)
-        return room.given
-
-    def _more_room(self, there: torch.Tensor, end: int) -> _Room:
-        """A room that begins with what is there and has free positions after `end`."""
-        size = (end // self._step + 1) * self._step
-        whole = there.new_empty((*there.shape[:-2], size, there.shape[-1]))
-        whole.narrow(-2, 0, there.shape[-2]).copy_(there)
-        return _Room(whole, whole)
+        # Of something else than was given last (cut, reordered, appended to by a copy of this layer) a copy is made.
+        appended = room.append(new) if room is not None and room.given is there else None
+        if appended is None:
+            whole = torch.cat([there, new], dim=-2)  # which promotes, or says what does not fit
+            size = (whole.shape[-2] // self._step + 1) * self._step
+            room = _Room(whole.new_empty((*whole.shape[:-2], size, whole.shape[-1])), there, 0)
+            appended = room.append(whole)
+            assert appended is not None
+            self._rooms[name] = room
+        return appended
 
     # What puts other tensors in the place of keys and values: the memory of those they had is given back at once.
 
@@ -101,10 +104,6 @@ class _GrowingLayer(DynamicLayer):  # type: ignore[misc]
     def reset(self) -> None:
         super().reset()
         self._rooms.clear()
-
-
-def _apart_from_length(states: torch.Tensor) -> tuple[object, ...]:
-    return *states.shape[:-2], states.shape[-1], states.device
 
 
 class GrowingCache(DynamicCache):  # type: ignore[misc]
