@@ -138,11 +138,10 @@ def call_of(
     def decode() -> float:
         rows = len(tokens)
         with torch.no_grad():
-            cache: Any = (
-                GrowingCache() if contender.startswith("ours") and contender != "ours-cache" else DynamicCache()
-            )
             if compiled:
-                cache = StaticCache(config=model.config, max_cache_len=prompt + STEPS + 8)
+                cache: Any = StaticCache(config=model.config, max_cache_len=prompt + STEPS + 8)
+            else:
+                cache = DynamicCache() if contender in ("eager", "ours-cache") else GrowingCache()
             models["ours"](tokens, past_key_values=cache, use_cache=True, logits_to_keep=1)  # the quickest
             token = torch.ones(rows, 1, dtype=torch.long)
             start = clock()
