@@ -7,7 +7,7 @@ The models of gpu_e2e.py (8 layers, random bfloat16 weights). For each, and for 
 contenders side by side, the tuned model among them (with `--race 0`, as the tuning itself raced them). Written as JSON: the
 evidence of each tuning and the runs of its race; and the report page of the first. At the end: how fast the tuned model is as
 a part of the best contender in each workload and run (1.00 or more, within 3 %), eager or compiled, whichever is faster; and
-whether the runs chose the same kernels, except where a run found no clear difference between the two.
+where the runs chose different kernels, with the runs that found no clear difference between the two.
 """
 
 from __future__ import annotations
@@ -136,15 +136,26 @@ def of_the_best(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def disagreements(tunings: Sequence[Tuning]) -> Iterator[str]:
-    """Say where two runs chose different kernels for a kind of layers, and one of them had found a clear difference."""
-    for one, other in combinations(tunings, 2):
+    """Say where two runs chose different kernels for a kind of layers, and whether one of them found no clear difference."""
+    for (number, one), (index, other) in combinations(enumerate(tunings), 2):
         theirs = {(choice.layer, choice.name, choice.mode): choice for choice in other.choices}
         for choice in one.choices:
             rival = theirs.get((choice.layer, choice.name, choice.mode))
             if rival is None or rival.chosen == choice.chosen:
                 continue
-            if any(differ_clearly(found, choice.chosen, rival.chosen) for found in (choice, rival)):
-                yield f"{choice.layer} {choice.name} ({choice.mode}): {choice.chosen} or {rival.chosen}"
+            unclear = [
+                str(run)
+                for run, found in ((number, choice), (index, rival))
+                if is_unclear(found, choice.chosen, rival.chosen)
+            ]
+            why = f"no clear difference in run {' and '.join(unclear)}" if unclear else "CLEAR in both"
+            yield f"{choice.layer} {choice.name} ({choice.mode}): {choice.chosen} or {rival.chosen}, {why}"
+
+
+def is_unclear(choice: Choice, one: str, other: str) -> bool:
+    """Whether a run found no clear difference between two kernels for a kind of layers: in the model, or in the layer."""
+    in_the_model = choice.chosen == OWN_CODE and " clear" in choice.reason
+    return in_the_model or not differ_clearly(choice, one, other)
 
 
 def differ_clearly(choice: Choice, one: str, other: str) -> bool:

@@ -138,11 +138,9 @@ def confirm(course: Course, chosen: Chosen) -> Confirmation:
     found = Confirmation(dict(chosen))
     alone = _alone(course, found)
     runs = race_all(course, {EAGER: None, BUILTIN: KernelConfig(), TUNED: course.config(found.chosen), **alone})
-    of_mode = {mode: [run for run in runs if (run.workload == "training") == (mode == "training")] for mode in _EAGER}
-    for name, (mode, those) in product(alone, of_mode.items()):
-        error = next((run.error for run in those if run.contender == name and run.error), None)
-        if error is not None or score(course, those, name) < 0:
-            why = f"it fails end to end: {error}" if error else f"the whole model with it is {figures(those, name)}"
+    for name, mode in product(alone, _EAGER):
+        why = _why_not(course, runs, name, alone[name], mode)
+        if why is not None:
             gone = [kind for kind in found.chosen if (kind.layer.name, kind.mode) == (name, mode)]
             _take_back(found, gone, f"taken back: {why}")
     if found.taken_back:
@@ -169,6 +167,26 @@ def _alone(course: Course, found: Confirmation) -> dict[str, KernelConfig]:
         name: course.config({kind: ref if kind.layer.name == name else None for kind, ref in eager.items()})
         for name in names
     }
+
+
+def _why_not(course: Course, runs: Sequence[Run], name: str, config: KernelConfig, mode: str) -> str | None:
+    """Say why a choice alone does not hold end to end in an eager mode, or None.
+
+    What slows the model down in one race of many may do so by chance: it must in a race of its own too.
+    """
+    mine = _of_mode(runs, mode)
+    error = next((run.error for run in mine if run.contender == name and run.error), None)
+    if error is not None:
+        return f"it fails end to end: {error}"
+    if score(course, mine, name) >= 0:
+        return None
+    workloads = [workload for workload in course.workloads if workload.training == (mode == "training")]
+    again = race_all(replace(course, workloads=workloads), {EAGER: None, name: config})
+    return f"the whole model with it is {figures(again, name)}" if score(course, again, name) < 0 else None
+
+
+def _of_mode(runs: Sequence[Run], mode: str) -> list[Run]:
+    return [run for run in runs if (run.workload == "training") == mode.startswith("training")]
 
 
 def _take_back(found: Confirmation, kinds: Iterable[Kind], why: str) -> None:
@@ -257,16 +275,38 @@ def seems_better(course: Course, runs: Sequence[Run], name: str, other: str) -> 
     return next((by for by in ahead if abs(by) >= _WORTH_A_LOOK), 0.0) > 0
 
 
+def _lead(course: Course, runs: Sequence[Run], name: str, other: str) -> float:
+    """By how much a contender is better than another, as `score`, where both were raced against the model's own code.
+
+    Of times, those differences count that are clear: where the intervals lie apart.
+    """
+    ahead = _memory(course, runs, name) - _memory(course, runs, other)
+    if abs(ahead) > _WORTH_A_LOOK:
+        return ahead
+    pairs = zip(_compared(runs, name), _compared(runs, other), strict=True)
+    counted = [(one if one.low > two.high or one.high < two.low else two, two) for one, two in pairs]
+    ours = [(one.own_us, one.speedup) for one, _ in counted]
+    return _gain(course, ours) - _gain(course, [(two.own_us, two.speedup) for _, two in counted])
+
+
 def _compared(runs: Sequence[Run], name: str) -> list[Comparison]:
     return [run.comparison for run in runs if run.contender == name and run.comparison is not None]
 
 
 def _time(course: Course, runs: Sequence[Run], name: str, *, clear: bool) -> float:
-    """How much faster a contender is: each workload counts as much as another, for throughput as much as it takes."""
+    """How much faster a contender is, in clear differences alone or not."""
     found = [
         (one.own_us, one.speedup if not clear or one.verdict != "no clear difference" else 1.0)
         for one in _compared(runs, name)
     ]
+    return _gain(course, found)
+
+
+def _gain(course: Course, found: Sequence[tuple[float, float]]) -> float:
+    """The logarithm of all speed-ups together, each given with the time of the own code.
+
+    Each workload counts as much as another, for throughput as much as it takes.
+    """
     if course.objective == "throughput" and found:
         return math.log(sum(own for own, _ in found) / sum(own / speedup for own, speedup in found))
     return sum(math.log(speedup) for _, speedup in found) / max(len(found), 1)
@@ -300,12 +340,14 @@ def _compiled(course: Course, found: Confirmation) -> list[Run]:
     runs = race_all(course, {EAGER: None, COMPILED: None, tuned: course.config(found.chosen)})
     kept = [run for run in runs if run.contender == COMPILED]
     for mode in (mode for mode in course.modes if mode.endswith(AND_COMPILED)):
-        mine = [run for run in runs if (run.workload == "training") == mode.startswith("training")]
-        error = next((run.error for run in mine if run.contender == tuned and run.error), None)
-        if error is None and (failed(mine, COMPILED) or seems_better(course, mine, tuned, COMPILED)):
+        mine = _of_mode(runs, mode)
+        why = next((run.error for run in mine if run.contender == tuned and run.error), None)
+        if why is None and (failed(mine, COMPILED) or (better := _lead(course, mine, tuned, COMPILED)) > 0):
             kept += [run for run in mine if run.contender == tuned]
             continue
-        why = error or "the compiled model is not better with it than without"
+        if why is None:
+            slower = "the compiled model is slower with it than without"
+            why = slower if better < 0 else "no clear difference to the compiled model without it"
         _take_back(found, [kind for kind in found.chosen if kind.mode == mode], f"taken back: {why}")
         _turn_off(course, found, (mode,), why)
         kept += [replace(run, contender=tuned) for run in mine if run.contender == COMPILED]
