@@ -406,27 +406,77 @@ def test_one_contender_leads_another_where_their_intervals_lie_apart(course_and_
     assert (_confirm._lead(course, runs, "tuned+compile", COMPILED) > 0) is better
 
 
-def test_under_compile_kernels_stay_in_the_modes_in_which_the_compiled_model_is_better(course_and_choices, monkeypatch):
+@pytest.fixture
+def compiled_course(course_and_choices, monkeypatch):
+    """A course with modes under compile, their kinds with the norm's choice, and what was raced: planted speeds."""
     course, chosen = course_and_choices
     norm = next(iter(chosen))
     kinds = {mode: replace(norm, mode=mode) for mode in ("inference+compile", "training+compile")}
-    course = replace(course, modes=(*course.modes, "training", *kinds))
     speeds = {"prefill": {COMPILED: 1.5, "tuned+compile": 1.4}, "training": {COMPILED: 1.2, "tuned+compile": 1.4}}
+    workloads = [replace(course.workloads[0], name=name) for name in speeds]
+    raced = []
 
     def race_all(course, contenders):
-        assert list(contenders) == [EAGER, COMPILED, "tuned+compile"]
-        return [Run(name, one, ratio(by.get(name, 1.0))) for one, by in speeds.items() for name in contenders]
+        raced.append((*(one.name for one in course.workloads), *contenders))
+        return [
+            Run(name, one.name, ratio(speeds[one.name].get(name, 1.0)))
+            for one in course.workloads
+            for name in contenders
+        ]
 
     monkeypatch.setattr(_confirm, "race_all", race_all)
     found = _confirm.Confirmation(dict.fromkeys(kinds.values(), chosen[norm]))
-    runs = _confirm._compiled(course, found)
-    assert found.chosen[kinds["training+compile"]] == chosen[norm]
+    return replace(course, modes=(*course.modes, "training", *kinds), workloads=workloads), kinds, found, raced
+
+
+def test_under_compile_kernels_stay_in_the_modes_in_which_the_compiled_model_is_better(compiled_course):
+    course, kinds, found, raced = compiled_course
+    before = dict(found.chosen)
+    _confirm.confirm_compiled(course, found, {})
+    assert raced == [(name, EAGER, COMPILED, "tuned+compile") for name in ("prefill", "training")]
+    assert found.chosen[kinds["training+compile"]] == before[kinds["training+compile"]]
     assert found.chosen[kinds["inference+compile"]] is None
     assert "slower with it" in found.taken_back[kinds["inference+compile"]]
     off = {(kind.layer.name, kind.mode) for kind, why in found.taken_back.items() if why.startswith("turned off")}
     assert off == {("GeLU", "inference+compile")}  # what it gets by default
-    tuned = {run.workload: run.comparison.speedup for run in runs if run.contender == "tuned+compile"}
+    tuned = {run.workload: run.comparison.speedup for run in found.runs if run.contender == "tuned+compile"}
     assert tuned == {"prefill": 1.5, "training": 1.4}  # without kernels it is torch.compile
+
+
+def test_under_compile_what_nobody_could_see_is_not_raced(compiled_course):
+    course, kinds, found, raced = compiled_course
+    _confirm.confirm_compiled(course, found, {"training+compile": "too little"})
+    assert raced == [("prefill", EAGER, COMPILED, "tuned+compile"), ("training", EAGER, COMPILED)]
+    assert found.taken_back[kinds["training+compile"]] == "taken back: too little"
+    off = {(kind.layer.name, kind.mode) for kind, why in found.taken_back.items() if why.startswith("turned off")}
+    assert off == {("GeLU", "inference+compile"), ("GeLU", "training+compile")}
+    tuned = {run.workload: run.comparison.speedup for run in found.runs if run.contender == "tuned+compile"}
+    assert tuned == {"prefill": 1.5, "training": 1.2}
+
+
+def timed(kernel: str, own_us: float, us: float, calls: int, mode: str) -> Candidate:
+    comparison = Comparison(own_us, us, own_us / us, own_us / us, own_us / us, 20)
+    return Candidate(kernel, timings=(Timing("0", ("0",), kernel, mode, "forward", comparison, calls=calls),))
+
+
+def test_what_choices_save_under_compile_is_added_up(course_and_choices):
+    _, chosen = course_and_choices
+    norm, gelu = (replace(kind, mode="inference+compile") for kind in chosen)
+    run_s = {"forward": 0.01}
+    tried = {
+        norm: [timed("fast", 10, 8, 30, norm.mode), timed("faster", 10, 1, 30, norm.mode)],  # 60 us of 10 ms
+        gelu: [timed("gelu", 10, 7, 20, gelu.mode)],  # 60 us
+    }
+    assert _choose.invisible({norm: "fast", gelu: "gelu"}, tried, run_s) == {}
+    alone = _choose.invisible({norm: "fast", gelu: None}, tried, run_s)
+    assert "at most 0.6%" in alone["inference+compile"]
+    assert _choose.invisible({norm: "faster", gelu: None}, tried, run_s) == {}
+    unknown = {norm: tried[norm], gelu: []}  # nothing was tried in time: who knows
+    assert _choose.invisible({norm: "fast"}, unknown, run_s) == {}
+    out = {norm: tried[norm], gelu: [Candidate("gelu", out="wrong")]}
+    assert "0.6%" in _choose.invisible({norm: "fast"}, out, run_s)["inference+compile"]
+    eager = {replace(kind, mode="inference"): candidates for kind, candidates in tried.items()}
+    assert _choose.invisible({}, eager, run_s) == {}
 
 
 def test_a_choice_that_computes_something_else_end_to_end_is_taken_back(course_and_choices, monkeypatch):

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from kernelwise._evidence import Candidate, Comparison, Objective
+from kernelwise._evidence import AND_COMPILED, Candidate, Comparison, Objective
 from kernelwise._tuning._candidates import Kind
 
 MARGIN = 0.02
 """By which part of the layer's own time a candidate must be better than one that was offered before it."""
+
+
+VISIBLE = 0.01
+"""Which part of a workload's time choices for torch.compile must save together, or the whole model is not compiled for them."""
 
 
 def choose_all(
@@ -33,6 +37,30 @@ def choose_all(
         if kernel is not None and above is not None:
             chosen[kind], reasons[kind] = None, f"{chosen[above]} computes it for {above.layer.path}"
     return chosen, reasons
+
+
+def invisible(
+    chosen: Mapping[Kind, str | None], tried: Mapping[Kind, Sequence[Candidate]], run_s: Mapping[str, float]
+) -> dict[str, str]:
+    """Say for which modes under torch.compile all choices together save too little to be seen in the whole model, and why.
+
+    Compiled, a layer of the model is at least as fast as compiled alone, so what its kernel saves is at most what it saves
+    there. Modes in which a kind has candidates that nobody has timed are not named.
+    """
+    found = {}
+    for mode in dict.fromkeys(kind.mode for kind in tried if kind.mode.endswith(AND_COMPILED)):
+        mine = {kind: candidates for kind, candidates in tried.items() if kind.mode == mode}
+        if any(not any(c.timings or c.out for c in candidates) for candidates in mine.values()):
+            continue
+        parts: dict[str, float] = {}
+        for kind, candidates in mine.items():
+            for timing in (t for c in candidates if c.kernel == chosen.get(kind) for t in c.timings):
+                saved = timing.calls * (timing.comparison.own_us - timing.comparison.us) / 1e6
+                parts[timing.workload] = parts.get(timing.workload, 0.0) + saved / run_s[timing.workload]
+        most = max(parts.values(), default=0.0)
+        if most < VISIBLE:
+            found[mode] = f"all kernels together save at most {max(0.0, most):.1%} of the time, which nobody could see"
+    return found
 
 
 def _is_part_of(kind: Kind, other: Kind) -> bool:

@@ -147,8 +147,6 @@ def confirm(course: Course, chosen: Chosen) -> Confirmation:
         runs = [run for run in runs if run.contender in alone]
         runs += race_all(course, {EAGER: None, BUILTIN: KernelConfig(), TUNED: course.config(found.chosen)})
     runs = _best_of(course, found, runs, alone)
-    if any(mode.endswith(AND_COMPILED) for mode in course.modes):
-        runs += _compiled(course, found)
     order = list(dict.fromkeys([EAGER, BUILTIN, TUNED, *(run.contender for run in runs)]))
     found.runs = sorted(runs, key=lambda run: order.index(run.contender))
     return found
@@ -330,28 +328,43 @@ def figures(runs: Sequence[Run], name: str) -> str:
     )
 
 
-def _compiled(course: Course, found: Confirmation) -> list[Run]:
+def confirm_compiled(course: Course, found: Confirmation, invisible: Mapping[str, str]) -> None:
     """Race the choices for torch.compile with torch.compile alone, and keep them in the modes in which that is better.
 
     In others all is left to the compiler: a draw is not worth one more thing that may break. The result is then torch.compile
-    of the model's own code, so its runs are those of that.
+    of the model's own code, so its runs are those of that. `invisible` says of modes why they need no race.
     """
     tuned = TUNED + AND_COMPILED
-    runs = race_all(course, {EAGER: None, COMPILED: None, tuned: course.config(found.chosen)})
-    kept = [run for run in runs if run.contender == COMPILED]
     for mode in (mode for mode in course.modes if mode.endswith(AND_COMPILED)):
-        mine = _of_mode(runs, mode)
-        why = next((run.error for run in mine if run.contender == tuned and run.error), None)
-        if why is None and (failed(mine, COMPILED) or (better := _lead(course, mine, tuned, COMPILED)) > 0):
-            kept += [run for run in mine if run.contender == tuned]
-            continue
+        workloads = [workload for workload in course.workloads if workload.training == mode.startswith("training")]
+        contenders: dict[str, KernelConfig | None] = {EAGER: None, COMPILED: None}
+        if mode not in invisible:
+            contenders[tuned] = course.config(found.chosen)
+        runs = race_all(replace(course, workloads=workloads), contenders)
+        found.runs += [run for run in runs if run.contender == COMPILED]
+        why = invisible.get(mode) or _why_not_compiled(course, runs)
         if why is None:
-            slower = "the compiled model is slower with it than without"
-            why = slower if better < 0 else "no clear difference to the compiled model without it"
+            found.runs += [run for run in runs if run.contender == tuned]
+            continue
         _take_back(found, [kind for kind in found.chosen if kind.mode == mode], f"taken back: {why}")
         _turn_off(course, found, (mode,), why)
-        kept += [replace(run, contender=tuned) for run in mine if run.contender == COMPILED]
-    return kept
+        found.runs += [replace(run, contender=tuned) for run in runs if run.contender == COMPILED]
+
+
+def _why_not_compiled(course: Course, runs: Sequence[Run]) -> str | None:
+    """Say why the choices for torch.compile are not better than torch.compile alone, or None."""
+    tuned = TUNED + AND_COMPILED
+    error = next((run.error for run in runs if run.contender == tuned and run.error), None)
+    if error is not None or failed(runs, COMPILED):
+        return error
+    lead = _lead(course, runs, tuned, COMPILED)
+    if lead > 0:
+        return None
+    return (
+        "the compiled model is slower with it than without"
+        if lead < 0
+        else "no clear difference to the compiled model without it"
+    )
 
 
 # ------------------------------------------------------------------------------------------------------------------ races

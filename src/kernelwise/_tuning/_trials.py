@@ -21,7 +21,7 @@ from torch.utils._pytree import tree_leaves
 from kernelwise import _results, sources
 from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Target, to_json
 from kernelwise._errors import KernelLoadError
-from kernelwise._evidence import Candidate, Timing
+from kernelwise._evidence import AND_COMPILED, Candidate, Timing
 from kernelwise._measuring._measure import measure_group
 from kernelwise._measuring._workload import Workload, undisturbed
 from kernelwise._plan import reasons_against
@@ -37,7 +37,7 @@ from kernelwise._verifying._verify import check_group
 CHECK_S = 120.0
 """How long the checks of one candidate on one kind of layer may take in all."""
 
-BUILTIN_CHECK_S = 4.0
+BUILTIN_CHECK_S = 2.0
 """The same for a kernel that ships with its proof: what is seen here is that it holds for this model too."""
 
 TIMING_S = 1.0
@@ -172,7 +172,7 @@ class Trials:
         key = ["check", *self._key(kind, kernel), modes, looks_of(sample.arguments if sample else {})]
         known = (kernel, kind.layer.path, modes)
         if known not in self._checked:
-            options = Options(compile=kind.mode.endswith("+compile"))
+            options = Options(compile=kind.mode.endswith(AND_COMPILED))
             self._checked[known] = self._recalled_checks(key, kind, kernel, modes, sample, options)
         return self._checked[known]
 
@@ -182,7 +182,7 @@ class Trials:
             other
             for other in self.kinds
             if (other.layer, other.traits) == (kind.layer, kind.traits)
-            and other.mode.endswith("+compile") == kind.mode.endswith("+compile")
+            and other.mode.endswith(AND_COMPILED) == kind.mode.endswith(AND_COMPILED)
             and other.layer.computes(other.mode) == kind.layer.computes(kind.mode)
         ]
         return tuple(dict.fromkeys(other.mode for other in alike)) or (kind.mode,)
@@ -258,7 +258,8 @@ class Trials:
 
     def _time(self, kind: Kind, kernel: Kernel, workload: Workload, sample: Sample) -> Timing | str:
         share = self._of(kind, workload)
-        hidden = workload.name in self.device_bound
+        # A compiled model is one call: how long it takes to start one compiled layer says nothing.
+        hidden = workload.name in self.device_bound or kind.mode.endswith(AND_COMPILED)
         key = ["timing", *self._key(kind, kernel), kind.mode, workload.name, hidden, looks_of(sample.arguments)]
         seconds = min(TIMING_S, max(0.05, self.until - time.monotonic()))
         stored = _results.recall(key, _Timed) if kernel.content_hash else None

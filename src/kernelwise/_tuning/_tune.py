@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timezone
 from typing import Any, get_args
 
@@ -24,7 +24,7 @@ from kernelwise._decide import Config, current_target, decide
 from kernelwise._device_lock import alone_on
 from kernelwise._discover import discover, model_device
 from kernelwise._errors import KernelwiseError, PlanError, said
-from kernelwise._evidence import COMPILED, LIGER, OWN_CODE, Candidate, Choice, Objective, Tuning
+from kernelwise._evidence import AND_COMPILED, COMPILED, LIGER, OWN_CODE, Candidate, Choice, Objective, Tuning
 from kernelwise._measuring._compare import on_device
 from kernelwise._measuring._contenders import CONTENDERS, caveats
 from kernelwise._measuring._environment import environment
@@ -34,9 +34,9 @@ from kernelwise._plan import choose_rule
 from kernelwise._reference import did_you_mean
 from kernelwise._tuning import _ranks
 from kernelwise._tuning._candidates import Given, Kind, kinds_of, offered, read_given, spread_out
-from kernelwise._tuning._choose import choose_all
-from kernelwise._tuning._confirm import OTHERS, Confirmation, Course, confirm
-from kernelwise._tuning._rivals import face_rivals
+from kernelwise._tuning._choose import choose_all, invisible
+from kernelwise._tuning._confirm import OTHERS, Confirmation, Course, confirm, confirm_compiled
+from kernelwise._tuning._rivals import compile_seconds, face_rivals
 from kernelwise._tuning._shares import Share, shares_of
 from kernelwise._tuning._surroundings import by_name, hash_of, is_split, place, settings
 from kernelwise._tuning._trials import OutOfTimeError, Trials, looks_of
@@ -174,6 +174,7 @@ def _tuned(
         chosen, reasons = choose_all(session.tried, session.objective, session.run_s, notes=session.notes)
         chosen |= dict.fromkeys(_asked_and_out(session, asked, chosen))
         named = {rule.ref for rule in asked.rules() if rule.ref is not None}.union(*refs.values(), *of_wholes.values())
+        until = session.began + request.seconds
         course = Course(
             session.model,
             session.layers,
@@ -182,7 +183,7 @@ def _tuned(
             session.device,
             session.about,
             session.run_s,
-            session.began + request.seconds,
+            until - _to_compile(session),
             lambda what: session.progress(what, 0.7),
             session.objective,
             asked,
@@ -193,11 +194,26 @@ def _tuned(
         session.tried |= wholes.tried
         session.notes += wholes.notes
         found = confirm(course, chosen | wholes.chosen)
+        course = replace(course, until=until)
+        by_time = session.objective != "memory"
+        confirm_compiled(course, found, invisible(chosen, session.tried, session.run_s) if by_time else {})
         face_rivals(course, found)
     session.progress("done", 1.0)
     tuned = course.config(found.chosen)
     tuned.evidence = _evidence(session, found, reasons | wholes.reasons, tuned)
     return tuned
+
+
+def _compiled_modes(session: _Session) -> list[str]:
+    return [mode for mode in session.modes if mode.endswith(AND_COMPILED)]
+
+
+def _to_compile(session: _Session) -> float:
+    """How many seconds are kept for compiling the whole model, which cannot be interrupted: at most half of all."""
+    if not _compiled_modes(session):
+        return 0.0
+    wanted = sum(compile_seconds(session.model, workload) for workload in session.workloads)
+    return min(wanted, session.request.seconds / 2)
 
 
 def _tune_together(model: nn.Module, inputs: Any, request: _Request, progress: Progress) -> KernelConfig:
@@ -338,10 +354,13 @@ def _look(session: _Session) -> None:
 
 
 def _try_all(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]], prover: _prove.Prover) -> None:
-    """Try every candidate: those that are quick to check before all others, and of these what matters most first."""
+    """Try every candidate: those that are quick to check before all others, and of these what matters most first.
+
+    What is for torch.compile comes behind its like, as it takes longest.
+    """
     kinds = _worth_tuning(session)
     tasks = [(kind, ref) for kind in kinds for ref in refs[kind]]
-    tasks.sort(key=lambda task: _turn(task[1]))
+    tasks.sort(key=lambda task: (_turn(task[1]), task[0].mode.endswith(AND_COMPILED)))
     trials = Trials(
         session.model,
         session.target,
@@ -349,7 +368,7 @@ def _try_all(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]], prover
         session.kinds,
         prover,
         session.about[0],
-        session.began + FOR_TRIALS * session.request.seconds,
+        session.began + FOR_TRIALS * (session.request.seconds - _to_compile(session)),
         session.shares,
         session.device_bound,
     )
