@@ -131,7 +131,7 @@ def test_the_hash_follows_the_files_of_the_backend(monkeypatch: pytest.MonkeyPat
     assert load(of("SwiGLUMLP"), device="cpu").content_hash == before
     monkeypatch.setattr(builtin, "__file__", str(tmp_path / "sources" / "builtin.py"))
     (tmp_path / "kernels" / "cpu").mkdir(parents=True)
-    for name in ("_layout.py", "_autograd.py"):
+    for name in ("_layout.py", "_autograd.py", "_recompute.py"):
         (tmp_path / "kernels" / name).touch()
     builtin._backend_hash.cache_clear()
     assert load(of("RMSNorm"), device="cpu").content_hash != before

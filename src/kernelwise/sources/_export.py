@@ -27,7 +27,7 @@ def export(folder: Path, *, backend: str, version: int = 1) -> Path:
     shutil.rmtree(variant, ignore_errors=True)
     unwanted = shutil.ignore_patterns("__pycache__", "csrc")
     shutil.copytree(kernels / backend, variant / backend, ignore=unwanted)
-    for shared in ("layers.py", "_layout.py", "_autograd.py"):
+    for shared in ("layers.py", "_layout.py", "_autograd.py", "_recompute.py"):
         shutil.copy(kernels / shared, variant)
     (variant / "__init__.py").write_text(
         '"""Kernels of Kernelwise."""\n\nfrom . import layers\n\n__all__ = ["layers"]\n'

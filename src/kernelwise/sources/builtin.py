@@ -198,7 +198,7 @@ def _backend_hash(backend: str) -> str:
     files = b"".join(
         [
             content_hash(kernels / _PACKAGES[backend]).encode(),
-            *((kernels / name).read_bytes() for name in ("_layout.py", "_autograd.py")),
+            *((kernels / name).read_bytes() for name in ("_layout.py", "_autograd.py", "_recompute.py")),
         ]
     )
     return hashlib.sha256(files).hexdigest()

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 
+from .._recompute import call_recomputing
 from .gated_activation import Activation, gated_activation
 
 
@@ -18,7 +21,9 @@ def gated_mlp(
     """down(act(gate(x)) * up(x)) for x [..., H].
 
     The modules are called, not read, so hooks, adapters and quantised weights keep working. `activation` and the dtypes
-    are those of `gated_activation`.
+    are those of `gated_activation`. Where `down` is a plain linear layer, the product that it would keep for backward is
+    computed again there, from what gate and up gave.
     """
-    y: torch.Tensor = down(gated_activation(gate(x), up(x), activation=activation))
-    return y
+    inputs = (gate(x), up(x))
+    compute = partial(gated_activation, activation=activation)
+    return call_recomputing(down, compute(*inputs), inputs, compute)
