@@ -28,7 +28,8 @@ from kernelwise._applying._bind import (
     rebuild,
 )
 from kernelwise._data import Binding, Kernel, KernelRef, Layer, Limits, Parameter, Recognition
-from kernelwise._discover import STATE, signature
+from kernelwise._discover import STATE
+from kernelwise._forwards import signature
 
 REF = KernelRef("builtin", "", "K")
 X = torch.linspace(-1, 1, 8)

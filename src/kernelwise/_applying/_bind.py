@@ -20,8 +20,9 @@ from torch import Tensor
 
 from kernelwise._applying._fuse import REFUSALS, Passing, first
 from kernelwise._data import Binding, Kernel, Layer, Limits, Parameter, Recognition
-from kernelwise._discover import STATE, mark_dispatcher, wrapping
+from kernelwise._discover import STATE
 from kernelwise._errors import ApplyError
+from kernelwise._forwards import mark_dispatcher, wrapping
 from kernelwise._recognize import condition, found_at, kinds_of, said
 from kernelwise._signature import bind, source
 

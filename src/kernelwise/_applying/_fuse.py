@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 
 from kernelwise._data import Kernel, Layer, Recognition
-from kernelwise._discover import STATE, is_dispatcher
+from kernelwise._discover import STATE
 from kernelwise._errors import ApplyError
+from kernelwise._forwards import is_dispatcher
 from kernelwise._recognize import recognize
 from kernelwise._recognize._children import record_calls
 from kernelwise._recognize._passing import HIDDEN, ChildCall, Given

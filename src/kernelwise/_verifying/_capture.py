@@ -23,7 +23,8 @@ from torch.utils._pytree import tree_leaves
 from kernelwise._alike import traits_of
 from kernelwise._applying import _apply
 from kernelwise._data import Decision, Kernel, KernelRef, Layer, Plan, Target
-from kernelwise._discover import JOINED, globals_called, own_forward
+from kernelwise._discover import JOINED
+from kernelwise._forwards import globals_called, own_forward
 from kernelwise._process import user_random_state
 from kernelwise._verifying._copies import clone_with_gaps, copied, lead_of, memory_of
 from kernelwise._verifying._inputs import Sample, axes

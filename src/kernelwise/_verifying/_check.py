@@ -16,8 +16,8 @@ import torch
 from torch import nn
 
 from kernelwise._data import Check, Decision, Kernel, Layer, Status
-from kernelwise._discover import globals_called, own_forward
 from kernelwise._errors import said
+from kernelwise._forwards import globals_called, own_forward
 from kernelwise._verifying._calls import Call, kernel_call, own_call
 from kernelwise._verifying._capture import (
     MEMORY,
