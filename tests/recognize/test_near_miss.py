@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import pytest
 from test_decoder_layers import ScaledResidual
-from test_gallery import CastAfter, Centred, KeepsState, MeanOverTheWrongAxis, Mlp, NoEps, Norm, minus, plain
+from test_gated_mlps import Mlp
+from test_norms import CastAfter, Centred, KeepsState, MeanOverTheWrongAxis, NoEps, Norm
+from test_rotary_functions import minus, plain
 from torch import nn
 
 from kernelwise._recognize import near_miss

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from test_gallery2 import MLP, Layer, Norm, operation, reason, rms, with_forward
+from layers import MLP, Layer, Norm, operation, reason, rms, with_forward
 from torch import Tensor, nn
 
 from kernelwise._recognize import Recognizer, _recognize_function, recognize

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from test_gallery2 import Norm, operation, reason, rms, with_forward
+from layers import Norm, operation, reason, rms, with_forward
 from torch import Tensor, nn
 from torch.nn import functional as F
 
