@@ -1,7 +1,6 @@
 """Every Triton kernel against its peers on one GPU, in one run: correctness first, then time.
 
     python benchmarks/gpu_ops.py [--only NAME,...] [--without compile,quack] [--seconds 400] [--out FOLDER]
-    python benchmarks/gpu_ops.py --tune            # prints entries for kernels/triton/_norm_configs.py
 
 Time is that of the GPU for one call: a CUDA graph holds many calls that rotate over enough inputs and outputs to leave
 the second-level cache cold; the median of its replays, divided by the number of calls. `%` is the share of the copy
@@ -34,9 +33,6 @@ import torch
 import torch._functorch.config
 from torch.nn import functional as F
 
-from kernelwise.kernels.triton import _norm_configs as configs
-from kernelwise.kernels.triton import rms_norm as rms_module
-from kernelwise.kernels.triton._norm_configs import NORM_BACKWARD, NORM_FORWARD, NormConfig
 from kernelwise.kernels.triton.activation import activation as own_activation
 from kernelwise.kernels.triton.add_layer_norm import add_layer_norm
 from kernelwise.kernels.triton.add_rms_norm import add_rms_norm
@@ -601,7 +597,7 @@ def run_case(case: Case, without: set[str], problems: list[str], compile_too: bo
     return [row for row in rows if row.median_us]
 
 
-# ---------------------------------------------------------------- the host's share, and tuning
+# ---------------------------------------------------------------- the host's share
 
 
 def host_costs() -> dict[str, float]:
@@ -626,69 +622,6 @@ def host_costs() -> dict[str, float]:
     x = torch.empty(1, 4096, device="cuda", dtype=BF16)
     table["torch.empty_like"] = host_time_us(lambda: torch.empty_like(x))
     return table
-
-
-def forward_candidates(width: int, many: bool) -> list[NormConfig]:
-    block = configs.power_of_2(width)
-    if block <= 512:
-        return [NormConfig(max(1, k * 1024 // block), w) for k in (1, 2, 4) for w in (4, 8) if k >= w // 4]
-    found = [NormConfig(1, configs._warps(block, e)) for e in ((16, 32, 64) if many else (4, 8, 16, 32))]
-    if many and block <= 4096:
-        found += [NormConfig(r, w) for r, w in ((2, 4), (4, 4), (2, 8), (4, 8)) if r * block <= w * 32 * 32]
-    return list(dict.fromkeys(found))
-
-
-def backward_candidates(width: int) -> list[NormConfig]:
-    block = configs.power_of_2(width)
-    found = []
-    if block <= 512:
-        for rows, warps in ((1024 // block, 4), (2048 // block, 4), (4096 // block, 4), (4096 // block, 8)):
-            found += [NormConfig(max(1, rows), warps, p, s) for p, s in ((2, 2), (4, 1), (4, 2), (6, 2), (8, 1))]
-        return found
-    for elements in (8, 16, 32):
-        warps = configs._warps(block, elements)
-        for programs in (1, 2, 3, 4):
-            if warps * programs <= 48:
-                found += [NormConfig(1, warps, programs, s) for s in (1, 2, 3, 4, 5) if block * (s - 1) <= 32768]
-    if block <= 4096:
-        for rows, warps in ((2, 8), (2, 16), (4, 8), (4, 16), (2, 32)):
-            if 4 <= rows * block // (32 * warps) <= 32:
-                found += [NormConfig(rows, warps, p, s) for p, s in ((1, 1), (1, 2), (2, 1), (2, 2))]
-    return list(dict.fromkeys(found))
-
-
-def tune(widths: Sequence[int], seconds: float) -> None:
-    device = configs.device_name(0)
-    for width in widths:
-        many_rows = 4096 * 4096 // width if width > 512 else 131072
-        plans = (
-            ("forward, few rows", NORM_FORWARD, 16, forward_candidates(width, False), forward_calls, 1),
-            ("forward", NORM_FORWARD, many_rows, forward_candidates(width, True), forward_calls, 1 << 62),
-            ("backward", NORM_BACKWARD, many_rows, backward_candidates(width), backward_calls, 1 << 62),
-        )
-        for what, table, rows, candidates, calls, bound in plans:
-            if time.time() - START > seconds:
-                print("out of time")
-                return
-            results = []
-            case = norm_case(rows, width)
-            for config in candidates:
-                for launchers in (rms_module._forward_launchers, rms_module._backward_launchers):
-                    launchers.clear()
-                configs.forward_config.cache_clear()
-                configs.backward_config.cache_clear()
-                table[device] = [(width, bound, config)]
-                try:
-                    with torch.set_grad_enabled(calls is backward_calls):
-                        results.append((gpu_time_us(calls(case.contenders["ours"], case)), config))
-                except Exception as error:
-                    print(f"{what} {width} {config}: {type(error).__name__} {str(error)[:80]}")
-            del table[device]
-            results.sort()
-            shown = "  ".join(f"{us:.1f} {tuple(config)}" for us, config in results[:5])
-            print(f"{what} {rows}x{width}: {shown}  ... {results[-1][0]:.1f}", flush=True)
-            gc.collect()
-            torch.cuda.empty_cache()
 
 
 # ---------------------------------------------------------------- summary
@@ -747,7 +680,6 @@ def main() -> None:
     parser.add_argument("--without", default="", help="comma-separated contenders to leave out")
     parser.add_argument("--seconds", type=float, default=400, help="stop starting new cases after this long")
     parser.add_argument("--out", type=Path, default=None, help="folder for gpu_ops.json and gpu_ops.txt")
-    parser.add_argument("--tune", nargs="?", const="128,1024,2048,2304,4096,5120,8192,16384", help="widths of norms")
     parser.add_argument(
         "--small", action="store_true", help="tiny shapes, ours alone, no timing: for compute-sanitizer"
     )
@@ -762,9 +694,6 @@ def main() -> None:
             error = error_of(case.contenders["ours"], case, exact_of(case))
             print(f"{case.name} {case.shape} relative error {error:.1e}")
             assert error < 8e-3
-        return
-    if arguments.tune:
-        tune([int(w) for w in arguments.tune.split(",")], arguments.seconds)
         return
     without = set(filter(None, arguments.without.split(",")))
     only = set(filter(None, arguments.only.split(",")))

@@ -1,8 +1,9 @@
 """How a norm is cut up: configurations found by measurement, as data, and defaults for what was not measured.
 
-`python benchmarks/gpu_ops.py --tune` prints candidates for the tables.
+`python benchmarks/gpu_sweep.py` measures candidates for the tables.
 
-Tables are keyed by architecture. An entry is (width, most rows it is for, configuration); the first that fits is taken.
+Tables are keyed by operation and architecture. An entry is (width, most rows it is for, configuration); the first that
+fits is taken.
 """
 
 from __future__ import annotations
@@ -16,37 +17,55 @@ _SHARED_BYTES = {"sm_90": 160 << 10, "sm_100": 160 << 10}  # for pipelined rows;
 
 
 class NormConfig(NamedTuple):
-    """How a norm is cut up: rows per program, warps, programs per multiprocessor (backward), pipeline stages."""
+    """How a norm is cut up: rows per program and warps; backward also programs per multiprocessor and pipeline stages,
+    and how many columns of the weight's gradient a program of the second kernel adds up."""
 
     rows: int
     warps: int
     programs: int = 0
     stages: int = 1
+    columns: int = 32
+
+
+Table = dict[str, list[tuple[int, int, NormConfig]]]
 
 
 _ANY = 1 << 62
 _SIZES = (1024, 8192, _ANY)  # configurations of the backward pass change at these numbers of rows
 
-NORM_FORWARD: dict[str, list[tuple[int, int, NormConfig]]] = {}
-LAYER_NORM_FORWARD: dict[str, list[tuple[int, int, NormConfig]]] = {
-    "sm_90": [(1024, _ANY, NormConfig(4, 4)), (8192, _ANY, NormConfig(1, 8))]  # for many rows
+# Forward, an entry for 1 row is for as few as leave multiprocessors idle.
+FORWARD: dict[str, Table] = {
+    "rms_norm": {},
+    "add_rms_norm": {},
+    "layer_norm": {
+        "sm_90": [
+            (1024, 1, NormConfig(1, 4)),
+            (1024, _ANY, NormConfig(4, 4)),
+            (8192, 1, NormConfig(1, 16)),
+            (8192, _ANY, NormConfig(1, 8)),
+        ]
+    },
+    "add_layer_norm": {},
 }
-NORM_BACKWARD: dict[str, list[tuple[int, int, NormConfig]]] = {
-    "sm_90": [
-        (1024, _ANY, NormConfig(1, 2, 4, 4)),
-        (2048, _ANY, NormConfig(1, 4, 3, 3)),
-        (2304, _ANY, NormConfig(1, 4, 2, 3)),
-        (4096, 8192, NormConfig(1, 16, 1, 4)),
-        (4096, _ANY, NormConfig(1, 4, 2, 5)),
-        (5120, _ANY, NormConfig(1, 16, 1, 4)),
-        (8192, _ANY, NormConfig(1, 16, 1, 3)),
-        (16384, 1024, NormConfig(1, 16, 1, 1)),
-        (16384, _ANY, NormConfig(1, 16, 1, 2)),
-    ]
+BACKWARD: dict[str, Table] = {
+    "rms_norm": {
+        "sm_90": [
+            (1024, _ANY, NormConfig(1, 2, 4, 4)),
+            (2048, _ANY, NormConfig(1, 4, 3, 3)),
+            (2304, _ANY, NormConfig(1, 4, 2, 3)),
+            (4096, 8192, NormConfig(1, 16, 1, 4)),
+            (4096, _ANY, NormConfig(1, 4, 2, 5)),
+            (5120, _ANY, NormConfig(1, 16, 1, 4)),
+            (8192, _ANY, NormConfig(1, 16, 1, 3)),
+            (16384, 1024, NormConfig(1, 16, 1, 1)),
+            (16384, _ANY, NormConfig(1, 16, 1, 2)),
+        ]
+    },
+    "layer_norm": {},  # what is not found here is looked up for RMS norm
 }
 
 
-def _find(table: dict[str, list[tuple[int, int, NormConfig]]], device: str, width: int, rows: int) -> NormConfig | None:
+def _find(table: Table, device: str, width: int, rows: int) -> NormConfig | None:
     """The first configuration of `device` for this width, else for the power of two above, for at least `rows` rows."""
     for wanted in (width, power_of_2(width)):
         for entry_width, most_rows, config in table.get(device, ()):
@@ -61,10 +80,10 @@ def _warps(block: int, elements: int) -> int:
 
 
 @functools.cache
-def forward_config(device: int, width: int, many: bool) -> NormConfig:
+def forward_config(device: int, width: int, many: bool, operation: str) -> NormConfig:
     """For rows of `width`; `many` of them keep every multiprocessor busy with whole rows."""
     block = power_of_2(width)
-    found = _find(NORM_FORWARD, device_name(device), width, _ANY if many else 1)
+    found = _find(FORWARD[operation], device_name(device), width, _ANY if many else 1)
     if found is not None:
         return found
     if block <= 512:  # several short rows per program
@@ -73,13 +92,6 @@ def forward_config(device: int, width: int, many: bool) -> NormConfig:
         return NormConfig(rows=4096 // block, warps=8)
     elements = 16 if block == width else 32  # of a padded row, up to half are not there
     return NormConfig(rows=1, warps=min(16, max(4, _warps(block, elements))))
-
-
-@functools.cache
-def layer_norm_forward_config(device: int, width: int, many: bool) -> NormConfig:
-    """As `forward_config`, for layer norm without an addition, which reduces every row twice."""
-    found = _find(LAYER_NORM_FORWARD, device_name(device), width, _ANY) if many else None
-    return found or forward_config(device, width, many)
 
 
 def size_class(num_rows: Any) -> int:
@@ -92,12 +104,13 @@ def size_class(num_rows: Any) -> int:
 
 
 @functools.cache
-def backward_config(device: int, width: int, size: int) -> NormConfig:
+def backward_config(device: int, width: int, size: int, operation: str) -> NormConfig:
     """For rows of `width`; `size` is the `size_class` of their number."""
     block = power_of_2(width)
-    found = _find(NORM_BACKWARD, device_name(device), width, size)
-    if found is not None:
-        return found
+    for table in (BACKWARD[operation], BACKWARD["rms_norm"]):
+        found = _find(table, device_name(device), width, size)
+        if found is not None:
+            return found
     if block <= 512:
         return NormConfig(rows=max(1, 2048 // block), warps=4, programs=4, stages=1)
     if block >= 16384:

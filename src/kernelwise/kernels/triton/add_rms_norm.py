@@ -133,7 +133,7 @@ def _forward(
     launcher = _launchers.get(key)
     if launcher is None:
         norm._check(x, weight, cast)
-        config = forward_config(device, width, many)
+        config = forward_config(device, width, many, "add_rms_norm")
         launcher = _launchers[key] = Launcher(
             _forward_kernel,
             config.rows,

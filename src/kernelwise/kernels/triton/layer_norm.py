@@ -30,7 +30,7 @@ from ._launch import (
     watched,
 )
 from ._layer_norm_kernels import backward_few_rows_kernel, backward_kernel, forward_kernel
-from ._norm_configs import backward_config, forward_config, layer_norm_forward_config, size_class, stages
+from ._norm_configs import backward_config, forward_config, size_class, stages
 from ._norm_kernels import sum_partials_kernel
 
 MAX_WIDTH = 32768  # a row lives in the registers of one program
@@ -40,7 +40,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEW_ROWS = 1024
 _FEW_WIDTH = 8192
 _FEW_BYTES = 32 << 20
-_PARTIAL_COLUMNS = 32
 
 # Up to so many elements PyTorch's own operator, which costs the host less; with gradients it saves the more.
 _SMALL = 1 << 17
@@ -119,8 +118,7 @@ def _forward(
     launcher = _forward_launchers.get(key)
     if launcher is None:
         _check(x, None if residual is None else other, weight, bias)
-        find = layer_norm_forward_config if residual is None else forward_config
-        config = find(device, width, many)
+        config = forward_config(device, width, many, "layer_norm" if residual is None else "add_layer_norm")
         launcher = _forward_launchers[key] = Launcher(
             forward_kernel,
             config.rows,
@@ -200,7 +198,7 @@ def _backward(
         launcher(grid, 1, (dy, x, weight, moments, x if dsum is None else dsum, dx, sums), numbers, traced[0])
         return dx, *_parts(sums, weight, bias, width)
 
-    config = backward_config(device, width, size)
+    config = backward_config(device, width, size, "layer_norm")
     launcher = _backward_launchers.get(key)
     if launcher is None:
         sizes = dy.element_size() + x.element_size() + (0 if dsum is None else dsum.element_size())
@@ -227,12 +225,12 @@ def _backward(
     launcher(grid, 1, tensors, numbers, traced[1])
     if sums is not None:
         total = int(sums.shape[0])
-        adding = _sum_launchers.get((device, total, dtype))
+        adding = _sum_launchers.get((device, total, dtype, config.columns))
         if adding is None:
-            adding = _sum_launchers[device, total, dtype] = Launcher(
-                sum_partials_kernel, _PARTIAL_COLUMNS, WIDTH=total, COLUMNS=_PARTIAL_COLUMNS, CHUNK=256, num_warps=8
+            adding = _sum_launchers[device, total, dtype, config.columns] = Launcher(
+                sum_partials_kernel, config.columns, WIDTH=total, COLUMNS=config.columns, CHUNK=256, num_warps=8
             )
-        adding(triton.cdiv(total, _PARTIAL_COLUMNS), 1, (partials, sums), (grid,), traced[2])
+        adding(triton.cdiv(total, config.columns), 1, (partials, sums), (grid,), traced[2])
     return dx, *_parts(sums, weight, bias, width)
 
 

@@ -19,6 +19,7 @@ from torch import Tensor
 from .._autograd import plain_gradients
 from . import rms_norm as norm
 from . import rotary as turn
+from ._head_configs import qk_norm_rotary_backward_config, size_class
 from ._launch import (
     MOST_Y,
     NAMESPACE,
@@ -33,10 +34,10 @@ from ._launch import (
     unit_of,
     watched,
 )
+from ._norm_configs import stages
 from ._norm_kernels import sum_partials_kernel
 
 _SHARES_FEW = 8  # into how many programs the heads of one token are cut, with few tokens
-_WARPS = 16  # of the backward pass, on each multiprocessor
 _PARTIAL_COLUMNS = 32
 
 
@@ -265,6 +266,7 @@ def _backward_kernel(
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
     UNIT: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     Q_EXACT: tl.constexpr = BLOCK == HALF and Q_ALL == Q_HEADS
     K_EXACT: tl.constexpr = BLOCK == HALF and K_ALL == K_HEADS
@@ -273,7 +275,7 @@ def _backward_kernel(
     dq2 = tl.zeros([Q_ALL, BLOCK], dtype=tl.float32)
     dk1 = tl.zeros([K_ALL, BLOCK], dtype=tl.float32)
     dk2 = tl.zeros([K_ALL, BLOCK], dtype=tl.float32)
-    for i in tl.range(program, num_batches * num_tokens, tl.num_programs(0)):
+    for i in tl.range(program, num_batches * num_tokens, tl.num_programs(0), num_stages=STAGES):
         place = tl.zeros([], dtype=tl.int64) + i
         batch = place // num_tokens
         token = place % num_tokens
@@ -429,7 +431,9 @@ def _backward(
     all_strides += (0 if cos.shape[0] == 1 else cos.stride(0), cos.stride(1))
     unit = unit_of(*all_strides)
     device = q.get_device()
-    key = (device, dq.dtype, q.dtype, q_weight.dtype, cos.dtype, q_heads, k_heads, width, unit, eps, offset)
+    size = size_class(total)
+    key = (device, dq.dtype, q.dtype, q_weight.dtype, cos.dtype, q_heads, k_heads, width, unit, size, eps, offset)
+    config = qk_norm_rotary_backward_config(device, q_heads, k_heads, width, size)
     launcher = _backward_launchers.get(key)
     if launcher is None:
         block = power_of_2(width // 2)
@@ -446,9 +450,10 @@ def _backward(
             BLOCK=block,
             HALF=width // 2,
             UNIT=unit,
-            num_warps=max(1, min(16, max(q_all, k_all) * block // 256)),
+            STAGES=stages(config.stages, device, (q_all + k_all) * 2 * block * (dq.element_size() + q.element_size())),
+            num_warps=config.warps,
         )
-    grid = min(_WARPS // launcher.constants["num_warps"] * num_processors(device), total)
+    grid = min(config.programs * num_processors(device), total)
     partials = fresh(q, (grid, 2 * width), torch.float32)
     numbers = (batch, num_tokens, *(s // unit for s in all_strides))
     tensors += (q_weight.contiguous(), k_weight.contiguous(), cos, sin, q_out, k_out, partials)

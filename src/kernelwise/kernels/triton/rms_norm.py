@@ -42,7 +42,6 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 _FEW_ROWS = 4096
 _FEW_WIDTH = 8192
 _FEW_BYTES = 32 << 20
-_PARTIAL_COLUMNS = 32
 
 
 def _check(x: torch.Tensor, weight: torch.Tensor | None, cast: str) -> None:
@@ -107,7 +106,7 @@ def _forward(
     launcher = _forward_launchers.get(key)
     if launcher is None:
         _check(x, weight, cast)
-        config = forward_config(device, width, many)
+        config = forward_config(device, width, many, "rms_norm")
         launcher = _forward_launchers[key] = Launcher(
             forward_kernel,
             config.rows,
@@ -181,7 +180,7 @@ def _backward(
         return dx, dweight
 
     launcher = _backward_launchers.get(key)
-    config = backward_config(device, width, size)
+    config = backward_config(device, width, size, "rms_norm")
     if launcher is None:
         block = power_of_2(width)
         again = block >= 16384
@@ -214,12 +213,12 @@ def _backward(
         traced[1],
     )
     if dweight is not None:
-        summing = _sum_launchers.get((device, width, dweight.dtype))
+        summing = _sum_launchers.get((device, width, dweight.dtype, config.columns))
         if summing is None:
-            summing = _sum_launchers[device, width, dweight.dtype] = Launcher(
-                sum_partials_kernel, _PARTIAL_COLUMNS, WIDTH=width, COLUMNS=_PARTIAL_COLUMNS, CHUNK=256, num_warps=8
+            summing = _sum_launchers[device, width, dweight.dtype, config.columns] = Launcher(
+                sum_partials_kernel, config.columns, WIDTH=width, COLUMNS=config.columns, CHUNK=256, num_warps=8
             )
-        summing(triton.cdiv(width, _PARTIAL_COLUMNS), 1, (partials, dweight), (grid,), traced[2])
+        summing(triton.cdiv(width, config.columns), 1, (partials, dweight), (grid,), traced[2])
     return dx, dweight
 
 

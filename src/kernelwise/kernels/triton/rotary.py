@@ -14,6 +14,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ._head_configs import rotary_config, size_class
 from ._launch import (
     MOST_Y,
     NAMESPACE,
@@ -31,44 +32,34 @@ from ._launch import (
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 MAX_HEAD_WIDTH = 1024
 
-# Into how many programs the heads of one token are cut, with few tokens and with many.
-_SHARES_FEW = 8
-_SHARES_MANY = 1
-_MOST_WARPS = 4
+
+@triton.jit
+def _places(first, stride, HEADS: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr):
+    """Where the first halves of heads first .. first + SHARE of one token lie in inputs and in outputs."""
+    heads = first + tl.arange(0, SHARE)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    return heads * stride + columns, heads * (2 * HALF) + columns, (heads < HEADS) & (columns < HALF)
 
 
 @triton.jit
-def _rotate(
-    x_ptr,
-    y_ptr,
-    x_stride,
-    first,
-    cos1,
-    cos2,
-    sin1,
-    sin2,
-    HEADS: tl.constexpr,
-    SHARE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HALF: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """Heads first .. first + SHARE of one token; x_ptr and y_ptr point at its first head."""
-    heads = first + tl.arange(0, SHARE)[:, None]
-    columns = tl.arange(0, BLOCK)[None, :]
-    x_offsets = heads * x_stride + columns
-    y_offsets = heads * (2 * HALF) + columns
+def _halves(ptr, offsets, inside, HALF: tl.constexpr, EXACT: tl.constexpr):
     if EXACT:
-        x1 = tl.load(x_ptr + x_offsets).to(tl.float32)
-        x2 = tl.load(x_ptr + x_offsets + HALF).to(tl.float32)
-        tl.store(y_ptr + y_offsets, (x1 * cos1 - x2 * sin1).to(y_ptr.dtype.element_ty))
-        tl.store(y_ptr + y_offsets + HALF, (x2 * cos2 + x1 * sin2).to(y_ptr.dtype.element_ty))
+        return tl.load(ptr + offsets).to(tl.float32), tl.load(ptr + offsets + HALF).to(tl.float32)
     else:
-        inside = (heads < HEADS) & (columns < HALF)
-        x1 = tl.load(x_ptr + x_offsets, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(x_ptr + x_offsets + HALF, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y_ptr + y_offsets, (x1 * cos1 - x2 * sin1).to(y_ptr.dtype.element_ty), mask=inside)
-        tl.store(y_ptr + y_offsets + HALF, (x2 * cos2 + x1 * sin2).to(y_ptr.dtype.element_ty), mask=inside)
+        first = tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
+        return first, tl.load(ptr + offsets + HALF, mask=inside, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def _store_rotated(ptr, offsets, x1, x2, cos1, cos2, sin1, sin2, inside, HALF: tl.constexpr, EXACT: tl.constexpr):
+    first = (x1 * cos1 - x2 * sin1).to(ptr.dtype.element_ty)
+    second = (x2 * cos2 + x1 * sin2).to(ptr.dtype.element_ty)
+    if EXACT:
+        tl.store(ptr + offsets, first)
+        tl.store(ptr + offsets + HALF, second)
+    else:
+        tl.store(ptr + offsets, first, mask=inside)
+        tl.store(ptr + offsets + HALF, second, mask=inside)
 
 
 @triton.jit(
@@ -107,6 +98,7 @@ def _kernel(
     HALF: tl.constexpr,
     UNIT: tl.constexpr,
     BACKWARD: tl.constexpr,
+    AHEAD: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     batch = (tl.program_id(1) // SHARES).to(tl.int64)
@@ -131,8 +123,17 @@ def _kernel(
     k_out = k_out_ptr + place * (K_HEADS * 2 * HALF)
     q_stride = tl.full([], q_head_stride, tl.int64) * UNIT
     k_stride = tl.full([], k_head_stride, tl.int64) * UNIT
-    _rotate(q, q_out, q_stride, share * Q_SHARE, cos1, cos2, sin1, sin2, Q_HEADS, Q_SHARE, BLOCK, HALF, Q_EXACT)
-    _rotate(k, k_out, k_stride, share * K_SHARE, cos1, cos2, sin1, sin2, K_HEADS, K_SHARE, BLOCK, HALF, K_EXACT)
+    q_in, q_to, q_inside = _places(share * Q_SHARE, q_stride, Q_HEADS, Q_SHARE, BLOCK, HALF)
+    k_in, k_to, k_inside = _places(share * K_SHARE, k_stride, K_HEADS, K_SHARE, BLOCK, HALF)
+    q1, q2 = _halves(q, q_in, q_inside, HALF, Q_EXACT)
+    if AHEAD:
+        k1, k2 = _halves(k, k_in, k_inside, HALF, K_EXACT)
+        _store_rotated(q_out, q_to, q1, q2, cos1, cos2, sin1, sin2, q_inside, HALF, Q_EXACT)
+        _store_rotated(k_out, k_to, k1, k2, cos1, cos2, sin1, sin2, k_inside, HALF, K_EXACT)
+    else:
+        _store_rotated(q_out, q_to, q1, q2, cos1, cos2, sin1, sin2, q_inside, HALF, Q_EXACT)
+        k1, k2 = _halves(k, k_in, k_inside, HALF, K_EXACT)
+        _store_rotated(k_out, k_to, k1, k2, cos1, cos2, sin1, sin2, k_inside, HALF, K_EXACT)
 
 
 _launchers = Launchers()
@@ -220,27 +221,28 @@ def _run(
     c0, c1 = (0 if cos_batch == 1 else cos_strides[0]), cos_strides[1]
     unit = unit_of(q0, q1, q2, k0, k1, k2, c0, c1)
     many = not counted or total > 2 * num_processors(device)
-    key = (device, q.dtype, cos.dtype, dtype, q_heads, k_heads, width, unit, many, backward)
+    size = size_class(total)
+    key = (device, q.dtype, cos.dtype, dtype, q_heads, k_heads, width, unit, size, many, backward)
     launcher = _launchers.get(key)
     if launcher is None:
         if not backward:
             _check(q, k, cos, sin, unsqueeze_dim)
-        block = power_of_2(width // 2)
-        shares = _SHARES_MANY if many else min(_SHARES_FEW, power_of_2(max(q_heads, k_heads)))
-        q_share, k_share = (power_of_2(-(-n // shares)) for n in (q_heads, k_heads))
+        config = rotary_config(device, q_heads, k_heads, width, size, many, backward)
+        q_share, k_share = (power_of_2(-(-n // config.shares)) for n in (q_heads, k_heads))
         launcher = _launchers[key] = Launcher(
             _kernel,
-            shares,
+            config.shares,
             Q_HEADS=q_heads,
             K_HEADS=k_heads,
-            SHARES=shares,
+            SHARES=config.shares,
             Q_SHARE=q_share,
             K_SHARE=k_share,
-            BLOCK=block,
+            BLOCK=power_of_2(width // 2),
             HALF=width // 2,
             UNIT=unit,
             BACKWARD=backward,
-            num_warps=max(1, min(_MOST_WARPS, q_share * block // 256)),
+            AHEAD=config.ahead,
+            num_warps=config.warps,
         )
     numbers = (q0 // unit, q1 // unit, q2 // unit, k0 // unit, k1 // unit, k2 // unit, c0 // unit, c1 // unit)
     if batch * launcher.size <= MOST_Y:  # the one launch that nearly every call is
