@@ -86,7 +86,7 @@ def test_a_call_in_training_costs_little_more_than_the_kernel_itself() -> None:
 
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_kernel_by_roles_costs_little_more_than_itself(grad: bool) -> None:
-    from test_apply import role_plan
+    from roles import role_plan
 
     def cheap(x, weight, eps, *, offset=0.0, cast="before"):  # type: ignore[no-untyped-def]
         return x
@@ -105,7 +105,7 @@ def test_a_kernel_by_roles_costs_little_more_than_itself(grad: bool) -> None:
 @pytest.mark.parametrize("grad", [False, True])
 def test_a_kernel_that_calls_children_costs_little_more_than_itself(grad: bool) -> None:
     """An MLP, whose kernel stands for its activation too and is held by what that is."""
-    from test_apply import role_plan
+    from roles import role_plan
     from transformers.activations import ACT2FN
 
     def cheap(x, gate, up, down, *, activation="silu"):  # type: ignore[no-untyped-def]
