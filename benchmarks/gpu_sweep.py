@@ -14,6 +14,7 @@ import functools
 import gc
 import itertools
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -309,7 +310,8 @@ def main() -> None:
     torch.cuda.empty_cache()
     show(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s; times in microseconds, medians of three")
     again = [sys.executable, __file__, "--workers", str(arguments.workers), "--part"]
-    parts = [subprocess.Popen([*again, str(i)]) for i in range(arguments.workers)]
+    environment = {**os.environ, "TORCHINDUCTOR_COMPILE_THREADS": "1"}
+    parts = [subprocess.Popen([*again, str(i)], env=environment) for i in range(arguments.workers)]
     for process in parts:
         try:
             process.wait(max(1, arguments.seconds / 2 - (time.time() - START)))
@@ -334,7 +336,11 @@ def main() -> None:
             f"{found['work']}: {' '.join(found['shapes'])}  ({len(found['all'])} candidates, {time.time() - START:.0f} s)"
         )
         for name, times in found["final_us"].items():
-            of = f"   {100 * found['bytes'][-1] / (times[-1] * 1e-6) / bandwidth:.0f}%" if len(times) else ""
+            of = (
+                f"   {100 * found['bytes'][-1] / (times[-1] * 1e-6) / bandwidth:.0f}%"
+                if len(times) == len(found["bytes"])
+                else ""
+            )
             show(f"    {name:28s} " + "  ".join(f"{us:8.2f}" for us in times) + of)
         for problem in found["problems"][:3]:
             show(f"    {problem}")
