@@ -1,0 +1,238 @@
+"""Confirming choices on the whole model: races are planted, and what is kept follows from them."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import replace
+
+import pytest
+from torch import nn
+from tuning import SleepyNorm, X, races, ratio, write
+
+import kernelwise as kw
+from kernelwise._evidence import COMPILED, EAGER, Candidate, Comparison, Run, Timing
+from kernelwise._tuning import _choose, _confirm, _tune
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch) -> None:
+    monkeypatch.setenv("KERNELWISE_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
+def repository(tmp_path) -> str:
+    return write(tmp_path / "planted")
+
+
+@pytest.fixture
+def course_and_choices(repository):
+    model = nn.Sequential(SleepyNorm(), nn.GELU(), nn.Linear(48, 48)).eval()
+    layers = kw.discover(model)
+    kinds = {kind.layer.name: kind for kind in _tune.kinds_of(model, layers, ("inference",))}
+    workloads = _tune.workloads_of(model, X)
+    until = time.monotonic() + 60
+    course = _confirm.Course(
+        model, layers, ("inference",), workloads, "cpu", [], {"forward": 0.0}, until, lambda what: None
+    )
+    return course, {kinds["SleepyNorm"]: f"{repository}:Fast", kinds["GeLU"]: "builtin:GeLU"}
+
+
+def test_a_choice_that_does_not_hold_end_to_end_is_taken_back(course_and_choices, monkeypatch):
+    course, chosen = course_and_choices
+    seen = races(monkeypatch, {"SleepyNorm": 0.9, "GeLU": 1.2, "tuned": 1.2})
+    found = _confirm.confirm(course, chosen)
+    norm, gelu = chosen
+    assert found.chosen == {norm: None, gelu: "builtin:GeLU"}
+    assert "slower" in found.taken_back[norm] or "0.9" in found.taken_back[norm]
+    assert seen[0] == (EAGER, "builtin", "tuned", "SleepyNorm", "GeLU")
+    assert seen[1] == (EAGER, "SleepyNorm")  # what seemed slower had a race of its own
+    assert seen[2] == (EAGER, "builtin", "tuned")  # what is left was raced again
+    assert [run.contender for run in found.runs] == [EAGER, "builtin", "tuned", "SleepyNorm", "GeLU"]
+
+
+def test_a_choice_that_was_slower_in_one_race_of_many_alone_is_kept(course_and_choices, monkeypatch):
+    course, chosen = course_and_choices
+    seen = races(monkeypatch, {"SleepyNorm": 0.95, "GeLU": 1.2, "tuned": 1.2})
+    planted = _confirm.race
+
+    def race(contenders, workload, **options):
+        runs = planted(contenders, workload, **options)
+        by_chance = len(contenders) > 2
+        return tuple(run if by_chance else replace(run, comparison=ratio(1.0)) for run in runs)
+
+    monkeypatch.setattr(_confirm, "race", race)
+    assert _confirm.confirm(course, chosen).chosen == chosen
+    assert seen == [(EAGER, "builtin", "tuned", "SleepyNorm", "GeLU"), (EAGER, "SleepyNorm")]
+
+
+@pytest.mark.parametrize(
+    ("objective", "speeds", "better"),
+    [
+        ("latency", [(1.3, 1.2), (1.0, 1.0)], True),
+        ("latency", [(1.205, 1.2), (1.0, 1.0)], False),  # the intervals overlap
+        ("latency", [(1.3, 1.2), (1.0, 1.2)], False),
+        ("throughput", [(1.3, 1.2), (1.0, 1.2)], True),  # the first takes ten times as long
+    ],
+)
+def test_one_contender_leads_another_where_their_intervals_lie_apart(course_and_choices, objective, speeds, better):
+    course = replace(course_and_choices[0], objective=objective)
+    runs = [
+        Run(name, f"case {number}", replace(ratio(speed), own_us=10.0 ** (2 - number)))
+        for number, pair in enumerate(speeds)
+        for name, speed in zip(("tuned+compile", COMPILED), pair, strict=True)
+    ]
+    assert (_confirm._lead(course, runs, "tuned+compile", COMPILED) > 0) is better
+
+
+@pytest.fixture
+def compiled_course(course_and_choices, monkeypatch):
+    """A course with modes under compile, their kinds with the norm's choice, and what was raced: planted speeds."""
+    course, chosen = course_and_choices
+    norm = next(iter(chosen))
+    kinds = {mode: replace(norm, mode=mode) for mode in ("inference+compile", "training+compile")}
+    speeds = {"prefill": {COMPILED: 1.5, "tuned+compile": 1.4}, "training": {COMPILED: 1.2, "tuned+compile": 1.4}}
+    workloads = [replace(course.workloads[0], name=name) for name in speeds]
+    raced = []
+
+    def race_all(course, contenders):
+        raced.append((*(one.name for one in course.workloads), *contenders))
+        return [
+            Run(name, one.name, ratio(speeds[one.name].get(name, 1.0)))
+            for one in course.workloads
+            for name in contenders
+        ]
+
+    monkeypatch.setattr(_confirm, "race_all", race_all)
+    found = _confirm.Confirmation(dict.fromkeys(kinds.values(), chosen[norm]))
+    return replace(course, modes=(*course.modes, "training", *kinds), workloads=workloads), kinds, found, raced
+
+
+def test_under_compile_kernels_stay_in_the_modes_in_which_the_compiled_model_is_better(compiled_course):
+    course, kinds, found, raced = compiled_course
+    before = dict(found.chosen)
+    _confirm.confirm_compiled(course, found, {})
+    assert raced == [(name, EAGER, COMPILED, "tuned+compile") for name in ("prefill", "training")]
+    assert found.chosen[kinds["training+compile"]] == before[kinds["training+compile"]]
+    assert found.chosen[kinds["inference+compile"]] is None
+    assert "slower with it" in found.taken_back[kinds["inference+compile"]]
+    off = {(kind.layer.name, kind.mode) for kind, why in found.taken_back.items() if why.startswith("turned off")}
+    assert off == {("GeLU", "inference+compile")}  # what it gets by default
+    tuned = {run.workload: run.comparison.speedup for run in found.runs if run.contender == "tuned+compile"}
+    assert tuned == {"prefill": 1.5, "training": 1.4}  # without kernels it is torch.compile
+
+
+def test_under_compile_what_nobody_could_see_is_not_raced(compiled_course):
+    course, kinds, found, raced = compiled_course
+    _confirm.confirm_compiled(course, found, {"training+compile": "too little"})
+    assert raced == [("prefill", EAGER, COMPILED, "tuned+compile"), ("training", EAGER, COMPILED)]
+    assert found.taken_back[kinds["training+compile"]] == "taken back: too little"
+    off = {(kind.layer.name, kind.mode) for kind, why in found.taken_back.items() if why.startswith("turned off")}
+    assert off == {("GeLU", "inference+compile"), ("GeLU", "training+compile")}
+    tuned = {run.workload: run.comparison.speedup for run in found.runs if run.contender == "tuned+compile"}
+    assert tuned == {"prefill": 1.5, "training": 1.2}
+
+
+def timed(kernel: str, own_us: float, us: float, calls: int, mode: str) -> Candidate:
+    comparison = Comparison(own_us, us, own_us / us, own_us / us, own_us / us, 20)
+    return Candidate(kernel, timings=(Timing("0", ("0",), kernel, mode, "forward", comparison, calls=calls),))
+
+
+def test_what_choices_save_under_compile_is_added_up(course_and_choices):
+    _, chosen = course_and_choices
+    norm, gelu = (replace(kind, mode="inference+compile") for kind in chosen)
+    run_s = {"forward": 0.01}
+    tried = {
+        norm: [timed("fast", 10, 8, 30, norm.mode), timed("faster", 10, 1, 30, norm.mode)],  # 60 us of 10 ms
+        gelu: [timed("gelu", 10, 7, 20, gelu.mode)],  # 60 us
+    }
+    assert _choose.invisible({norm: "fast", gelu: "gelu"}, tried, run_s) == {}
+    alone = _choose.invisible({norm: "fast", gelu: None}, tried, run_s)
+    assert "at most 0.6%" in alone["inference+compile"]
+    assert _choose.invisible({norm: "faster", gelu: None}, tried, run_s) == {}
+    unknown = {norm: tried[norm], gelu: []}  # nothing was tried in time: who knows
+    assert _choose.invisible({norm: "fast"}, unknown, run_s) == {}
+    out = {norm: tried[norm], gelu: [Candidate("gelu", out="wrong")]}
+    assert "0.6%" in _choose.invisible({norm: "fast"}, out, run_s)["inference+compile"]
+    eager = {replace(kind, mode="inference"): candidates for kind, candidates in tried.items()}
+    assert _choose.invisible({}, eager, run_s) == {}
+
+
+def test_a_choice_that_computes_something_else_end_to_end_is_taken_back(course_and_choices, monkeypatch):
+    course, chosen = course_and_choices
+    races(monkeypatch, {"SleepyNorm": "its outputs differ", "GeLU": 1.2, "tuned": 1.2})
+    found = _confirm.confirm(course, chosen)
+    assert "its outputs differ" in found.taken_back[next(iter(chosen))]
+
+
+@pytest.mark.parametrize(("builtin", "kept"), [(1.3, False), (1.205, True), (1.1, True)])
+def test_the_defaults_are_the_result_where_they_are_clearly_faster(course_and_choices, monkeypatch, builtin, kept):
+    course, chosen = course_and_choices
+    seen = races(monkeypatch, {"builtin": builtin, "SleepyNorm": 1.1, "GeLU": 1.1, "tuned": 1.2})
+    found = _confirm.confirm(course, chosen)
+    norm, gelu = chosen
+    assert found.chosen == (chosen if kept else {norm: None, gelu: "builtin:GeLU"})
+    assert bool(found.notes) == (not kept)
+    assert seen[-1] == ((EAGER, "builtin", "tuned", "SleepyNorm", "GeLU") if builtin == 1.1 else seen[-1])
+    if not kept:
+        assert seen[-1] == (EAGER, "tuned"), "what was written is raced, and no other run has its name"
+        assert "defaults" in found.taken_back[gelu]
+
+
+def test_what_is_slower_than_eager_leaves_everything_its_own_code(course_and_choices, monkeypatch):
+    course, chosen = course_and_choices
+    races(monkeypatch, {"builtin": 0.8, "SleepyNorm": 1.0, "GeLU": 1.0, "tuned": 0.9})
+    found = _confirm.confirm(course, chosen)
+    assert set(found.chosen.values()) == {None}
+    assert course.config(found.chosen).kernel_mapping == {
+        "SleepyNorm": {"inference": "none"},
+        "GeLU": {"inference": "none"},
+    }
+
+
+def scored(monkeypatch, course, speedups, peaks):
+    """Plant how much memory contenders need, besides their speed, and confirm for memory."""
+    races(monkeypatch, speedups)
+    real = _confirm.race
+
+    def race(contenders, workload, **options):
+        own = peaks.get(options.get("own", EAGER), 1000)
+        return tuple(
+            replace(run, comparison=replace(run.comparison, own_peak=own, peak=peaks.get(run.contender, 1000)))
+            for run in real(contenders, workload, **options)
+        )
+
+    monkeypatch.setattr(_confirm, "race", race)
+    return replace(course, objective="memory")
+
+
+def test_what_saves_memory_holds_end_to_end_though_it_is_slower(course_and_choices, monkeypatch):
+    course, chosen = course_and_choices
+    course = scored(
+        monkeypatch, course, {"tuned": 0.5, "SleepyNorm": 0.5}, {"tuned": 500, "SleepyNorm": 600, "GeLU": 800}
+    )
+    assert _confirm.confirm(course, chosen).chosen == chosen
+
+
+def test_what_needs_more_memory_end_to_end_is_taken_back(course_and_choices, monkeypatch):
+    course, chosen = course_and_choices
+    course = scored(
+        monkeypatch, course, {"tuned": 2.0, "SleepyNorm": 2.0}, {"tuned": 800, "SleepyNorm": 1200, "GeLU": 800}
+    )
+    norm, gelu = chosen
+    assert _confirm.confirm(course, chosen).chosen == {norm: None, gelu: "builtin:GeLU"}
+
+
+def test_for_throughput_a_workload_counts_as_much_as_it_takes(course_and_choices):
+    course, _ = course_and_choices
+    long, short = (Comparison(own, own / by, by, by, by, 9) for own, by in ((1e6, 1.1), (1e3, 0.5)))
+    runs = [Run("tuned", "prefill", long), Run("tuned", "decode", short)]
+    assert _confirm.score(replace(course, objective="throughput"), runs, "tuned") > 0
+    assert _confirm.score(course, runs, "tuned") < 0
+
+
+def test_kernels_that_are_trusted_to_run_code_stay_trusted(course_and_choices):
+    course, chosen = course_and_choices
+    ref = kw.KernelRef("hub", "org/repo", "Norm", version=1, trust_remote_code=True)
+    kinds = dict.fromkeys(chosen, str(ref))
+    written = course.config(kinds).rules(), replace(course, trusted={str(ref): ref}).config(kinds).rules()
+    assert [{rule.ref.trust_remote_code for rule in rules if rule.ref} for rules in written] == [{False}, {True}]
