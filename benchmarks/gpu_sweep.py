@@ -86,6 +86,10 @@ def many_rows(width: int) -> tuple[NormConfig, ...]:
     return tuple(NormConfig(r, w) for r, w in pairs if 8 <= r * block // (32 * w) <= 64 and r * block <= 16384)
 
 
+def hinted(found: tuple[NormConfig, ...]) -> tuple[NormConfig, ...]:
+    return (*found, *(config._replace(once=True) for config in found))
+
+
 def norm_backward(width: int) -> tuple[NormConfig, ...]:
     block = power_of_2(width)
     all_rows, all_stages = ((8, 16, 32), (1, 2)) if block <= 512 else ((1, 2), (2, 3, 4))
@@ -115,8 +119,8 @@ def works() -> Iterator[Work]:
     forward, backward = norms.FORWARD, norms.BACKWARD
     small = (layer_norm_case(4096, 768), layer_norm_case(16384, 768))
     large = tuple(layer_norm_case(r, 1024) for r in (512, 4096, 16384))
-    yield Work("layer_norm forward", forward["layer_norm"], 1024, ANY, large, False, many_rows(1024), both)
-    yield Work("layer_norm forward", forward["layer_norm"], 768, ANY, small, False, many_rows(768), both)
+    yield Work("layer_norm forward", forward["layer_norm"], 1024, ANY, large, False, hinted(many_rows(1024)), both)
+    yield Work("layer_norm forward", forward["layer_norm"], 768, ANY, small, False, hinted(many_rows(768)), both)
     heads_64 = (rotary_case(1, 4096, 16, 8, 64),)
     for way, table in ((False, heads.ROTARY), (True, heads.ROTARY_BACKWARD)):
         word = "rotary backward" if way else "rotary forward"
@@ -129,7 +133,7 @@ def works() -> Iterator[Work]:
     yield Work("qk_norm_rotary backward", qk, 256, ANY, (qk_case(1, 4096, 8, 4, 256),), True, qk_candidates(), two)
     yield Work("qk_norm_rotary backward", qk, 128, ANY, (qk_case(1, 4096),), True, qk_candidates(), two)
     few = (layer_norm_case(1, 1024), layer_norm_case(16, 1024))
-    yield Work("layer_norm forward", forward["layer_norm"], 1024, 1, few, False, few_rows(1024), both)
+    yield Work("layer_norm forward", forward["layer_norm"], 1024, 1, few, False, hinted(few_rows(1024)), both)
     few = (layer_norm_case(1, 4096),)
     yield Work("layer_norm forward", forward["layer_norm"], 4096, 1, few, False, few_rows(4096), both)
     few = (add_norm_case(1, 4096),)

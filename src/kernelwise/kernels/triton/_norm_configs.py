@@ -18,13 +18,15 @@ _SHARED_BYTES = {"sm_90": 160 << 10, "sm_100": 160 << 10}  # for pipelined rows;
 
 class NormConfig(NamedTuple):
     """How a norm is cut up: rows per program and warps; backward also programs per multiprocessor and pipeline stages,
-    and how many columns of the weight's gradient a program of the second kernel adds up."""
+    and how many columns of the weight's gradient a program of the second kernel adds up. `once`: layer norm forward
+    reads rows with the hint that they are not read again."""
 
     rows: int
     warps: int
     programs: int = 0
     stages: int = 1
     columns: int = 32
+    once: bool = False
 
 
 Table = dict[str, list[tuple[int, int, NormConfig]]]
