@@ -3,7 +3,23 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator, Sequence
+from itertools import combinations
 from pathlib import Path
+
+from kernelwise._evidence import (
+    AND_COMPILED,
+    BUILTIN,
+    COMPILED,
+    EAGER,
+    LIGER,
+    OWN_CODE,
+    TUNED,
+    Choice,
+    Run,
+    Tuning,
+    load,
+)
 
 RESULTS = Path(__file__).parent / "results"
 FILES = {
@@ -11,6 +27,10 @@ FILES = {
     "Qwen3-8B": "gpu_e2e_h100_qwen3.json",
     "Gemma-3-4B": "gpu_e2e_h100_gemma3.json",
 }
+TUNED_AND_COMPILED = TUNED + AND_COMPILED
+OTHERS = (EAGER, BUILTIN, COMPILED, LIGER)
+CONTENDERS = (*OTHERS, TUNED, TUNED_AND_COMPILED)
+NOISE = 0.03
 COLUMNS = ("prefill_ms", "decode_dynamic_ms", "decode_graph_ms", "train_ms", "train_extra_gb")
 NAMES = {
     "eager": "as in transformers",
@@ -42,24 +62,94 @@ def main() -> None:
                 cells.append(f"{value:.3g}{unit}{ratio}" if value else "")
             print(f"| {NAMES[variant]} | {' | '.join(cells)} |")
     for shape in ("llama", "qwen3", "gemma3"):
-        races(shape)
+        print("\n".join(tuned(shape, tunings(shape))))
 
 
-def races(shape: str) -> None:
-    """Print how many times as fast as eager each contender was in the races after tuning: the least and most of all runs."""
-    found: dict[str, dict[str, list[float]]] = {}
-    for path in sorted(RESULTS.glob(f"gpu_bench_h100_{shape}*.json")):
-        for run in json.loads(path.read_text()):
-            if run["comparison"] and run["contender"] != "eager":
-                speeds = found.setdefault(run["workload"], {}).setdefault(run["contender"], [])
-                speeds.append(run["comparison"]["speedup"])
-    names = list(dict.fromkeys(name for by_name in found.values() for name in by_name))
-    if names:
-        print(f"\n{shape}, tuned and raced\n\n| | {' | '.join(names)} |\n|---|{'---|' * len(names)}")
-    for workload, by_name in found.items():
+def tunings(shape: str) -> list[Tuning]:
+    """Return the evidence of each tuning of a shape."""
+    return [load(path) for path in sorted(RESULTS.glob(f"gpu_tune_h100_{shape}*.json"), key=lambda path: path.stem)]
+
+
+def tuned(shape: str, found: Sequence[Tuning]) -> Iterator[str]:
+    """Say what tunings found: the versions, a table of least and most of all runs, and what they must show."""
+    if not found:
+        return
+    facts = dict(found[0].environment)
+    yield f"\n{shape}: {', '.join(f'{name} {value}' for name, value in facts.items())}; {found[0].date}\n"
+    speeds: dict[str, dict[str, list[float]]] = {}
+    for run in (run for tuning in found for run in tuning.runs):
+        if run.comparison and run.contender in CONTENDERS and run.contender != EAGER:
+            speeds.setdefault(run.workload, {}).setdefault(run.contender, []).append(run.comparison.speedup)
+    names = [name for name in CONTENDERS if any(name in by_name for by_name in speeds.values())]
+    yield f"| times eager | {' | '.join(names)} |\n|---|{'---|' * len(names)}"
+    for workload, by_name in speeds.items():
         bounds = [(min(by_name[name]), max(by_name[name])) if name in by_name else () for name in names]
         cells = [" to ".join(dict.fromkeys(f"{speed:.2f}" for speed in some)) for some in bounds]
-        print(f"| {workload} | {' | '.join(cells)} |")
+        yield f"| {workload} | {' | '.join(cells)} |"
+    yield ""
+    for number, tuning in enumerate(found):
+        yield f"run {number}, {tuning.seconds:.0f} s: {', '.join(of_the_best(tuning.runs))}"
+    yield "decisions: " + ("; ".join(disagreements(found)) or "agree")
+
+
+def of_the_best(runs: Sequence[Run]) -> Iterator[str]:
+    """Say for each workload how fast the tuned model is as a part of the fastest other contender, eager among them.
+
+    Where tuning left all to torch.compile, the runs of both are the same.
+    """
+    for workload in dict.fromkeys(run.workload for run in runs):
+        mine = [run for run in runs if run.workload == workload]
+        speeds = {run.contender: run.comparison.speedup for run in mine if run.comparison}
+        ours = max((TUNED, TUNED_AND_COMPILED), key=lambda name: speeds.get(name, 0.0))
+        others = {name: speeds[name] for name in OTHERS if name in speeds}
+        best = max(others, key=lambda name: others[name], default=EAGER)
+        if ours not in speeds or best not in others:
+            yield f"{workload} did not run"
+            continue
+        part = speeds[ours] / others[best]
+        yield f"{workload} {part:.3f} of {best} ({ours})" + (" SLOWER" if part < 1 - NOISE else "")
+
+
+def disagreements(tunings: Sequence[Tuning]) -> Iterator[str]:
+    """Say where two runs chose different kernels for a kind of layers, and whether one of them found no clear difference."""
+    for (number, one), (index, other) in combinations(enumerate(tunings), 2):
+        theirs = {(choice.layer, choice.name, choice.mode): choice for choice in other.choices}
+        for choice in one.choices:
+            rival = theirs.get((choice.layer, choice.name, choice.mode))
+            if rival is None or rival.chosen == choice.chosen:
+                continue
+            unclear = [
+                str(run)
+                for run, found in ((number, choice), (index, rival))
+                if is_unclear(found, choice.chosen, rival.chosen)
+            ]
+            why = f"no clear difference in run {' and '.join(unclear)}" if unclear else "CLEAR in both"
+            yield f"{choice.layer} {choice.name} ({choice.mode}): {choice.chosen} or {rival.chosen}, {why}"
+
+
+def is_unclear(choice: Choice, one: str, other: str) -> bool:
+    """Whether a run found no clear difference between two kernels for a kind of layers: in the model, or in the layer."""
+    in_the_model = choice.chosen == OWN_CODE and " clear" in choice.reason
+    return in_the_model or not differ_clearly(choice, one, other)
+
+
+def differ_clearly(choice: Choice, one: str, other: str) -> bool:
+    """Whether the intervals of two kernels lie apart in a workload. Own code is 1."""
+    bounds: list[dict[str, tuple[float, float]]] = [
+        {
+            t.case: (t.comparison.low, t.comparison.high)
+            for c in choice.candidates
+            if c.kernel == name
+            for t in c.timings
+        }
+        for name in (one, other)
+    ]
+    cases = set(bounds[0]) | set(bounds[1])
+    for found, name in zip(bounds, (one, other), strict=True):
+        if name == OWN_CODE:
+            found.update(dict.fromkeys(cases, (1.0, 1.0)))
+    both = [case for case in cases if all(case in found for found in bounds)]
+    return any(bounds[0][case][0] > bounds[1][case][1] or bounds[1][case][0] > bounds[0][case][1] for case in both)
 
 
 if __name__ == "__main__":
