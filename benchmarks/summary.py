@@ -94,7 +94,8 @@ def table() -> str:
         "dynamic cache. Training there is the faster of with and without the head and its loss in one, for Kernelwise "
         "(where a rule asks for it) and Liger. Decoding of the Llama and Qwen3 shapes is the median of the races of tunings, "
         "with 2,048 tokens: torch.compile has a static cache there, and Kernelwise is the faster of tuned and tuned for "
-        f"torch.compile, to which it left all there; without it {decode}. CPU: {on}, torch {cpu['machine']['torch']}, {dates}; prefill of 512 tokens, "
+        f"torch.compile, to which it left all there; without it {decode}. CPU: {on}, "
+        f"torch {cpu['machine']['torch']}, {dates}; prefill of 512 tokens, "
         f"decoding of one row, a training step of 2 x 256 with {_read(CPU[1])['machine']['layers']} of its 30 layers."
     )
     return "\n".join([*lines, "", textwrap.fill(note, 120), ""])
