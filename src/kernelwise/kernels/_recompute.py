@@ -39,13 +39,13 @@ def _applies(module: torch.nn.Module, product: torch.Tensor) -> bool:
     Hooks that somebody else has set (checkpointing, offloading) would not see what these hide, so they keep their place.
     """
     return (
-        product.requires_grad  # nothing is recorded otherwise
+        not torch.compiler.is_compiling()
+        and product.requires_grad  # nothing is recorded otherwise
         and type(module) is torch.nn.Linear
         and not module._forward_pre_hooks  # they may change what it gets unseen, as may a forward of its own
         and "forward" not in vars(module)
         and type(product) is torch.Tensor
         and product.is_contiguous()
-        and not torch.compiler.is_compiling()
         and not torch._C._len_torch_dispatch_stack()
         and _top_hooks is not None
         and _hooks_enabled is not None
