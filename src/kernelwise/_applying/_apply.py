@@ -1,4 +1,4 @@
-"""Apply: plan → model. The only module that changes a model.
+"""Apply: plan → model. With `_state` beside it, the only module that changes a model.
 
 Every call is bound before the first module changes; an error halfway unwinds what was done. What changes is one entry of an
 instance's `__dict__`: its innermost forward, which becomes a dispatcher that runs what the module's state (`_kernelwise`)
