@@ -25,11 +25,10 @@ from kernelwise._applying._bind import (
     has_trained,
     layer_call,
     needs_grad,
-    rebuild,
 )
 from kernelwise._data import Binding, Kernel, KernelRef, Layer, Limits, Parameter, Recognition
 from kernelwise._discover import STATE
-from kernelwise._forwards import signature
+from kernelwise._forwards import rebuild, signature
 
 REF = KernelRef("builtin", "", "K")
 X = torch.linspace(-1, 1, 8)

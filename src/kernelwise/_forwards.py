@@ -1,4 +1,4 @@
-"""Forwards: what can be known of the function that a module runs, without running it.
+"""Forwards: what can be known of the function that a module runs, without running it, and a copy of it.
 
 Its parameters, the globals that its code mentions, the decorators around it, and whether Kernelwise put it there.
 """
@@ -115,3 +115,32 @@ def globals_called(forward: Callable[..., Any]) -> dict[str, Any]:
         return {}
     space = inner.__globals__
     return {name: space[name] for name, _ in _globals_in(inner.__code__) if name in space}
+
+
+def rebuild(forward: Callable[..., Any], replacements: dict[str, Callable[..., Any]]) -> Callable[..., Any] | None:
+    """Return a copy of a forward that sees other values behind some of its global names; None where that is not possible.
+
+    The copy has globals of its own, so no other model is changed. Decorators made with `functools.wraps` are copied around
+    it: each must hold the function it wraps in exactly one closure cell.
+    """
+    found = wrapping(forward)
+    if isinstance(found, str):
+        return None
+    # Without a module name, torch.compile takes the values from these globals and not from the module they came from.
+    scope = {name: value for name, value in found.inner.__globals__.items() if name != "__name__"} | replacements
+    rebuilt = _copy_function(found.inner, scope, found.inner.__closure__)
+    for outer, holds in found.decorators:
+        cell = CellType(rebuilt)
+        closure = tuple(cell if index == holds else other for index, other in enumerate(outer.__closure__ or ()))
+        rebuilt = _copy_function(outer, outer.__globals__, closure)
+        rebuilt.__wrapped__ = cell.cell_contents  # type: ignore[attr-defined]
+    return rebuilt
+
+
+def _copy_function(function: FunctionType, scope: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:
+    copied = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
+    copied.__kwdefaults__ = function.__kwdefaults__
+    copied.__dict__.update(function.__dict__)
+    copied.__qualname__, copied.__doc__ = function.__qualname__, function.__doc__
+    copied.__annotations__, copied.__module__ = function.__annotations__, function.__module__
+    return copied

@@ -12,7 +12,6 @@ from collections import Counter
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from functools import lru_cache
-from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -22,7 +21,7 @@ from kernelwise._applying._fuse import REFUSALS, Passing, first
 from kernelwise._data import Binding, Kernel, Layer, Limits, Parameter, Recognition
 from kernelwise._discover import STATE
 from kernelwise._errors import ApplyError
-from kernelwise._forwards import mark_dispatcher, wrapping
+from kernelwise._forwards import mark_dispatcher
 from kernelwise._recognize import condition, found_at, kinds_of, said
 from kernelwise._signature import bind, source
 
@@ -479,32 +478,3 @@ def _set_defaults(function: Call, parameters: Sequence[inspect.Parameter]) -> No
     keyword = {p.name: p.default for p in parameters if p.default is not p.empty and p.kind is p.KEYWORD_ONLY}
     function.__defaults__ = tuple(positional) or None
     function.__kwdefaults__ = keyword or None
-
-
-def rebuild(forward: Call, replacements: dict[str, Call]) -> Call | None:
-    """Return a copy of a forward that sees other values behind some of its global names; None where that is not possible.
-
-    The copy has globals of its own, so no other model is changed. Decorators made with `functools.wraps` are copied around
-    it: each must hold the function it wraps in exactly one closure cell.
-    """
-    found = wrapping(forward)
-    if isinstance(found, str):
-        return None
-    # Without a module name, torch.compile takes the values from these globals and not from the module they came from.
-    scope = {name: value for name, value in found.inner.__globals__.items() if name != "__name__"} | replacements
-    rebuilt = _copy_function(found.inner, scope, found.inner.__closure__)
-    for outer, holds in found.decorators:
-        cell = CellType(rebuilt)
-        closure = tuple(cell if index == holds else other for index, other in enumerate(outer.__closure__ or ()))
-        rebuilt = _copy_function(outer, outer.__globals__, closure)
-        rebuilt.__wrapped__ = cell.cell_contents  # type: ignore[attr-defined]
-    return rebuilt
-
-
-def _copy_function(function: FunctionType, scope: dict[str, Any], closure: tuple[CellType, ...] | None) -> FunctionType:
-    copied = FunctionType(function.__code__, scope, function.__name__, function.__defaults__, closure)
-    copied.__kwdefaults__ = function.__kwdefaults__
-    copied.__dict__.update(function.__dict__)
-    copied.__qualname__, copied.__doc__ = function.__qualname__, function.__doc__
-    copied.__annotations__, copied.__module__ = function.__annotations__, function.__module__
-    return copied

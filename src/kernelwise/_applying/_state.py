@@ -13,12 +13,12 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from kernelwise._applying._bind import Call, rebuild
+from kernelwise._applying._bind import Call
 from kernelwise._applying._join import head_call
 from kernelwise._data import Decision, Layer, Plan
 from kernelwise._discover import JOINED, OURS, STATE
 from kernelwise._errors import ApplyError
-from kernelwise._forwards import is_dispatcher, own_forward
+from kernelwise._forwards import is_dispatcher, own_forward, rebuild
 
 SLOTS = ("forward", "_old_forward")
 """Where the dispatcher may stand on an instance; see `innermost_slot`."""
