@@ -116,7 +116,7 @@ def qk_candidates() -> tuple[HeadConfig, ...]:
 def works() -> Iterator[Work]:
     """Most valuable first."""
     both = ("compile", "liger")
-    forward, backward = norms.FORWARD, norms.BACKWARD
+    forward, forward_few, backward = norms.FORWARD, norms.FORWARD_FEW, norms.BACKWARD
     small = (layer_norm_case(4096, 768), layer_norm_case(16384, 768))
     large = tuple(layer_norm_case(r, 1024) for r in (512, 4096, 16384))
     yield Work("layer_norm forward", forward["layer_norm"], 1024, ANY, large, False, hinted(many_rows(1024)), both)
@@ -133,11 +133,11 @@ def works() -> Iterator[Work]:
     yield Work("qk_norm_rotary backward", qk, 256, ANY, (qk_case(1, 4096, 8, 4, 256),), True, qk_candidates(), two)
     yield Work("qk_norm_rotary backward", qk, 128, ANY, (qk_case(1, 4096),), True, qk_candidates(), two)
     few = (layer_norm_case(1, 1024), layer_norm_case(16, 1024))
-    yield Work("layer_norm forward", forward["layer_norm"], 1024, 1, few, False, hinted(few_rows(1024)), both)
+    yield Work("layer_norm forward", forward_few["layer_norm"], 1024, ANY, few, False, hinted(few_rows(1024)), both)
     few = (layer_norm_case(1, 4096),)
-    yield Work("layer_norm forward", forward["layer_norm"], 4096, 1, few, False, few_rows(4096), both)
+    yield Work("layer_norm forward", forward_few["layer_norm"], 4096, ANY, few, False, few_rows(4096), both)
     few = (add_norm_case(1, 4096),)
-    yield Work("add_rms_norm forward", forward["add_rms_norm"], 4096, 1, few, False, few_rows(4096), both)
+    yield Work("add_rms_norm forward", forward_few["add_rms_norm"], 4096, ANY, few, False, few_rows(4096), both)
     for width in (4096, 2304, 2880):
         rows = (norm_case(4096, width),)
         yield Work("rms_norm backward", backward["rms_norm"], width, 8192, rows, True, norm_backward(width))

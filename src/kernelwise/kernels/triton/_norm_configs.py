@@ -35,20 +35,14 @@ Table = dict[str, list[tuple[int, int, NormConfig]]]
 _ANY = 1 << 62
 _SIZES = (1024, 8192, _ANY)  # configurations of the backward pass change at these numbers of rows
 
-# Forward, an entry for 1 row is for as few as leave multiprocessors idle.
 FORWARD: dict[str, Table] = {
     "rms_norm": {},
     "add_rms_norm": {},
-    "layer_norm": {
-        "sm_90": [
-            (1024, 1, NormConfig(1, 4)),
-            (1024, _ANY, NormConfig(4, 4)),
-            (8192, 1, NormConfig(1, 16)),
-            (8192, _ANY, NormConfig(1, 8)),
-        ]
-    },
+    "layer_norm": {"sm_90": [(1024, _ANY, NormConfig(4, 4)), (8192, _ANY, NormConfig(1, 8))]},
     "add_layer_norm": {},
 }
+# So few rows that whole ones leave multiprocessors idle.
+FORWARD_FEW: dict[str, Table] = {"rms_norm": {}, "add_rms_norm": {}, "layer_norm": {}, "add_layer_norm": {}}
 BACKWARD: dict[str, Table] = {
     "rms_norm": {
         "sm_90": [
@@ -85,7 +79,7 @@ def _warps(block: int, elements: int) -> int:
 def forward_config(device: int, width: int, many: bool, operation: str) -> NormConfig:
     """For rows of `width`; `many` of them keep every multiprocessor busy with whole rows."""
     block = power_of_2(width)
-    found = _find(FORWARD[operation], device_name(device), width, _ANY if many else 1)
+    found = _find((FORWARD if many else FORWARD_FEW)[operation], device_name(device), width, _ANY)
     if found is not None:
         return found
     if block <= 512:  # several short rows per program
