@@ -34,32 +34,77 @@ MAX_HEAD_WIDTH = 1024
 
 
 @triton.jit
-def _places(first, stride, HEADS: tl.constexpr, SHARE: tl.constexpr, BLOCK: tl.constexpr, HALF: tl.constexpr):
-    """Where the first halves of heads first .. first + SHARE of one token lie in inputs and in outputs."""
+def _rotate(
+    x_ptr,
+    y_ptr,
+    x_stride,
+    first,
+    cos1,
+    cos2,
+    sin1,
+    sin2,
+    HEADS: tl.constexpr,
+    SHARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+    EXACT: tl.constexpr,
+):
+    """Heads first .. first + SHARE of one token; x_ptr and y_ptr point at its first head."""
     heads = first + tl.arange(0, SHARE)[:, None]
     columns = tl.arange(0, BLOCK)[None, :]
-    return heads * stride + columns, heads * (2 * HALF) + columns, (heads < HEADS) & (columns < HALF)
+    x_offsets = heads * x_stride + columns
+    y_offsets = heads * (2 * HALF) + columns
+    if EXACT:
+        x1 = tl.load(x_ptr + x_offsets).to(tl.float32)
+        x2 = tl.load(x_ptr + x_offsets + HALF).to(tl.float32)
+        tl.store(y_ptr + y_offsets, (x1 * cos1 - x2 * sin1).to(y_ptr.dtype.element_ty))
+        tl.store(y_ptr + y_offsets + HALF, (x2 * cos2 + x1 * sin2).to(y_ptr.dtype.element_ty))
+    else:
+        inside = (heads < HEADS) & (columns < HALF)
+        x1 = tl.load(x_ptr + x_offsets, mask=inside, other=0.0).to(tl.float32)
+        x2 = tl.load(x_ptr + x_offsets + HALF, mask=inside, other=0.0).to(tl.float32)
+        tl.store(y_ptr + y_offsets, (x1 * cos1 - x2 * sin1).to(y_ptr.dtype.element_ty), mask=inside)
+        tl.store(y_ptr + y_offsets + HALF, (x2 * cos2 + x1 * sin2).to(y_ptr.dtype.element_ty), mask=inside)
 
 
 @triton.jit
-def _halves(ptr, offsets, inside, HALF: tl.constexpr, EXACT: tl.constexpr):
-    if EXACT:
-        return tl.load(ptr + offsets).to(tl.float32), tl.load(ptr + offsets + HALF).to(tl.float32)
-    else:
-        first = tl.load(ptr + offsets, mask=inside, other=0.0).to(tl.float32)
-        return first, tl.load(ptr + offsets + HALF, mask=inside, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def _store_rotated(ptr, offsets, x1, x2, cos1, cos2, sin1, sin2, inside, HALF: tl.constexpr, EXACT: tl.constexpr):
-    first = (x1 * cos1 - x2 * sin1).to(ptr.dtype.element_ty)
-    second = (x2 * cos2 + x1 * sin2).to(ptr.dtype.element_ty)
-    if EXACT:
-        tl.store(ptr + offsets, first)
-        tl.store(ptr + offsets + HALF, second)
-    else:
-        tl.store(ptr + offsets, first, mask=inside)
-        tl.store(ptr + offsets + HALF, second, mask=inside)
+def _rotate_both(
+    q_ptr,
+    k_ptr,
+    q_out_ptr,
+    k_out_ptr,
+    q_stride,
+    k_stride,
+    share,
+    cos1,
+    cos2,
+    sin1,
+    sin2,
+    Q_HEADS: tl.constexpr,
+    K_HEADS: tl.constexpr,
+    Q_SHARE: tl.constexpr,
+    K_SHARE: tl.constexpr,
+    BLOCK: tl.constexpr,
+    HALF: tl.constexpr,
+):
+    """As `_rotate` of q and then of k, but all is read before anything is written: more reads are under way at once."""
+    columns = tl.arange(0, BLOCK)[None, :]
+    q_heads = share * Q_SHARE + tl.arange(0, Q_SHARE)[:, None]
+    k_heads = share * K_SHARE + tl.arange(0, K_SHARE)[:, None]
+    q_inside = (q_heads < Q_HEADS) & (columns < HALF)
+    k_inside = (k_heads < K_HEADS) & (columns < HALF)
+    q = q_ptr + q_heads * q_stride + columns
+    k = k_ptr + k_heads * k_stride + columns
+    q1 = tl.load(q, mask=q_inside, other=0.0).to(tl.float32)
+    q2 = tl.load(q + HALF, mask=q_inside, other=0.0).to(tl.float32)
+    k1 = tl.load(k, mask=k_inside, other=0.0).to(tl.float32)
+    k2 = tl.load(k + HALF, mask=k_inside, other=0.0).to(tl.float32)
+    q_out = q_out_ptr + q_heads * (2 * HALF) + columns
+    k_out = k_out_ptr + k_heads * (2 * HALF) + columns
+    tl.store(q_out, (q1 * cos1 - q2 * sin1).to(q_out_ptr.dtype.element_ty), mask=q_inside)
+    tl.store(q_out + HALF, (q2 * cos2 + q1 * sin2).to(q_out_ptr.dtype.element_ty), mask=q_inside)
+    tl.store(k_out, (k1 * cos1 - k2 * sin1).to(k_out_ptr.dtype.element_ty), mask=k_inside)
+    tl.store(k_out + HALF, (k2 * cos2 + k1 * sin2).to(k_out_ptr.dtype.element_ty), mask=k_inside)
 
 
 @triton.jit(
@@ -123,17 +168,14 @@ def _kernel(
     k_out = k_out_ptr + place * (K_HEADS * 2 * HALF)
     q_stride = tl.full([], q_head_stride, tl.int64) * UNIT
     k_stride = tl.full([], k_head_stride, tl.int64) * UNIT
-    q_in, q_to, q_inside = _places(share * Q_SHARE, q_stride, Q_HEADS, Q_SHARE, BLOCK, HALF)
-    k_in, k_to, k_inside = _places(share * K_SHARE, k_stride, K_HEADS, K_SHARE, BLOCK, HALF)
-    q1, q2 = _halves(q, q_in, q_inside, HALF, Q_EXACT)
     if AHEAD:
-        k1, k2 = _halves(k, k_in, k_inside, HALF, K_EXACT)
-        _store_rotated(q_out, q_to, q1, q2, cos1, cos2, sin1, sin2, q_inside, HALF, Q_EXACT)
-        _store_rotated(k_out, k_to, k1, k2, cos1, cos2, sin1, sin2, k_inside, HALF, K_EXACT)
+        _rotate_both(
+            q, k, q_out, k_out, q_stride, k_stride, share, cos1, cos2, sin1, sin2, Q_HEADS, K_HEADS, Q_SHARE, K_SHARE,
+            BLOCK, HALF,
+        )  # fmt: skip
     else:
-        _store_rotated(q_out, q_to, q1, q2, cos1, cos2, sin1, sin2, q_inside, HALF, Q_EXACT)
-        k1, k2 = _halves(k, k_in, k_inside, HALF, K_EXACT)
-        _store_rotated(k_out, k_to, k1, k2, cos1, cos2, sin1, sin2, k_inside, HALF, K_EXACT)
+        _rotate(q, q_out, q_stride, share * Q_SHARE, cos1, cos2, sin1, sin2, Q_HEADS, Q_SHARE, BLOCK, HALF, Q_EXACT)
+        _rotate(k, k_out, k_stride, share * K_SHARE, cos1, cos2, sin1, sin2, K_HEADS, K_SHARE, BLOCK, HALF, K_EXACT)
 
 
 _launchers = Launchers()
