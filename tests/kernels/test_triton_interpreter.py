@@ -17,7 +17,7 @@ from torch.nn import functional as F
 
 CASES = (
     "rms_norm", "add_rms_norm", "gated_activation", "rotary", "cross_entropy", "linear_cross_entropy", "layer_norm",
-    "add_layer_norm", "qk_norm_rotary", "activation", "second_derivatives",
+    "add_layer_norm", "qk_norm_rotary", "activation", "second_derivatives", "configurations",
 )  # fmt: skip
 
 
@@ -327,10 +327,62 @@ def _activation() -> None:
             assert_as_exact(ACTIVATIONS[name][0], kernel, (x,), scales=(1e-2, 1.0, 10.0))
 
 
+def _configurations() -> None:
+    """What the tables may say changes no result: forms that no default has."""
+    from exact import assert_as_exact
+
+    from kernelwise.kernels.triton import _head_configs as heads
+    from kernelwise.kernels.triton import _norm_configs as norms
+    from kernelwise.kernels.triton import layer_norm as layer
+    from kernelwise.kernels.triton.layer_norm import layer_norm
+    from kernelwise.kernels.triton.qk_norm_rotary import qk_norm_rotary
+    from kernelwise.kernels.triton.rotary import _plain, rotary
+
+    layer._FEW_ROWS = 0
+    any_number = 1 << 62
+    here = ""  # the architecture of the interpreter
+    norms.FORWARD["layer_norm"][here] = [(33, any_number, norms.NormConfig(2, 4, once=True))]
+    norms.FORWARD_FEW["layer_norm"][here] = [(33, any_number, norms.NormConfig(1, 1, once=True))]
+    norms.BACKWARD["layer_norm"][here] = [(33, any_number, norms.NormConfig(2, 4, 3, 2, columns=8))]
+    for rows in (1, 17):
+        given = {"x": torch.randn(rows, 33), "weight": torch.randn(33), "bias": torch.randn(33)}
+        assert_as_exact(
+            lambda x, weight, bias: F.layer_norm(x, (33,), weight, bias, 1e-5),
+            lambda x, weight, bias: layer_norm(x, weight, bias, 1e-5),
+            given,
+            scales=(1.0,),
+        )
+    heads.ROTARY[here] = heads.ROTARY_BACKWARD[here] = [
+        (30, any_number, heads.HeadConfig(8, 1, True)), (64, any_number, heads.HeadConfig(1, 2, True))
+    ]  # fmt: skip
+    heads.QK_NORM_ROTARY_BACKWARD[here] = [(6, any_number, heads.HeadConfig(1, 2, programs=2, stages=2))]
+    for q_heads, k_heads, width in ((5, 3, 6), (4, 2, 16)):
+        q, k = (torch.randn(2, 3, n, width).transpose(1, 2) for n in (q_heads, k_heads))
+        phase = torch.randn(1, 3, width)
+        assert_as_exact(
+            lambda q, k, p=phase: _plain(q, k, p.to(q.dtype).cos(), p.to(q.dtype).sin(), 1),
+            lambda q, k, p=phase: rotary(q, k, p.cos(), p.sin()),
+            {"q": q, "k": k},
+            scales=(1.0,),
+        )
+    q, k, weight, phase = torch.randn(2, 4, 9, 6), torch.randn(2, 2, 9, 6), torch.ones(6), torch.randn(1, 9, 6)
+
+    def own(q: torch.Tensor, k: torch.Tensor) -> Any:
+        normed = (F.rms_norm(t, (6,), weight.to(t.dtype), 1e-6) for t in (q, k))
+        return _plain(*normed, phase.to(q.dtype).cos(), phase.to(q.dtype).sin(), 1)
+
+    assert_as_exact(
+        own,
+        lambda q, k: qk_norm_rotary(q, k, weight, weight, phase.cos(), phase.sin(), 1e-6),
+        {"q": q, "k": k},
+        scales=(1.0,),
+    )
+
+
 if __name__ == "__main__":
     torch.manual_seed(0)
     cases = (
         _rms_norm, _add_rms_norm, _gated_activation, _rotary, _cross_entropy, _linear_cross_entropy, _layer_norm,
-        _add_layer_norm, _qk_norm_rotary, _activation, _second_derivatives,
+        _add_layer_norm, _qk_norm_rotary, _activation, _second_derivatives, _configurations,
     )  # fmt: skip
     dict(zip(CASES, cases, strict=True))[sys.argv[1]]()
