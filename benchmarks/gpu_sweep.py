@@ -108,9 +108,14 @@ def rotary_candidates(shares: tuple[int, ...]) -> tuple[HeadConfig, ...]:
     return tuple(HeadConfig(s, w, a) for s, w, a in itertools.product(shares, (1, 2, 4, 8), (False, True)))
 
 
-def qk_candidates() -> tuple[HeadConfig, ...]:
+def qk_candidates(q_heads: int, width: int) -> tuple[HeadConfig, ...]:
     triples = itertools.product((1, 2, 4, 8, 16), (2, 3, 4, 6, 8, 12), (1, 2, 3))
-    return tuple(HeadConfig(1, w, False, p, s) for w, p, s in triples if 8 <= w * p <= 48)
+    spills = 16  # with more than so many elements of each half in a thread, registers do not suffice
+    return tuple(
+        HeadConfig(1, w, False, p, s)
+        for w, p, s in triples
+        if 8 <= w * p <= 48 and q_heads * width // 2 // (32 * w) <= spills
+    )
 
 
 def works() -> Iterator[Work]:
@@ -130,8 +135,10 @@ def works() -> Iterator[Work]:
     yield Work("rotary forward", heads.ROTARY, 4096, 16, one_token, False, rotary_candidates((4, 8, 16, 32)), both)
     qk = heads.QK_NORM_ROTARY_BACKWARD
     two = ("two steps",)
-    yield Work("qk_norm_rotary backward", qk, 256, ANY, (qk_case(1, 4096, 8, 4, 256),), True, qk_candidates(), two)
-    yield Work("qk_norm_rotary backward", qk, 128, ANY, (qk_case(1, 4096),), True, qk_candidates(), two)
+    yield Work(
+        "qk_norm_rotary backward", qk, 256, ANY, (qk_case(1, 4096, 8, 4, 256),), True, qk_candidates(8, 256), two
+    )
+    yield Work("qk_norm_rotary backward", qk, 128, ANY, (qk_case(1, 4096),), True, qk_candidates(32, 128), two)
     few = (layer_norm_case(1, 1024), layer_norm_case(16, 1024))
     yield Work("layer_norm forward", forward_few["layer_norm"], 1024, ANY, few, False, hinted(few_rows(1024)), both)
     few = (layer_norm_case(1, 4096),)
@@ -145,7 +152,7 @@ def works() -> Iterator[Work]:
         case = (layer_norm_case(rows_, width),)
         bound = norms.size_class(rows_)
         yield Work("layer_norm backward", backward["layer_norm"], width, bound, case, True, norm_backward(width))
-    yield Work("qk_norm_rotary backward", qk, 128, 1024, (qk_case(1, 512),), True, qk_candidates(), two)
+    yield Work("qk_norm_rotary backward", qk, 128, 1024, (qk_case(1, 512),), True, qk_candidates(32, 128), two)
     for width in (2304, 2880):
         rows = (norm_case(4096, width),)
         yield Work("rms_norm forward", forward["rms_norm"], width, ANY, rows, False, many_rows(width), both)
