@@ -12,6 +12,7 @@ import torch
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
+from kernelwise.kernels import _recompute
 from kernelwise.kernels._recompute import call_recomputing
 
 WIDTH, INNER = 8, 24
@@ -229,3 +230,14 @@ def test_compiles() -> None:
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager")
     own, ours = (f(x.clone().requires_grad_()) for f in (layer, compiled))
     torch.testing.assert_close(ours, own)
+
+
+def test_another_pytorch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where PyTorch does not say which hooks are set, the module is just called."""
+    for name in ("_top_hooks", "_hooks_enabled"):
+        with monkeypatch.context() as patch:
+            patch.setattr(_recompute, name, None)
+            block, x = Block(), torch.randn(4, WIDTH)
+            assert all(map(torch.equal, gradients(block, x), gradients(block, x, recompute=False)))
+            gradients(block, x)
+            assert block.calls == 1

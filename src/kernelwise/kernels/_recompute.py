@@ -11,9 +11,17 @@ from typing import Any
 
 import torch
 
-_autograd = torch._C._autograd
-_hooks_enabled: Callable[[], bool] | None = getattr(_autograd, "_saved_tensors_hooks_is_enabled", None)
-_top_hooks: Callable[[bool], Any] | None = getattr(_autograd, "_top_saved_tensors_default_hooks", None)
+_autograd: Any = torch._C._autograd
+_hooks_enabled: Callable[[], bool] | None = None
+_top_hooks: Callable[[bool], Any] | None = None
+try:  # private to PyTorch: where they are not what they are known to be, nothing is recomputed
+    _autograd._top_saved_tensors_default_hooks(True)
+    _autograd._saved_tensors_hooks_is_enabled()
+except (AttributeError, TypeError):
+    pass
+else:
+    _hooks_enabled = _autograd._saved_tensors_hooks_is_enabled
+    _top_hooks = _autograd._top_saved_tensors_default_hooks
 
 Compute = Callable[..., torch.Tensor]
 Tensors = tuple[torch.Tensor, ...]
