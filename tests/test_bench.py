@@ -280,7 +280,7 @@ def test_a_model_on_meta_cannot_run() -> None:
 
 
 def test_without_a_kernel_builtin_says_so() -> None:
-    runs = bench(nn.Linear(2, 2).eval(), torch.ones(1, 2), contenders=["builtin"], seconds=SECONDS)
+    runs = bench(nn.Linear(2, 2).double().eval(), torch.ones(1, 2).double(), contenders=["builtin"], seconds=SECONDS)
     assert "no kernel for any layer" in (found_in(runs, "builtin").error or "")
     assert found_in(runs, "eager").comparison is not None
 

@@ -160,7 +160,8 @@ class Limits:
     """What a kernel can run, as data. `None` or an empty tuple means no limit of that kind.
 
     `min_arch` is a CUDA compute capability (`"sm_80"`). `options` lists, for each option of the operation that the kernel
-    does not support in full, the values it does support.
+    does not support in full, the values it does support. `inference_only` are those of the dtypes for which training keeps the
+    layer's own code.
     """
 
     devices: tuple[str, ...] = ()
@@ -168,6 +169,7 @@ class Limits:
     min_arch: str | None = None
     options: tuple[tuple[str, tuple[Scalar, ...]], ...] = ()
     requires: tuple[str, ...] = ()
+    inference_only: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -63,9 +63,12 @@ def reasons_against(layer: Layer, kernel: Kernel, target: Target, mode: str) -> 
     limits = kernel.limits
     if limits.devices and layer.device not in limits.devices:
         reasons.append(f"runs on {', '.join(limits.devices)}, not on {layer.device}")
-    foreign = [dtype for dtype in layer.dtypes if limits.dtypes and dtype not in limits.dtypes]
+    in_training = mode.startswith("training")
+    dtypes = [dtype for dtype in limits.dtypes if not (in_training and dtype in limits.inference_only)]
+    foreign = [dtype for dtype in layer.dtypes if limits.dtypes and dtype not in dtypes]
     if foreign:
-        reasons.append(f"takes {', '.join(limits.dtypes)}; the layer has {', '.join(foreign)}")
+        where = " in training" if in_training and limits.inference_only else ""
+        reasons.append(f"takes {', '.join(dtypes)}{where}; the layer has {', '.join(foreign)}")
     if limits.min_arch and target.arch and _capability(target.arch) < _capability(limits.min_arch):
         reasons.append(f"needs {limits.min_arch} or newer; this is {target.arch}")
     if mode.endswith("+compile") and not kernel.can_torch_compile:

@@ -38,3 +38,12 @@ def test_what_an_activation_or_norm_gets(layer, kernel):
         rows = {row.path: row for row in kernelwise.report(model).rows}
         assert (rows["1"].kernel if "1" in rows else None) == kernel
         assert torch.allclose(model(x), own, atol=1e-6)
+
+
+def test_a_linear_layer_in_float32_keeps_its_own_code_in_training(monkeypatch):
+    from kernelwise.kernels.cpu import linear
+
+    monkeypatch.setattr(linear, "why_not_worthwhile", lambda dtype: None)
+    for dtype, trained in ((torch.float32, False), (torch.bfloat16, True)):
+        decisions = kernelwise.plan(nn.Linear(8, 8, dtype=dtype)).decisions
+        assert {d.mode: d.kernel is not None for d in decisions} == {"inference": True, "training": trained}

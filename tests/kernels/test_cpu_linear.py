@@ -1,4 +1,4 @@
-"""The linear layer for half-precision weights, every way that it takes, against plain PyTorch."""
+"""The linear layer, every way that it takes, against plain PyTorch: half-precision weights, and few rows in float32."""
 
 from __future__ import annotations
 
@@ -118,12 +118,105 @@ def test_few_rows_with_gradients_are_torchs(monkeypatch, rows, ours):
 
 
 def test_other_dtypes_are_torchs():
-    x, weight = torch.randn(3, 8), torch.randn(5, 8)
+    x, weight = torch.randn(3, 8).double(), torch.randn(5, 8).double()
     assert torch.equal(cpu.linear(x, weight), torch.nn.functional.linear(x, weight))
     weight.requires_grad_()
     assert type(cpu.linear(x, weight).grad_fn).__name__ != "_LinearBackward"
     with pytest.raises(RuntimeError):
         cpu.linear(x, weight.bfloat16())
+
+
+@pytest.fixture
+def wide(monkeypatch):
+    """Products of up to 8 rows in float32, whatever this processor is chosen for; what goes to torch all the same."""
+    if cpu.isa() == "baseline":
+        pytest.skip("there are no products in float32 without AVX2")
+    monkeypatch.setitem(cpu._chosen, torch.float32, cpu._Choice(most=8, training=1 << 62))
+    theirs = []
+    monkeypatch.setattr(cpu, "_own", lambda *args: theirs.append(args) or torch.nn.functional.linear(*args))
+    return theirs
+
+
+@pytest.mark.parametrize("rows", range(10))
+@pytest.mark.parametrize(
+    "shape",
+    [(1, 1), (7, 1), (8, 3), (15, 9), (16, 8), (31, 33), (40, 24), (577, 50), (16401, 5), (0, 5), (5, 0)],
+    ids=str,
+)
+def test_float32_of_few_rows(wide, rows, shape):
+    width, out = shape
+    for bias in (True, False):
+        inputs = given(torch.float32, rows=(rows,), width=width, out=out, bias=bias)
+        assert_as_exact(torch.nn.functional.linear, cpu.linear, inputs, scales=(1e-2, 1.0, 1e2), grad=False)
+    assert bool(wide) == (rows > 8 and width > 0)
+
+
+def test_float32_for_every_layout(wide):
+    inputs = given(torch.float32, rows=(2, 3))
+    for changed in (
+        {"x": torch.randn(3, 2, 40).transpose(0, 1)},
+        {"x": torch.randn(2, 3, 80)[:, :, 20:60]},
+        {"x": torch.randn(5, 80)[::2, ::2]},
+        {"x": torch.randn(40)},
+        {"x": torch.randn(1, 40).expand(4, 40)},
+        {"weight": torch.randn(40, 24).t(), "bias": torch.randn(48)[::2]},
+        {"weight": torch.randn(24, 80)[:, 40:]},
+    ):
+        assert_as_exact(torch.nn.functional.linear, cpu.linear, inputs | changed, scales=(1.0,), grad=False)
+    assert not wide
+
+
+@pytest.mark.parametrize("rows", [1, 3, 4, 7])
+def test_nan_and_infinity_pass_through_float32(wide, rows):
+    inputs = given(torch.float32, rows=(rows,), width=45)
+    inputs["x"][0, 44], inputs["weight"][3, 5], inputs["weight"][4, 41] = float("nan"), float("inf"), float("-inf")
+    assert_as_exact(torch.nn.functional.linear, cpu.linear, inputs, scales=(1.0,), grad=False)
+    assert not wide
+
+
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 8])
+def test_float32_is_the_same_with_every_number_of_threads(wide, rows):
+    inputs = given(torch.float32, rows=(rows,), width=577, out=1003)
+    before = torch.get_num_threads()
+    try:
+        results = []
+        for threads in (1, 2, 16):
+            torch.set_num_threads(threads)
+            results.append(cpu.linear(**inputs))
+    finally:
+        torch.set_num_threads(before)
+    assert not wide
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("rows", [1, 4, 8])
+def test_a_row_in_float32_does_not_see_the_others(wide, rows):
+    inputs = given(torch.float32, rows=(rows,), width=50, out=30)
+    whole = cpu.linear(**inputs)
+    inputs["x"][rows // 2 :] = float("nan")
+    assert torch.equal(cpu.linear(**inputs)[: rows // 2], whole[: rows // 2])
+    assert not wide
+
+
+def test_float32_with_gradients_and_under_autocast_is_torchs(wide):
+    inputs = given(torch.float32, rows=(1,))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert cpu.linear(**inputs).dtype == torch.bfloat16
+    assert len(wide) == 1
+    inputs["weight"].requires_grad_()
+    assert type(cpu.linear(**inputs).grad_fn).__name__ == "AddmmBackward0"
+    assert len(wide) == 2
+    with torch.no_grad():
+        cpu.linear(**inputs)
+    assert len(wide) == 2
+
+
+@pytest.mark.parametrize("rows", [1, 9])
+def test_float32_traces_in_one_graph(wide, rows):
+    inputs = given(torch.float32, rows=(rows,))
+    compiled = torch.compile(cpu.linear, backend="aot_eager", fullgraph=True)
+    assert torch.equal(compiled(**inputs), cpu.linear(**inputs))
 
 
 def test_under_autocast_torch_casts_first():
@@ -136,7 +229,9 @@ def test_the_operators_refuse_what_does_not_fit():
     operators = torch.ops.kernelwise
     x, weight = torch.randn(3, 8).bfloat16(), torch.randn(5, 8).bfloat16()
     for call, complaint in (
-        (lambda: operators.linear(x.float(), weight.float(), None), "weight must be bfloat16 or float16"),
+        (lambda: operators.linear(torch.randn(9, 8), weight.float(), None), "at most 8 rows"),
+        (lambda: operators.linear_grad_x(torch.randn(3, 5), weight.float()), "weight must be bfloat16 or float16"),
+        (lambda: operators.linear_grad_weight(torch.randn(3, 5), x.float()), "grad must be bfloat16 or float16"),
         (lambda: operators.linear(x[:, :7], weight, None), "does not fit"),
         (lambda: operators.linear(x, weight, torch.randn(4).bfloat16()), "bias must be"),
         (lambda: operators.linear(x, weight.half(), None), "one dtype"),
@@ -167,12 +262,14 @@ def test_more_rows_than_it_is_chosen_for_are_torchs(monkeypatch, rows, ours):
 
 
 def test_a_reason_where_it_is_not_worthwhile(monkeypatch):
-    assert "float32" in cpu.why_not_worthwhile(torch.float32)
-    assert (cpu.why_not_worthwhile(torch.bfloat16) is None) == (cpu._chosen[torch.bfloat16] is not None)
-    monkeypatch.setattr(cpu, "_chosen", {torch.bfloat16: None, torch.float16: None})
+    assert "float64" in cpu.why_not_worthwhile(torch.float64)
+    for dtype in (torch.float32, torch.bfloat16, torch.float16):
+        assert (cpu.why_not_worthwhile(dtype) is None) == (cpu._chosen[dtype] is not None)
+    monkeypatch.setattr(cpu, "_chosen", {torch.float32: None, torch.bfloat16: None, torch.float16: None})
     monkeypatch.setattr(cpu, "units", lambda dtype: "matrix")
     assert "multiplies bfloat16 matrices natively (amx_bf16)" in cpu.why_not_worthwhile(torch.bfloat16)
     monkeypatch.setattr(cpu, "units", lambda dtype: "none")
     assert "not measured" in cpu.why_not_worthwhile(torch.float16)
+    assert "not measured" in cpu.why_not_worthwhile(torch.float32)
     inputs = given(torch.bfloat16)
     assert torch.equal(cpu.linear(**inputs), torch.nn.functional.linear(**inputs))

@@ -116,13 +116,14 @@ def test_linear_is_loaded_for_the_dtypes_that_this_processor_is_slow_in(
     from kernelwise.kernels.cpu import linear
 
     monkeypatch.setattr(linear, "why_not_worthwhile", lambda dtype: "it is fast" if dtype == torch.float16 else None)
-    assert load(of("Linear"), device="cpu").limits.dtypes == ("bfloat16",)
+    assert load(of("Linear"), device="cpu").limits.dtypes == ("float32", "bfloat16")
     native = "this processor multiplies matrices natively"
     monkeypatch.setattr(linear, "why_not_worthwhile", lambda dtype: native)
     assert native in refused(of("Linear")).reason
     monkeypatch.setattr(linear, "why_not_worthwhile", lambda dtype: None)
     kernel = load(of("Linear"), device="cpu")
-    assert kernel.limits.dtypes == ("bfloat16", "float16")
+    assert kernel.limits.dtypes == ("float32", "bfloat16", "float16")
+    assert kernel.limits.inference_only == ("float32",)
     assert [p.name for p in kernel.signature] == ["x", "weight", "bias"]
 
 

@@ -34,6 +34,7 @@ class _Entry:
     backend: str
     options: tuple[tuple[str, tuple[Scalar, ...]], ...] = ()
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
+    inference_only: tuple[str, ...] = ()  # dtypes with which it would gain nothing in training
     compiles: bool = True
     unasked: bool = True  # whether it is offered to a layer of which no rule speaks
 
@@ -76,7 +77,7 @@ CATALOGUE: tuple[_Entry, ...] = (
         _Entry("DecoderLayer", "decoder_layer", b, _PLAIN_LAYER, compiles=False, unasked=False)
         for b in ("cpu", "triton")
     ),
-    _Entry("Linear", "linear", "cpu", dtypes=("bfloat16", "float16")),
+    _Entry("Linear", "linear", "cpu", inference_only=("float32",)),
     # Not offered unasked: logits that a training loop still holds when the optimizer steps are computed then.
     *(
         _Entry("LinearCrossEntropy", "linear_cross_entropy", b, compiles=False, unasked=False)
@@ -182,6 +183,7 @@ def _kernel(ref: KernelRef, entry: _Entry, function: Callable[..., Any] | None =
             min_arch=_MIN_ARCH[entry.backend],
             options=entry.options,
             requires=_REQUIRES[entry.backend],
+            inference_only=entry.inference_only,
         ),
         has_backward=True,
         can_torch_compile=entry.compiles,

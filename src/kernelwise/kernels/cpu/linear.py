@@ -1,9 +1,9 @@
-"""The linear layer with bfloat16 or float16 weights, for CPUs on which torch's own product of them is slow.
+"""The linear layer: with bfloat16 or float16 weights where torch's own product is slow, with few rows also in float32.
 
-Up to four rows: dot products that take as long as the weight takes to arrive from memory. More rows: the weight becomes
-float32 panel by panel in the cache, where it is multiplied; so does the gradient of x. The gradient of the weight goes block
-by block through torch's float32 product. No float32 copy is kept. Which of these is faster than torch's own product depends
-on the processor and the number of rows: `_CHOICES` says how far.
+Up to four rows, in float32 eight: dot products that take as long as the weight takes to arrive from memory. More rows: the
+weight becomes float32 panel by panel in the cache, where it is multiplied; so does the gradient of x. The gradient of the
+weight goes block by block through torch's float32 product. No float32 copy is kept. Which of these is faster than torch's own
+product depends on the processor and the number of rows: `_CHOICES` says how far.
 """
 
 from __future__ import annotations
@@ -36,8 +36,8 @@ class _Choice:
     training: int
 
 
-# By instruction set in use, dtype, and what the processor has for products of that dtype. Times over torch 2.13's own
-# product, one thread, shapes of SmolLM2: docs/cpu.md.
+# By instruction set in use, dtype, and what the processor has for products of that dtype in half precision. Times over
+# torch 2.13's own product, one thread, shapes of SmolLM2: docs/cpu.md.
 _CHOICES = {
     ("avx2", torch.bfloat16, "none"): _Choice(most=_ALL, training=4),
     ("avx2", torch.float16, "none"): _Choice(most=_ALL, training=4),
@@ -47,24 +47,29 @@ _CHOICES = {
     ("avx512", torch.bfloat16, "vector"): _Choice(most=_ALL, training=48),
     # avx512_fp16 multiplies twice as fast where the weight need not arrive from far
     ("avx512", torch.float16, "vector"): _Choice(most=32, training=_ALL),
+    # reads the weight faster from memory than MKL with one row, and once where MKL reads it for every few rows
+    ("avx2", torch.float32, "none"): _Choice(most=8, training=_ALL),
+    ("avx512", torch.float32, "none"): _Choice(most=1, training=_ALL),
 }
 _UNITS = {torch.bfloat16: ("amx_bf16", "avx512_bf16"), torch.float16: ("amx_fp16", "avx512_fp16")}
 
 
 def units(dtype: torch.dtype) -> str:
-    """Return what the processor has for products of a half-precision dtype: "matrix", "vector" or "none"."""
+    """Return what the processor has for products of a dtype in half precision: "matrix", "vector" or "none"."""
+    if dtype not in _UNITS:
+        return "none"
     names = _ops.cpu_half_products.default().split()
     matrix, vector = _UNITS[dtype]
     return "matrix" if matrix in names else "vector" if vector in names and isa() == "avx512" else "none"
 
 
-_chosen = {dtype: _CHOICES.get((isa(), dtype, units(dtype))) for dtype in _UNITS}
+_chosen = {dtype: _CHOICES.get((isa(), dtype, units(dtype))) for dtype in (torch.float32, *_UNITS)}
 
 
 def why_not_worthwhile(dtype: torch.dtype) -> str | None:
     """Return why torch's own product of this dtype is left alone on this processor; None where the kernel is faster."""
-    if dtype not in _UNITS:
-        return f"it is made for bfloat16 and float16 weights, not {dtype}"
+    if dtype not in _chosen:
+        return f"it is made for float32, bfloat16 and float16 weights, not {dtype}"
     if _chosen[dtype] is not None:
         return None
     if units(dtype) == "matrix":
@@ -75,8 +80,9 @@ def why_not_worthwhile(dtype: torch.dtype) -> str | None:
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x weight^T + bias, computed in float32 and rounded once, as `torch.nn.functional.linear` gives it.
 
-    `x` is [..., in], `weight` [out, in], `bias` [out] or None, all bfloat16 or all float16. Other dtypes, and numbers of
-    rows for which torch's own product is faster here, go to torch. No float32 copy outlives the call.
+    `x` is [..., in], `weight` [out, in], `bias` [out] or None, all of one dtype: float32, bfloat16 or float16. Other dtypes,
+    numbers of rows for which torch's own product is faster here, and float32 with gradients or under autocast go to torch. No
+    float32 copy outlives the call.
     """
     choice = _chosen.get(weight.dtype)
     if choice is None or x.dtype != weight.dtype:
@@ -92,7 +98,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, choice: _Choice) -> torch.Tensor:
-    if _num_rows(x) > choice.most:
+    if _num_rows(x) > choice.most or (x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")):
         return _own(x, weight, bias)
     y: torch.Tensor = _forward(x, weight, bias)
     return y

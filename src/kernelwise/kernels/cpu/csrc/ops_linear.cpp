@@ -1,4 +1,4 @@
-// The linear layer with half-precision weights.
+// The linear layer with half-precision weights, and with few rows in float32.
 //
 // Few rows go through dot products, more through panels of the weight that are widened in the cache. Without AVX2 there are
 // no panels: the weight is widened block by block for torch's float32 product. So it is for the weight's gradient everywhere.
@@ -19,6 +19,8 @@ struct LinearShape {
   Half weight_half() const { return {static_cast<char*>(weight.data_ptr()), in, dtype}; }
 };
 
+constexpr int64_t kMostWideRows = 8;  // with float32 weights
+
 DType half_of(const Tensor& t, const char* name) {
   const DType dtype = dtype_of(t, name);
   STD_TORCH_CHECK(dtype != DType::kFloat32, "kernelwise::linear: ", name, " must be bfloat16 or float16");
@@ -26,7 +28,7 @@ DType half_of(const Tensor& t, const char* name) {
 }
 
 LinearShape linear_of(const Tensor& x, const Tensor& weight) {
-  const DType dtype = half_of(weight, "weight");
+  const DType dtype = dtype_of(weight, "weight");
   STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "kernelwise::linear: x and weight must have one dtype");
   STD_TORCH_CHECK(weight.dim() == 2, "kernelwise::linear: weight must be [out, in]");
   Rows rows = rows_of(x);
@@ -49,6 +51,26 @@ std::vector<float> widened(const MaybeTensor& bias, const LinearShape& s) {
 // Weight rows at a time: as many as fit kWideWeights, in whole multiples of what products like.
 int64_t block_of(const LinearShape& s) {
   return std::min(s.out, std::max<int64_t>(64, kWideWeights / std::max<int64_t>(1, s.in) / 64 * 64));
+}
+
+// Eight rows of the weight at a time, with up to four of x and then, while they are in the cache, with the next.
+void by_few_rows(const LinearShape& s, const float* bias, char* y) {
+  const int64_t size = size_of(s.dtype);
+  const bool as_it_is = s.dtype == DType::kFloat32 && (s.rows == 1 || s.x.stride == s.in);
+  const std::unique_ptr<float[]> laid_out(as_it_is ? nullptr : new float[s.rows * s.in]);
+  const float* const x = as_it_is ? reinterpret_cast<const float*>(s.x.data) : laid_out.get();
+  if (!as_it_is) {
+    const Widen lay_out = kernels().few_rows(s.dtype, 1).lay_out;
+    for (int64_t m = 0; m < s.rows; m++) lay_out(s.x.data + m * s.x.stride * size, laid_out.get() + m * s.in, s.in);
+  }
+  const int64_t groups = (s.rows + kMostFewRows - 1) / kMostFewRows;
+  each_row((s.out + 7) / 8, 8 * s.in * groups, [&](int64_t begin, int64_t end) {
+    const int64_t step = groups == 1 ? end - begin : 1;
+    for (int64_t n = begin; n < end; n += step)
+      for (int64_t m = 0; m < s.rows; m += kMostFewRows)
+        kernels().few_rows(s.dtype, std::min(kMostFewRows, s.rows - m)).columns(
+            x + m * s.in, s.weight.data_ptr(), bias, y + m * s.out * size, s.in, s.out, 8 * n, std::min(s.out, 8 * (n + step)));
+  });
 }
 
 constexpr int64_t kSharedRows = 64;  // with fewer it is the weight's way from memory that takes the time
@@ -79,17 +101,13 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
     for (int64_t m = 0; m < y.numel() / s.out; m++) out.narrow(nothing.data(), b, m, 0, 1, s.out);
     return y;
   }
-  if (s.rows <= kMostFewRows) {
-    if (const FewRows kernel = kernels().few_rows(s.dtype, s.rows); kernel.columns != nullptr) {
-      const std::unique_ptr<float[]> wide_x(new float[s.rows * s.in]);
-      for (int64_t m = 0; m < s.rows; m++) kernel.lay_out(s.x.data + m * s.x.stride * 2, wide_x.get() + m * s.in, s.in);
-      const int64_t octets = (s.out + 7) / 8;
-      each_row(octets, 8 * s.in, [&](int64_t begin, int64_t end) {
-        kernel.columns(wide_x.get(), s.weight.data_ptr(), b, y_data, s.in, s.out, 8 * begin, std::min(s.out, 8 * end));
-      });
-      return y;
-    }
+  const bool wide = s.dtype == DType::kFloat32;
+  if (s.rows <= (wide ? kMostWideRows : kMostFewRows) && kernels().few_rows(s.dtype, 1).columns != nullptr) {
+    by_few_rows(s, b, y_data);
+    return y;
   }
+  STD_TORCH_CHECK(!wide, "kernelwise::linear: float32 weights are multiplied with at most ", kMostWideRows,
+                  " rows, and with AVX2 alone");
   const Gemm gemm = kernels().gemm(s.dtype);
   const int64_t tile = std::min(s.rows, kRowTile);
   const Half in = s.x_half(), w = s.weight_half(), out{y_data, s.out, s.dtype};

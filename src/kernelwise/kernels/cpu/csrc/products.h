@@ -34,7 +34,7 @@ inline void multiply(const Matrix& out, const Matrix& a, const Matrix& b, bool a
   }
 }
 
-// Half-precision matrix in memory and conversion of a part of it, by torch's threads.
+// Matrix in memory, of any dtype, and conversion of a part of it, by torch's threads.
 struct Half {
   char* data;
   int64_t stride;
@@ -43,14 +43,14 @@ struct Half {
     const Widen convert = kernels().widen(dtype);
     each_row(rows, columns, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
-        convert(data + ((row + i) * stride + column) * 2, to + i * columns, columns);
+        convert(data + ((row + i) * stride + column) * size_of(dtype), to + i * columns, columns);
     });
   }
   void narrow(const float* from, const float* bias, int64_t row, int64_t column, int64_t rows, int64_t columns) const {
     const Narrow convert = kernels().narrow(dtype);
     each_row(rows, columns, [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; i++)
-        convert(from + i * columns, bias, data + ((row + i) * stride + column) * 2, columns);
+        convert(from + i * columns, bias, data + ((row + i) * stride + column) * size_of(dtype), columns);
     });
   }
 };

@@ -45,6 +45,8 @@ inline ScalarType scalar_type_of(DType dtype) {
   }
 }
 
+constexpr int64_t size_of(DType dtype) { return dtype == DType::kFloat32 ? 4 : 2; }
+
 constexpr int64_t kMostDims = 16;
 
 // Sizes or strides, without memory from the heap: a call at one token takes few microseconds in all.
