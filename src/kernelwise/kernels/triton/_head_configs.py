@@ -1,8 +1,8 @@
-"""How the heads of a token are cut up, for rotary embedding: configurations found by measurement, and defaults.
+"""How the heads of a token are cut up, for rotary embedding: defaults, and tables for what measurement finds.
 
-`python benchmarks/gpu_sweep.py` measures candidates for the tables, which are keyed by architecture. An entry is (elements
-of the queries of one token, most tokens it is for, configuration); the first that fits is taken. For queries and keys
-that are normalised as well, backward, it is (width of a head, most tokens, configuration).
+`python benchmarks/gpu_sweep.py` measures candidates for the tables, which are keyed by architecture and empty so far. An
+entry is (elements of the queries of one token, most tokens it is for, configuration); the first that fits is taken. For
+queries and keys that are normalised as well, backward, it is (width of a head, most tokens, configuration).
 """
 
 from __future__ import annotations
