@@ -90,6 +90,10 @@ def tuned(shape: str, found: Sequence[Tuning]) -> Iterator[str]:
     for number, tuning in enumerate(found):
         yield f"run {number}, {tuning.seconds:.0f} s: {', '.join(of_the_best(tuning.runs))}"
     yield "decisions: " + ("; ".join(disagreements(found)) or "agree")
+    for number, tuning in enumerate(found):
+        untried = sum(choice.chosen != OWN_CODE and not choice.candidates for choice in tuning.choices)
+        if untried:
+            yield f"run {number}: {untried} kinds of layers have their kernel by default, as no time was left to try it"
 
 
 def of_the_best(runs: Sequence[Run]) -> Iterator[str]:
@@ -111,26 +115,28 @@ def of_the_best(runs: Sequence[Run]) -> Iterator[str]:
 
 
 def disagreements(tunings: Sequence[Tuning]) -> Iterator[str]:
-    """Say where two runs chose different kernels for a kind of layers, and whether one of them found no clear difference."""
+    """Say where two runs chose different kernels for a kind of layers, and what each of them knew of the two."""
     for (number, one), (index, other) in combinations(enumerate(tunings), 2):
-        theirs = {(choice.layer, choice.name, choice.mode): choice for choice in other.choices}
-        for choice in one.choices:
-            rival = theirs.get((choice.layer, choice.name, choice.mode))
-            if rival is None or rival.chosen == choice.chosen:
-                continue
-            unclear = [
-                str(run)
-                for run, found in ((number, choice), (index, rival))
-                if is_unclear(found, choice.chosen, rival.chosen)
-            ]
-            why = f"no clear difference in run {' and '.join(unclear)}" if unclear else "CLEAR in both"
-            yield f"{choice.layer} {choice.name} ({choice.mode}): {choice.chosen} or {rival.chosen}, {why}"
+        mine, theirs = ({(c.layer, c.name, c.mode): c for c in tuning.choices} for tuning in (one, other))
+        for key in {**mine, **theirs}:
+            pair = [(number, mine.get(key)), (index, theirs.get(key))]
+            kernels = ["not tuned" if choice is None else choice.chosen for _, choice in pair]
+            if kernels[0] != kernels[1]:
+                known = ", ".join(f"{what_is_known(choice, kernels)} in run {run}" for run, choice in pair)
+                yield f"{key[0]} {key[1]} ({key[2]}): {kernels[0]} or {kernels[1]}, {known}"
 
 
-def is_unclear(choice: Choice, one: str, other: str) -> bool:
-    """Whether a run found no clear difference between two kernels for a kind of layers: in the model, or in the layer."""
-    in_the_model = choice.chosen == OWN_CODE and " clear" in choice.reason
-    return in_the_model or not differ_clearly(choice, one, other)
+def what_is_known(choice: Choice | None, kernels: Sequence[str]) -> str:
+    """Say what a run knew of the difference between two kernels for a kind of layers, one of which may be its own code."""
+    candidates = {c.kernel: c for c in choice.candidates} if choice is not None else {}
+    asked = [candidates.get(kernel) for kernel in kernels if kernel != OWN_CODE]
+    if choice is None or any(one is None or not (one.timings or one.out) for one in asked):
+        return "not tried" if choice is not None else "not tuned"
+    if any(one is not None and one.out for one in asked):
+        return "one is out"
+    if "no clear difference to" in choice.reason or not differ_clearly(choice, *kernels):
+        return "no clear difference"
+    return "CLEAR"
 
 
 def differ_clearly(choice: Choice, one: str, other: str) -> bool:

@@ -26,7 +26,7 @@ from gpu_ops import command
 from gpu_tables import RESULTS, tuned
 
 import kernelwise
-from kernelwise._evidence import LIGER, Tuning
+from kernelwise._evidence import COMPILED, LIGER, Tuning
 from kernelwise._reporting._page import save
 
 WORKLOADS = ("prefill", "decode", "training")
@@ -80,7 +80,7 @@ def one_run(model: Any, ids: torch.Tensor, name: str, options: argparse.Namespac
             {"input_ids": ids},
             workload=WORKLOADS,
             seconds=options.seconds,
-            contenders=[LIGER],  # torch.compile is raced wherever a model is tuned for it
+            contenders=[COMPILED, LIGER],
             compile=not options.eager,
             progress=told,
         )

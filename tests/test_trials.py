@@ -199,6 +199,28 @@ def test_a_timing_in_a_hurry_is_taken_again_where_there_is_twice_the_time(
     assert measured == [0.1, 0.3][:times]
 
 
+@pytest.mark.parametrize(
+    ("mode", "device_bound", "hidden"),
+    [("inference", (), False), ("inference", ("forward",), True), ("inference+compile", (), True)],
+)
+def test_starting_a_kernel_counts_where_a_model_waits_for_it(
+    mode, device_bound, hidden, repository, prover, monkeypatch
+):
+    seen: list[bool] = []
+
+    def measure(model, group, sample, kernel, *, mode, workload, seconds, calls, hide_starts):
+        seen.append(hide_starts)
+        return "not timed"
+
+    monkeypatch.setattr(_trials, "measure_group", measure)
+    given = replace(trials(Model().eval(), torch.randn(2, 8, 48), prover), device_bound=device_bound)
+    kind = replace(given.kinds[0], mode=mode)
+    kernel = given.load(read_reference(f"{repository}:Right")[0], "cpu")
+    sample = given._samples(given.workloads[0], whole=True)[kind.layer.path]
+    assert given._time(kind, kernel, given.workloads[0], sample) == "not timed"
+    assert seen == [hidden]
+
+
 @pytest.mark.parametrize(("found", "times"), [(UNCLEAR, 2), (SHORT, 2), (CLEAR, 1)])
 def test_a_race_in_a_hurry_is_run_again_where_there_is_twice_the_time(found, times, monkeypatch):
     raced: list[float] = []

@@ -13,6 +13,7 @@ import sys
 import textwrap
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import fakehub
@@ -245,7 +246,7 @@ def test_what_becomes_slow_under_compile_is_not_chosen_for_it(monkeypatch, fresh
 def test_where_the_defaults_win_the_evidence_says_what_they_are(monkeypatch):
     races(monkeypatch, {"builtin": 1.5, "tuned": 1.2})
     monkeypatch.setattr("kernelwise.sources._inductor.DEVICES", ())
-    config = _tune.tune(nn.Sequential(nn.Linear(48, 48), nn.GELU()).eval(), X, seconds=120)
+    config = _tune.tune(nn.Sequential(nn.PReLU(), nn.GELU()).eval(), X, seconds=120)
     assert config.kernel_mapping == {"GeLU": {"inference": "builtin:GeLU"}}
     choice = next(choice for choice in of(config).choices if choice.name == "GeLU")
     assert choice.chosen == "builtin:GeLU"
@@ -256,7 +257,8 @@ def test_where_the_defaults_win_the_evidence_says_what_they_are(monkeypatch):
 @pytest.mark.parametrize("planted", [{"builtin": 0.8, "tuned": 0.9}, {"builtin": "it fails", "tuned": "it fails"}])
 def test_where_eager_wins_no_kernel_goes_in_unasked(repository, monkeypatch, planted):
     seen = races(monkeypatch, planted)
-    monkeypatch.setattr(_tune, "NEGLIGIBLE", 0.2)  # of the activation, which gets a kernel by default
+    # The activation is not tuned, and gets a kernel by default.
+    monkeypatch.setattr(_tune, "_worth_tuning", lambda session: [k for k in session.kinds if k.layer.name != "GeLU"])
     model = nn.Sequential(SleepyNorm(), nn.GELU()).eval()
     config = _tune.tune(model, X, candidates={"SleepyNorm": f"{repository}:Fast"}, seconds=60)
     assert config.kernel_mapping == {"SleepyNorm": {"inference": "none"}, "GeLU": {"inference": "none"}}
@@ -533,7 +535,7 @@ def test_what_runs_depend_on_is_part_of_what_results_stand_under(monkeypatch):
     finally:
         torch.use_deterministic_algorithms(False)
     assert about(model) == first
-    model.head.bias.requires_grad_(False)
+    model.head.weight.requires_grad_(False)
     frozen = about(model)
     assert frozen != first
     hook = model.head.register_forward_hook(lambda module, args, output: None)
@@ -575,8 +577,23 @@ def test_hooks_of_the_user_run_as_in_any_pass_and_stay(monkeypatch):
 
 def test_quick_candidates_have_their_turn_first():
     refs = ["builtin:inductor:RMSNorm", "org/repo@v1:Norm", "builtin:torch:RMSNorm", "builtin:RMSNorm", "/a:Norm"]
-    found = [read_reference(ref)[0] for ref in refs]
-    assert [str(ref) for ref in sorted(filter(None, found), key=_tune._turn)] == [refs[i] for i in (3, 2, 1, 4, 0)]
+    found = [ref for text in refs if (ref := read_reference(text)[0]) is not None]
+    eager = begin(Model().eval()).kinds[0]
+    compiled = replace(eager, mode="inference+compile")
+    order = sorted(((kind, ref) for ref in found for kind in (compiled, eager)), key=_tune._turn)
+    names = [(str(ref), kind.mode.endswith("+compile")) for kind, ref in order]
+    in_turn = [(3, False), (3, True), (2, False), (2, True), (1, False), (4, False), (1, True), (4, True)]
+    assert names == [(refs[number], late) for number, late in (*in_turn, (0, False), (0, True))]
+
+
+def test_time_for_compiling_the_model_is_set_aside(monkeypatch):
+    session = begin(Model().eval())
+    assert _tune._to_compile(session) == 0
+    session.request = replace(session.request, compile=True, seconds=300)
+    monkeypatch.setattr(_tune, "compile_seconds", lambda model, workload: 20.0)
+    assert _tune._to_compile(session) == 40  # with its own code, and with what was chosen
+    session.request = replace(session.request, seconds=60)
+    assert _tune._to_compile(session) == 30
 
 
 def test_notes_say_for_which_mode_layers_were_not_tuned():

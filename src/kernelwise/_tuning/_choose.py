@@ -11,10 +11,6 @@ MARGIN = 0.02
 """By which part of the layer's own time a candidate must be better than one that was offered before it."""
 
 
-VISIBLE = 0.01
-"""Which part of a workload's time choices for torch.compile must save together, or the whole model is not compiled for them."""
-
-
 def choose_all(
     tried: Mapping[Kind, Sequence[Candidate]], objective: Objective, run_s: Mapping[str, float], *, notes: list[str]
 ) -> tuple[dict[Kind, str | None], dict[Kind, str]]:
@@ -39,27 +35,24 @@ def choose_all(
     return chosen, reasons
 
 
-def invisible(
-    chosen: Mapping[Kind, str | None], tried: Mapping[Kind, Sequence[Candidate]], run_s: Mapping[str, float]
-) -> dict[str, str]:
-    """Say for which modes under torch.compile all choices together save too little to be seen in the whole model, and why.
+def saved_under_compile(
+    chosen: Mapping[Kind, str | None], tried: Mapping[Kind, Sequence[Candidate]]
+) -> dict[str, dict[str, float]]:
+    """Return how many seconds of each workload the choices for each mode under torch.compile save, added up.
 
-    Compiled, a layer of the model is at least as fast as compiled alone, so what its kernel saves is at most what it saves
-    there. Modes in which a kind has candidates that nobody has timed are not named.
+    That is by the times of compiled layers alone. In a compiled model a layer is fused with what stands around it, so it is
+    at least as fast there. Modes in which nothing of a kind was tried are left out: what it gets by default is not known.
     """
-    found = {}
+    found: dict[str, dict[str, float]] = {}
     for mode in dict.fromkeys(kind.mode for kind in tried if kind.mode.endswith(AND_COMPILED)):
         mine = {kind: candidates for kind, candidates in tried.items() if kind.mode == mode}
         if any(not any(c.timings or c.out for c in candidates) for candidates in mine.values()):
             continue
-        parts: dict[str, float] = {}
+        saved = found.setdefault(mode, {})
         for kind, candidates in mine.items():
             for timing in (t for c in candidates if c.kernel == chosen.get(kind) for t in c.timings):
-                saved = timing.calls * (timing.comparison.own_us - timing.comparison.us) / 1e6
-                parts[timing.workload] = parts.get(timing.workload, 0.0) + saved / run_s[timing.workload]
-        most = max(parts.values(), default=0.0)
-        if most < VISIBLE:
-            found[mode] = f"all kernels together save at most {max(0.0, most):.1%} of the time, which nobody could see"
+                by = timing.calls * (timing.comparison.own_us - timing.comparison.us) / 1e6
+                saved[timing.workload] = saved.get(timing.workload, 0.0) + by
     return found
 
 

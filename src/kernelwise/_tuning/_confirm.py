@@ -48,11 +48,15 @@ OTHERS = (COMPILED, TRANSFORMERS, LIGER)
 """Contenders that change a model as a whole, in ways that no config says."""
 
 _EAGER = ("inference", "training")
+_TUNED_AND_COMPILED = TUNED + AND_COMPILED
 _WORTH_A_LOOK = 0.01
 """By how much, as a logarithm, one contender must seem faster than another to be raced against it directly."""
 
 LEAST_S = 1.0
 """What the rounds of one race may take at least, however little time is left: without it there is no result."""
+
+_LEAST_COMPILED_S = 4.0
+"""The same for a model that had to be compiled, which took longer than that."""
 
 MOST_S = 20.0
 """What they may take at most: by then the differences are clear, or nobody can say."""
@@ -167,20 +171,29 @@ def _alone(course: Course, found: Confirmation) -> dict[str, KernelConfig]:
     }
 
 
-def _why_not(course: Course, runs: Sequence[Run], name: str, config: KernelConfig, mode: str) -> str | None:
+def _why_not(course: Course, runs: list[Run], name: str, config: KernelConfig, mode: str) -> str | None:
     """Say why a choice alone does not hold end to end in an eager mode, or None.
 
-    What slows the model down in one race of many may do so by chance: it must in a race of its own too.
+    What slows the model down in one race of many may do so by chance: it must in a race of its own too, where there is time
+    for one. Its runs then take the place of those in `runs`.
     """
-    mine = _of_mode(runs, mode)
-    error = next((run.error for run in mine if run.contender == name and run.error), None)
+    why = _fault(course, _of_mode(runs, mode), name)
+    workloads = [workload for workload in course.workloads if workload.training == (mode == "training")]
+    need = 2 * TURNS * sum(course.seconds[workload.name] for workload in workloads)
+    if why is None or failed(_of_mode(runs, mode), name) or need > course.until - time.monotonic():
+        return why
+    again = race_all(replace(course, workloads=workloads), {EAGER: None, name: config})
+    raced = {(run.contender, run.workload): run for run in again if run.contender == name}
+    runs[:] = [raced.get((run.contender, run.workload), run) for run in runs]
+    return _fault(course, again, name)
+
+
+def _fault(course: Course, runs: Sequence[Run], name: str) -> str | None:
+    """Say what is wrong with a contender in some runs: it failed, or is worse than the own code; or None."""
+    error = next((run.error for run in runs if run.contender == name and run.error), None)
     if error is not None:
         return f"it fails end to end: {error}"
-    if score(course, mine, name) >= 0:
-        return None
-    workloads = [workload for workload in course.workloads if workload.training == (mode == "training")]
-    again = race_all(replace(course, workloads=workloads), {EAGER: None, name: config})
-    return f"the whole model with it is {figures(again, name)}" if score(course, again, name) < 0 else None
+    return f"the whole model with it is {figures(runs, name)}" if score(course, runs, name) < 0 else None
 
 
 def _of_mode(runs: Sequence[Run], mode: str) -> list[Run]:
@@ -328,41 +341,72 @@ def figures(runs: Sequence[Run], name: str) -> str:
     )
 
 
-def confirm_compiled(course: Course, found: Confirmation, invisible: Mapping[str, str]) -> None:
+def confirm_compiled(course: Course, found: Confirmation, saved: Mapping[str, Mapping[str, float]]) -> None:
     """Race the choices for torch.compile with torch.compile alone, and keep them in the modes in which that is better.
 
-    In others all is left to the compiler: a draw is not worth one more thing that may break. The result is then torch.compile
-    of the model's own code, so its runs are those of that. `invisible` says of modes why they need no race.
+    In others all is left to the compiler: a draw is not worth one more thing that may break. Where nothing of ours is left, the
+    result is torch.compile of the model's own code, so its runs are those of that.
+
+    Args:
+        saved: how many seconds of each workload the choices for a mode save together, where that is known. What is too little
+            of a compiled run is not raced.
     """
-    tuned = TUNED + AND_COMPILED
     for mode in (mode for mode in course.modes if mode.endswith(AND_COMPILED)):
-        workloads = [workload for workload in course.workloads if workload.training == mode.startswith("training")]
-        contenders: dict[str, KernelConfig | None] = {EAGER: None, COMPILED: None}
-        if mode not in invisible:
-            contenders[tuned] = course.config(found.chosen)
-        runs = race_all(replace(course, workloads=workloads), contenders)
-        found.runs += [run for run in runs if run.contender == COMPILED]
-        why = invisible.get(mode) or _why_not_compiled(course, runs)
-        if why is None:
-            found.runs += [run for run in runs if run.contender == tuned]
-            continue
-        _take_back(found, [kind for kind in found.chosen if kind.mode == mode], f"taken back: {why}")
-        _turn_off(course, found, (mode,), why)
-        found.runs += [replace(run, contender=tuned) for run in runs if run.contender == COMPILED]
+        here = replace(course, workloads=[w for w in course.workloads if w.training == mode.startswith("training")])
+        runs = alone = _race_compiled(here, None)
+        if _goes_in(course, found, mode):
+            why = _invisible(alone, saved.get(mode))
+            if why is None:
+                runs = _race_compiled(here, course.config(found.chosen))
+                why = _why_not_compiled(course, runs)
+            if why is not None:
+                _take_back(found, [kind for kind in found.chosen if kind.mode == mode], f"taken back: {why}")
+                _turn_off(course, found, (mode,), why)
+                # What the user asks for stays, and is what has to be raced.
+                rest = _goes_in(course, found, mode)
+                runs = _race_compiled(here, course.config(found.chosen)) if rest else alone
+        found.runs += [run for run in runs if run.contender != EAGER]
+        if not any(run.contender == _TUNED_AND_COMPILED for run in runs):
+            found.runs += [replace(run, contender=_TUNED_AND_COMPILED) for run in runs if run.contender == COMPILED]
+
+
+def _race_compiled(course: Course, config: KernelConfig | None) -> list[Run]:
+    contenders = {EAGER: None, COMPILED: None} | ({} if config is None else {_TUNED_AND_COMPILED: config})
+    return race_all(course, contenders, least_s=_LEAST_COMPILED_S)
+
+
+def _goes_in(course: Course, found: Confirmation, mode: str) -> bool:
+    """Whether any kernel goes into the model in a mode. What cannot be put in counts: the race of it says so."""
+    try:
+        return any(
+            one.kernel is not None for one in decide(course.model, course.config(found.chosen), mode=mode).decisions
+        )
+    except KernelwiseError:
+        return True
+
+
+def _invisible(runs: Sequence[Run], saved: Mapping[str, float] | None) -> str | None:
+    """Say why choices that save so many seconds of each workload need no race with torch.compile, or None."""
+    if saved is None or failed(runs, COMPILED):
+        return None
+    raced = [(run.workload, run.comparison.us) for run in runs if run.contender == COMPILED and run.comparison]
+    most = max((saved.get(workload, 0.0) * 1e6 / us for workload, us in raced), default=0.0)
+    if most >= _WORTH_A_LOOK:
+        return None
+    return f"all choices together save at most {max(0.0, most):.1%} of a compiled run, which nobody could see"
 
 
 def _why_not_compiled(course: Course, runs: Sequence[Run]) -> str | None:
     """Say why the choices for torch.compile are not better than torch.compile alone, or None."""
-    tuned = TUNED + AND_COMPILED
-    error = next((run.error for run in runs if run.contender == tuned and run.error), None)
+    error = next((run.error for run in runs if run.contender == _TUNED_AND_COMPILED and run.error), None)
     if error is not None or failed(runs, COMPILED):
         return error
-    lead = _lead(course, runs, tuned, COMPILED)
-    if lead > 0:
+    lead = _lead(course, runs, _TUNED_AND_COMPILED, COMPILED)
+    if lead > _WORTH_A_LOOK:
         return None
     return (
-        "the compiled model is slower with it than without"
-        if lead < 0
+        "the compiled model is worse with it than without"
+        if lead < -_WORTH_A_LOOK
         else "no clear difference to the compiled model without it"
     )
 
@@ -376,6 +420,7 @@ def race_all(
     *,
     own: str = EAGER,
     most_s: float | None = None,
+    least_s: float | None = None,
 ) -> list[Run]:
     """Race the model with each config (None: its own code) in every workload. What was raced before is recalled.
 
@@ -396,7 +441,7 @@ def race_all(
         left = (course.until - time.monotonic()) / (len(course.workloads) - index + 1)
         key = ["race", course.about, workload.name, workload.tokens, own, [[name, kernels[name]] for name in made]]
         known = all(content for found in kernels.values() for _, _, _, content in found)
-        seconds = min(MOST_S if most_s is None else most_s, max(LEAST_S, left))
+        seconds = min(MOST_S if most_s is None else most_s, max(LEAST_S if least_s is None else least_s, left))
         stored = _results.recall(key, _Raced) if known else None
         if stored is None or stored.could_say_more(list(made), own, seconds):
             with on_device(course.device), compile_limits() if any(map(is_compiled, made)) else nullcontext():

@@ -34,7 +34,7 @@ from kernelwise._plan import choose_rule
 from kernelwise._reference import did_you_mean
 from kernelwise._tuning import _ranks
 from kernelwise._tuning._candidates import Given, Kind, kinds_of, offered, read_given, spread_out
-from kernelwise._tuning._choose import choose_all, invisible
+from kernelwise._tuning._choose import choose_all, saved_under_compile
 from kernelwise._tuning._confirm import OTHERS, Confirmation, Course, confirm, confirm_compiled
 from kernelwise._tuning._rivals import compile_seconds, face_rivals
 from kernelwise._tuning._shares import Share, shares_of
@@ -196,7 +196,7 @@ def _tuned(
         found = confirm(course, chosen | wholes.chosen)
         course = replace(course, until=until)
         by_time = session.objective != "memory"
-        confirm_compiled(course, found, invisible(chosen, session.tried, session.run_s) if by_time else {})
+        confirm_compiled(course, found, saved_under_compile(chosen, session.tried) if by_time else {})
         face_rivals(course, found)
     session.progress("done", 1.0)
     tuned = course.config(found.chosen)
@@ -204,15 +204,14 @@ def _tuned(
     return tuned
 
 
-def _compiled_modes(session: _Session) -> list[str]:
-    return [mode for mode in session.modes if mode.endswith(AND_COMPILED)]
-
-
 def _to_compile(session: _Session) -> float:
-    """How many seconds are kept for compiling the whole model, which cannot be interrupted: at most half of all."""
-    if not _compiled_modes(session):
+    """How many seconds are kept for compiling the whole model, which cannot be interrupted: at most half of all.
+
+    It is compiled with its own code, and with the choices.
+    """
+    if not session.request.compile:
         return 0.0
-    wanted = sum(compile_seconds(session.model, workload) for workload in session.workloads)
+    wanted = 2 * sum(compile_seconds(session.model, workload) for workload in session.workloads)
     return min(wanted, session.request.seconds / 2)
 
 
@@ -354,13 +353,10 @@ def _look(session: _Session) -> None:
 
 
 def _try_all(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]], prover: _prove.Prover) -> None:
-    """Try every candidate: those that are quick to check before all others, and of these what matters most first.
-
-    What is for torch.compile comes behind its like, as it takes longest.
-    """
+    """Try every candidate: those that are quick to check before all others, and of these what matters most first."""
     kinds = _worth_tuning(session)
     tasks = [(kind, ref) for kind in kinds for ref in refs[kind]]
-    tasks.sort(key=lambda task: (_turn(task[1]), task[0].mode.endswith(AND_COMPILED)))
+    tasks.sort(key=_turn)
     trials = Trials(
         session.model,
         session.target,
@@ -389,11 +385,17 @@ def _try_all(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]], prover
         )
 
 
-def _turn(ref: KernelRef) -> int:
-    """When a candidate has its turn: builtin kernels, PyTorch's operators, others' kernels, what is compiled for seconds."""
+def _turn(task: tuple[Kind, KernelRef]) -> tuple[int, bool]:
+    """When a candidate has its turn: builtin kernels, PyTorch's operators, others' kernels, what is compiled for seconds.
+
+    In each of these what is for torch.compile comes last, as it takes longest.
+    """
+    kind, ref = task
     if ref.location == "inductor":
-        return 3
-    return 2 if ref.scheme != "builtin" else int(ref.location == "torch")
+        where = 3
+    else:
+        where = 2 if ref.scheme != "builtin" else int(ref.location == "torch")
+    return where, kind.mode.endswith(AND_COMPILED)
 
 
 def _worth_tuning(session: _Session) -> list[Kind]:

@@ -51,6 +51,7 @@ def _applies(module: torch.nn.Module, product: torch.Tensor) -> bool:
         and product.requires_grad  # nothing is recorded otherwise
         and type(module) is torch.nn.Linear
         and not module._forward_pre_hooks  # they may change what it gets unseen, as may a forward of its own
+        and not torch.nn.modules.module._global_forward_pre_hooks
         and "forward" not in vars(module)
         and type(product) is torch.Tensor
         and product.is_contiguous()
