@@ -391,11 +391,8 @@ def _turn(task: tuple[Kind, KernelRef]) -> tuple[int, bool]:
     In each of these what is for torch.compile comes last, as it takes longest.
     """
     kind, ref = task
-    if ref.location == "inductor":
-        where = 3
-    else:
-        where = 2 if ref.scheme != "builtin" else int(ref.location == "torch")
-    return where, kind.mode.endswith(AND_COMPILED)
+    builtin = {"torch": 1, "inductor": 3}.get(ref.location, 0)
+    return builtin if ref.scheme == "builtin" else 2, kind.mode.endswith(AND_COMPILED)
 
 
 def _worth_tuning(session: _Session) -> list[Kind]:
