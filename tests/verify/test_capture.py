@@ -76,7 +76,7 @@ def test_a_layer_that_is_too_large_alone_is_cut_and_one_that_is_not_called_is_sa
             self.unused = gallery.Norm(80)
 
     model, notes = Half().eval(), []
-    groups = group(model, kw.plan(model))
+    groups = group(model, kw.plan(model, {"Linear": "none"}))
     one_row = 64 * 4
     found = [
         (found.decision.layer.path, samples.get(found.decision.layer.path))
@@ -90,7 +90,7 @@ def test_a_layer_that_is_too_large_alone_is_cut_and_one_that_is_not_called_is_sa
     )
     assert by_path["unused"] is None
     assert notes == ["inputs were made for unused: the model does not call it on these inputs"]
-    checks = kw.verify(model, kw.plan(model), _inputs(rows=16), capture_memory=10)
+    checks = kw.verify(model, kw.plan(model, {"Linear": "none"}), _inputs(rows=16), capture_memory=10)
     assert checks.ok, str(checks)
     assert sum("more than the 10 that may be kept" in note for note in checks.notes) == 3
 
@@ -115,7 +115,7 @@ def test_weights_that_accelerate_brings_in_are_those_that_are_checked(monkeypatc
     wanted = {name: parameter.clone() for name, parameter in model.named_parameters()}
     accelerate.cpu_offload(model, execution_device=torch.device("cpu"))
     assert all(parameter.is_meta for parameter in model.parameters())
-    plan, seen = kw.plan(model), {}
+    plan, seen = kw.plan(model, {"Linear": "none"}), {}
     assert {decision.layer.path for decision in plan.decisions if decision.kernel} >= {"blocks.0.norm", "blocks.0.mlp"}
     real = _verify.check_kernel
 

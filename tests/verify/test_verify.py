@@ -101,7 +101,7 @@ def _inputs(rows: int = 5) -> dict[str, torch.Tensor]:
 def test_verify_checks_each_kind_of_layer_once_and_changes_nothing():
     model = Model().eval()
     before = {name: dict(module.__dict__) for name, module in model.named_modules()}
-    checks = kw.verify(model, kw.plan(model), _inputs())
+    checks = kw.verify(model, kw.plan(model, {"Linear": "none"}), _inputs())
     assert checks.ok, str(checks)
     assert {check.layer for check in checks.checks} == {
         "blocks.0.norm", "blocks.0.attention.rotary_pos_emb", "blocks.0.mlp"
@@ -117,11 +117,12 @@ def test_verify_checks_each_kind_of_layer_once_and_changes_nothing():
 def test_progress_is_told_check_by_check_or_drawn(monkeypatch, capsys):
     model = nn.Sequential(gallery.Norm(), gallery.MLP())
     told: list[Check] = []
-    checks = kw.verify(model, progress=told.append)
+    plan = kw.plan(model, {"Linear": "none"})
+    checks = kw.verify(model, plan, progress=told.append)
     assert tuple(told) == checks.checks
     assert capsys.readouterr().err == ""
     monkeypatch.setenv("FORCE_COLOR", "1")  # as on a terminal
-    kw.verify(model, progress=True)
+    kw.verify(model, plan, progress=True)
     drawn = capsys.readouterr()
     assert "0/2" in drawn.err
     assert "1/2" in drawn.err
