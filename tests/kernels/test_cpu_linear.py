@@ -126,12 +126,17 @@ def test_other_dtypes_are_torchs():
         cpu.linear(x, weight.bfloat16())
 
 
+VECTORS, SMALL = cpu._VECTORS, cpu._SMALL
+
+
 @pytest.fixture
 def wide(monkeypatch):
-    """Products of up to 8 rows in float32, whatever this processor is chosen for; what goes to torch all the same."""
+    """Products of up to 8 rows in float32 of any size, whatever this processor is chosen for; and what goes to torch."""
     if cpu.isa() == "baseline":
         pytest.skip("there are no products in float32 without AVX2")
     monkeypatch.setitem(cpu._chosen, torch.float32, cpu._Choice(most=8, training=1 << 62))
+    monkeypatch.setattr(cpu, "_VECTORS", 1)
+    monkeypatch.setattr(cpu, "_SMALL", 0)
     theirs = []
     monkeypatch.setattr(cpu, "_own", lambda *args: theirs.append(args) or torch.nn.functional.linear(*args))
     return theirs
@@ -197,6 +202,16 @@ def test_a_row_in_float32_does_not_see_the_others(wide, rows):
     inputs["x"][rows // 2 :] = float("nan")
     assert torch.equal(cpu.linear(**inputs)[: rows // 2], whole[: rows // 2])
     assert not wide
+
+
+@pytest.mark.parametrize(
+    ("width", "out", "is_ours"), [(576, 192, True), (128, 128, True), (64, 64, False), (100, 1000, False)]
+)
+def test_small_float32_weights_and_odd_widths_are_torchs(width, out, is_ours, wide, monkeypatch):
+    monkeypatch.setattr(cpu, "_VECTORS", VECTORS)
+    monkeypatch.setattr(cpu, "_SMALL", SMALL)
+    cpu.linear(**given(torch.float32, rows=(1,), width=width, out=out))
+    assert bool(wide) != is_ours
 
 
 def test_float32_with_gradients_and_under_autocast_is_torchs(wide):

@@ -23,6 +23,8 @@ _grad_weight = _ops.linear_grad_weight.default
 _own = torch.nn.functional.linear
 
 _ALL = 1 << 62
+_VECTORS = 16  # the numbers of float32 that are read together
+_SMALL = 1 << 14  # numbers of a weight: with fewer, the product is over before reading it matters
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,10 +100,16 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, choice: _Choice) -> torch.Tensor:
-    if _num_rows(x) > choice.most or (x.dtype == torch.float32 and torch.is_autocast_enabled("cpu")):
+    if _num_rows(x) > choice.most or (x.dtype == torch.float32 and not _reads_faster(weight)):
         return _own(x, weight, bias)
     y: torch.Tensor = _forward(x, weight, bias)
     return y
+
+
+def _reads_faster(weight: torch.Tensor) -> bool:
+    """Whether a float32 weight is read faster here than by torch: whole vectors wide, and not so small that it is no matter."""
+    whole = weight.shape[-1] % _VECTORS == 0 and weight.numel() >= _SMALL
+    return whole and not torch.is_autocast_enabled("cpu")
 
 
 def _num_rows(x: torch.Tensor) -> int:
