@@ -265,7 +265,7 @@ def _made(ops, num, dtype):
             lambda h, w: linear_cross_entropy(h, w, labels),
             (randn(num, HIDDEN), randn(VOCABULARY, HIDDEN) / math.sqrt(HIDDEN)),
         )
-    if "linear" in ops and dtype != torch.float32:
+    if "linear" in ops:
         for width, out in (*LINEAR_SHAPES, *([(HIDDEN, VOCABULARY)] if num <= 8 else [])):
             yield (
                 "linear",

@@ -126,7 +126,7 @@ def test_other_dtypes_are_torchs():
         cpu.linear(x, weight.bfloat16())
 
 
-VECTORS, SMALL = cpu._VECTORS, cpu._SMALL
+LEAST = {name: getattr(cpu, name) for name in ("_VECTORS", "_SMALL", "_SMALL_FOR_ONE")}
 
 
 @pytest.fixture
@@ -135,8 +135,8 @@ def wide(monkeypatch):
     if cpu.isa() == "baseline":
         pytest.skip("there are no products in float32 without AVX2")
     monkeypatch.setitem(cpu._chosen, torch.float32, cpu._Choice(most=8, training=1 << 62))
-    monkeypatch.setattr(cpu, "_VECTORS", 1)
-    monkeypatch.setattr(cpu, "_SMALL", 0)
+    for name in LEAST:
+        monkeypatch.setattr(cpu, name, int(name == "_VECTORS"))
     theirs = []
     monkeypatch.setattr(cpu, "_own", lambda *args: theirs.append(args) or torch.nn.functional.linear(*args))
     return theirs
@@ -205,12 +205,13 @@ def test_a_row_in_float32_does_not_see_the_others(wide, rows):
 
 
 @pytest.mark.parametrize(
-    ("width", "out", "is_ours"), [(576, 192, True), (128, 128, True), (64, 64, False), (100, 1000, False)]
+    ("rows", "width", "out", "is_ours"),
+    [(1, 576, 1536, True), (1, 576, 192, False), (2, 128, 128, True), (2, 64, 64, False), (2, 100, 1000, False)],
 )
-def test_small_float32_weights_and_odd_widths_are_torchs(width, out, is_ours, wide, monkeypatch):
-    monkeypatch.setattr(cpu, "_VECTORS", VECTORS)
-    monkeypatch.setattr(cpu, "_SMALL", SMALL)
-    cpu.linear(**given(torch.float32, rows=(1,), width=width, out=out))
+def test_small_float32_weights_and_odd_widths_are_torchs(rows, width, out, is_ours, wide, monkeypatch):
+    for name, value in LEAST.items():
+        monkeypatch.setattr(cpu, name, value)
+    cpu.linear(**given(torch.float32, rows=(rows,), width=width, out=out))
     assert bool(wide) != is_ours
 
 

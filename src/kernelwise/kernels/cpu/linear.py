@@ -25,6 +25,7 @@ _own = torch.nn.functional.linear
 _ALL = 1 << 62
 _VECTORS = 16  # the numbers of float32 that are read together
 _SMALL = 1 << 14  # numbers of a weight: with fewer, the product is over before reading it matters
+_SMALL_FOR_ONE = 1 << 19  # with one row: what may lie in a core's own cache, MKL reads as fast or faster
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,16 +101,17 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
 
 
 def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, choice: _Choice) -> torch.Tensor:
-    if _num_rows(x) > choice.most or (x.dtype == torch.float32 and not _reads_faster(weight)):
+    rows = _num_rows(x)
+    if rows > choice.most or (x.dtype == torch.float32 and not _reads_faster(weight, rows)):
         return _own(x, weight, bias)
     y: torch.Tensor = _forward(x, weight, bias)
     return y
 
 
-def _reads_faster(weight: torch.Tensor) -> bool:
+def _reads_faster(weight: torch.Tensor, rows: int) -> bool:
     """Whether a float32 weight is read faster here than by torch: whole vectors wide, and not so small that it is no matter."""
-    whole = weight.shape[-1] % _VECTORS == 0 and weight.numel() >= _SMALL
-    return whole and not torch.is_autocast_enabled("cpu")
+    large = weight.numel() >= (_SMALL if rows > 1 else _SMALL_FOR_ONE)
+    return large and weight.shape[-1] % _VECTORS == 0 and not torch.is_autocast_enabled("cpu")
 
 
 def _num_rows(x: torch.Tensor) -> int:
