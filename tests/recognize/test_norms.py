@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from layers import reason, with_forward
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -330,6 +331,32 @@ def test_unknown_says_why(cls, word):
     answer = recognize(cls())
     assert isinstance(answer, Unknown)
     assert word in answer.reason
+
+
+def no_arguments(self): ...
+
+
+def three_arguments(self, x, height, width): ...
+
+
+def two_that_may_be_none(self, x, gate=None, mask=None):
+    return x if gate is None and mask is None else gate
+
+
+def all_may_be_none(self, x=None):
+    return x
+
+
+@pytest.mark.parametrize(
+    ("forward", "takes"),
+    [
+        (no_arguments, "nothing"), (three_arguments, "x, height, width"),
+        (two_that_may_be_none, "x, gate=None, mask=None"), (all_may_be_none, "x=None"),
+    ],
+)  # fmt: skip
+def test_too_many_or_too_few_arguments_are_named_beside_what_is_known(forward, takes):
+    known = "known operations take one tensor, or two, the second of which may be None"
+    assert reason(with_forward(Norm, forward)) == f"its forward takes {takes}; {known}"
 
 
 def test_second_instance_with_another_eps_is_not_the_first():

@@ -166,7 +166,10 @@ def _tensor_arguments(forward: Callable[..., Any]) -> tuple[tuple[str, ...], tup
     if others:
         raise Untraceable(f"its forward also takes {', '.join(others)}")
     if not 1 <= len(needed) <= len(needed) + len(optional) <= 2:
-        raise Untraceable(f"its forward takes {len(needed)} arguments, and {len(optional)} that may be None")
+        takes = ", ".join([*needed, *(f"{name}=None" for name in optional)]) or "nothing"
+        raise Untraceable(
+            f"its forward takes {takes}; known operations take one tensor, or two, the second of which may be None"
+        )
     return needed, optional
 
 
