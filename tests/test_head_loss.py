@@ -41,11 +41,6 @@ from kernelwise._discover import discover
 from kernelwise.kernels.cpu.linear_cross_entropy import linear_cross_entropy
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def old_loss(logits: Tensor, labels: Tensor, vocab_size: int, **options: Any) -> Tensor:
     """As models had it in themselves: the logits are shifted, and float16 and bfloat16 are not made float32."""
     shifted = logits[..., :-1, :].contiguous()

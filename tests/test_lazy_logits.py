@@ -36,11 +36,6 @@ from kernelwise._applying._logit_source import KEPT, Source
 from kernelwise.kernels.cpu.linear_cross_entropy import linear_cross_entropy
 
 
-@pytest.fixture(autouse=True)
-def _seed() -> None:
-    torch.manual_seed(0)
-
-
 def test_what_is_asked_of_the_logits_without_their_values_computes_nothing() -> None:
     model, own, found = both()
     logits = found.logits
