@@ -10,10 +10,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import fakehub
 import pytest
 import torch
 from torch import nn
+from tuning import FAST, TanhNorm, write
 
 import kernelwise as kw
 from kernelwise._data import Check
@@ -26,19 +26,7 @@ from kernelwise._tuning._shares import Share
 from kernelwise._tuning._trials import Trials
 from kernelwise._verifying import _capture, _inputs, _prove
 
-KERNELS = """
-import torch
-from torch import nn
-
-
-def norm(x, weight, eps):
-    return weight * x / torch.sqrt(torch.mean(x * x, -1, keepdim=True) + eps) + torch.tanh(x)
-
-
-class Right(nn.Module):
-    def forward(self, hidden_states):
-        return norm(hidden_states, self.weight, self.variance_epsilon)
-
+KERNELS = f"""{FAST}
 
 class WrongLarge(nn.Module):
     def forward(self, hidden_states):
@@ -47,29 +35,8 @@ class WrongLarge(nn.Module):
 """
 
 
-class Dozing(nn.Module):
-    """A norm of no known kind."""
-
-    def __init__(self, width: int = 48) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.linspace(0.5, 1.5, width))
-        self.variance_epsilon = 1e-6
-
-    def forward(self, hidden_states):
-        rms = torch.sqrt(torch.mean(hidden_states * hidden_states, -1, keepdim=True) + self.variance_epsilon)
-        return self.weight * hidden_states / rms + torch.tanh(hidden_states)
-
-
-class Model(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = Dozing()
-
-    def forward(self, x):
-        return self.norm(x)
-
-
-kw.register_layer(Dozing, "Dozing")
+def model_of_one_norm() -> nn.Module:
+    return nn.Sequential(TanhNorm()).eval()
 
 
 @pytest.fixture(autouse=True)
@@ -83,11 +50,7 @@ def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="module")
 def repository(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("kernels") / "planted"
-    for name, data in fakehub.kernel_files("planted", layers=KERNELS).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return str(folder)
+    return write(tmp_path_factory.mktemp("kernels") / "planted", KERNELS)
 
 
 @pytest.fixture
@@ -112,7 +75,7 @@ def tried(given: Trials, text: str) -> Candidate:
 
 def proof(model: nn.Module, text: str) -> str:
     """What a plan says of a kernel's proof, when nobody checks it."""
-    plan = _prove.recall(model, kw.plan(model, {"Dozing": text}, mode="inference"))
+    plan = _prove.recall(model, kw.plan(model, {"TanhNorm": text}, mode="inference"))
     return dict(plan.proofs)[text]
 
 
@@ -120,8 +83,8 @@ def proof(model: nn.Module, text: str) -> str:
 
 
 def test_a_kernel_that_is_wrong_at_the_size_of_the_model_only_is_out(repository, prover):
-    model, x = Model().eval().bfloat16(), torch.randn(8, 500, 48).bfloat16()
-    kw.unkernelize(kw.kernelize(model, {"Dozing": f"{repository}:WrongLarge"}, mode="inference"))
+    model, x = model_of_one_norm().bfloat16(), torch.randn(8, 500, 48).bfloat16()
+    kw.unkernelize(kw.kernelize(model, {"TanhNorm": f"{repository}:WrongLarge"}, mode="inference"))
     assert proof(model, f"{repository}:WrongLarge") == _prove.PROVEN, "on inputs that were made"
     found = tried(trials(model, x, prover), f"{repository}:WrongLarge")
     assert "on all that the layer is given in forward" in (found.out or "")
@@ -131,19 +94,19 @@ def test_a_kernel_that_is_wrong_at_the_size_of_the_model_only_is_out(repository,
         forget()
         assert proof(model, f"{repository}:WrongLarge") == _prove.NOT_ASKED
         with pytest.raises(kw.PlanError, match="it is not proven: as given: wrong_values"):
-            kw.kernelize(model, {"Dozing": f"{repository}:WrongLarge"}, mode="inference")
-    found = tried(trials(model, x, prover), f"{repository}:Right")
+            kw.kernelize(model, {"TanhNorm": f"{repository}:WrongLarge"}, mode="inference")
+    found = tried(trials(model, x, prover), f"{repository}:Fast")
     assert found.out is None
     assert len(found.timings) == 1
-    assert proof(model, f"{repository}:Right") == _prove.PROVEN
+    assert proof(model, f"{repository}:Fast") == _prove.PROVEN
 
 
 def test_what_does_not_fit_in_memory_as_float64_is_skipped_with_the_reason(repository, prover, monkeypatch):
     monkeypatch.setattr(_trials, "_free_memory", lambda: 1 << 20)
-    model, x = Model().eval(), torch.randn(8, 500, 48)
-    found = tried(trials(model, x, prover), f"{repository}:Right")
+    model, x = model_of_one_norm(), torch.randn(8, 500, 48)
+    found = tried(trials(model, x, prover), f"{repository}:Fast")
     assert "skipped, as float64 of it takes about" in (found.out or "")
-    assert tried(trials(model, x[:1, :8], prover), f"{repository}:Right").out is None  # all of it was checked before
+    assert tried(trials(model, x[:1, :8], prover), f"{repository}:Fast").out is None  # all of it was checked before
 
 
 # ------------------------------------------------------------------------------------------------------------- remembered
@@ -195,7 +158,7 @@ def test_a_timing_in_a_hurry_is_taken_again_where_there_is_twice_the_time(
     monkeypatch.setattr(_trials, "check_group", checked)
     for seconds in (0.1, 0.15, 0.3, 0.35):
         monkeypatch.setattr(_trials, "TIMING_S", seconds)
-        assert tried(trials(Model().eval(), torch.randn(2, 8, 48), prover), f"{repository}:Right").out is None
+        assert tried(trials(model_of_one_norm(), torch.randn(2, 8, 48), prover), f"{repository}:Fast").out is None
     assert measured == [0.1, 0.3][:times]
 
 
@@ -213,9 +176,9 @@ def test_starting_a_kernel_counts_where_a_model_waits_for_it(
         return "not timed"
 
     monkeypatch.setattr(_trials, "measure_group", measure)
-    given = replace(trials(Model().eval(), torch.randn(2, 8, 48), prover), device_bound=device_bound)
+    given = replace(trials(model_of_one_norm(), torch.randn(2, 8, 48), prover), device_bound=device_bound)
     kind = replace(given.kinds[0], mode=mode)
-    kernel = given.load(read_reference(f"{repository}:Right")[0], "cpu")
+    kernel = given.load(read_reference(f"{repository}:Fast")[0], "cpu")
     sample = given._samples(given.workloads[0], whole=True)[kind.layer.path]
     assert given._time(kind, kernel, given.workloads[0], sample) == "not timed"
     assert seen == [hidden]
@@ -230,7 +193,7 @@ def test_a_race_in_a_hurry_is_run_again_where_there_is_twice_the_time(found, tim
         return tuple(Run(name, workload.name, CLEAR if name == own else found) for name in contenders)
 
     monkeypatch.setattr(_confirm, "race", race)
-    model = Model().eval()
+    model = model_of_one_norm()
     workloads = workloads_of(model, torch.randn(2, 8, 48), None)
     for seconds in (1.0, 1.5, 3.0, 3.5):
         monkeypatch.setattr(_confirm, "MOST_S", seconds)

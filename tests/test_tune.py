@@ -16,11 +16,10 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
-import fakehub
 import pytest
 import torch
 from torch import nn
-from tuning import KERNELS, Model, SleepyNorm, X, of, races, ratio, write
+from tuning import FAST, Model, SleepyNorm, X, of, races, ratio, write
 
 import kernelwise as kw
 from kernelwise._cli import main
@@ -609,8 +608,7 @@ def inputs() -> torch.Tensor:
 
 
 def test_the_command_writes_the_config_and_its_evidence(tmp_path, capsys):
-    fast_alone = fakehub.kernel_files("planted", layers=KERNELS.partition("class Slow")[0])
-    repository = fakehub.write_files(tmp_path / "planted", fast_alone)
+    repository = write(tmp_path / "planted", FAST)
     files = {name: tmp_path / name for name in ("kernels.toml", "evidence.json", "report.html")}
     options = ["--out", "kernels.toml", "--json", "evidence.json", "--html", "report.html"]
     options = [str(files.get(option, option)) for option in options]

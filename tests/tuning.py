@@ -1,4 +1,4 @@
-"""A slow layer, kernels planted for it, and races whose results are planted too."""
+"""A norm of no known kind, slow or not, kernels planted for it, and races whose results are planted too."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from kernelwise._applying import _apply
 from kernelwise._evidence import EAGER, Comparison, Run, Tuning
 from kernelwise._tuning import _confirm
 
-KERNELS = """
+FAST = """
 import time
 import torch
 from torch import nn
@@ -27,7 +27,9 @@ def norm(x, weight, eps):
 class Fast(nn.Module):
     def forward(self, hidden_states):
         return norm(hidden_states, self.weight, self.variance_epsilon)
+"""
 
+KERNELS = f"""{FAST}
 
 class Slow(nn.Module):
     def forward(self, hidden_states):
@@ -47,8 +49,8 @@ class Hangs(nn.Module):
 """
 
 
-class SleepyNorm(nn.Module):
-    """A norm of no known kind, whose own code is slow on any machine."""
+class TanhNorm(nn.Module):
+    """A norm of no known kind."""
 
     def __init__(self, width: int = 48) -> None:
         super().__init__()
@@ -56,9 +58,16 @@ class SleepyNorm(nn.Module):
         self.variance_epsilon = 1e-6
 
     def forward(self, hidden_states):
-        time.sleep(0.002)
         rms = torch.sqrt(torch.mean(hidden_states * hidden_states, -1, keepdim=True) + self.variance_epsilon)
         return self.weight * hidden_states / rms + torch.tanh(hidden_states)
+
+
+class SleepyNorm(TanhNorm):
+    """The same, slow on any machine."""
+
+    def forward(self, hidden_states):
+        time.sleep(0.002)
+        return super().forward(hidden_states)
 
 
 class Model(nn.Module):
@@ -73,15 +82,14 @@ class Model(nn.Module):
         return self.head(x)
 
 
+kw.register_layer(TanhNorm, "TanhNorm")
 kw.register_layer(SleepyNorm, "SleepyNorm")
 X = torch.randn(2, 8, 48)
 
 
-def write(folder: Path) -> str:
-    for name, data in fakehub.kernel_files("planted", layers=KERNELS).items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_bytes(data)
-    return str(folder)
+def write(folder: Path, kernels: str = KERNELS) -> str:
+    """Write a repository of kernels, and return its path."""
+    return str(fakehub.write_files(folder, fakehub.kernel_files("planted", layers=kernels)))
 
 
 def of(config: kw.KernelConfig) -> Tuning:
