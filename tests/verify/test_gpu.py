@@ -9,6 +9,8 @@ import dataclasses
 import json
 import time
 
+import faults_in_effects
+import faults_in_form
 import gallery
 import pytest
 import torch
@@ -118,11 +120,11 @@ def test_the_same_is_left_out_by_dropout(dtype, as_kernel):
 @pytest.mark.parametrize(
     ("fault", "status"),
     [
-        (gallery.Leaks, "leaks_memory"),
-        (gallery.LeavesOneUnwritten, "not_written"),
-        (gallery.WritesBeyondTheRow, "input_overwritten"),
-        (gallery.ReturnsTransposed, "wrong_layout"),
-        (gallery.SetsDefaultDtype, "setting_changed"),
+        (faults_in_effects.Leaks, "leaks_memory"),
+        (faults_in_effects.LeavesOneUnwritten, "not_written"),
+        (faults_in_effects.WritesBeyondTheRow, "input_overwritten"),
+        (faults_in_form.ReturnsTransposed, "wrong_layout"),
+        (faults_in_effects.SetsDefaultDtype, "setting_changed"),
     ],
 )
 def test_faults_are_found_on_the_gpu_too(fault, status, as_kernel):

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import faults_in_effects
+import faults_in_form
+import faults_in_gradients
+import faults_in_values
 import gallery
 import pytest
 import torch
@@ -9,11 +13,17 @@ from checking import checks_of, decision
 
 from kernelwise._verifying._check import NO_BACKWARD, Options
 
+FAULTS = [
+    fault
+    for kind in (faults_in_values, faults_in_gradients, faults_in_effects, faults_in_form)
+    for fault in kind.FAULTS
+]
+
 
 @pytest.mark.parametrize(
     ("fault", "layer", "dtype", "status"),
-    gallery.FAULTS,
-    ids=[f"{fault.__name__}-{dtype}" for fault, _, dtype, _ in gallery.FAULTS],
+    FAULTS,
+    ids=[f"{fault.__name__}-{dtype}" for fault, _, dtype, _ in FAULTS],
 )
 def test_a_planted_fault_is_rejected(fault, layer, dtype, status, as_kernel):
     decided, module = decision(layer().to(getattr(torch, dtype)), as_kernel(fault))
@@ -24,7 +34,7 @@ def test_a_planted_fault_is_rejected(fault, layer, dtype, status, as_kernel):
 
 
 def test_the_gallery_has_many_faults():
-    assert len({fault for fault, *_ in gallery.FAULTS}) >= 40
+    assert len({fault for fault, *_ in FAULTS}) >= 40
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
@@ -36,7 +46,7 @@ def test_the_same_kernel_without_a_fault_passes(dtype, as_kernel):
 
 
 def test_a_kernel_that_says_it_has_no_backward_is_not_asked_for_one(as_kernel):
-    class SaysSo(gallery.NoBackward):
+    class SaysSo(faults_in_gradients.NoBackward):
         has_backward = False
 
     decided, module = decision(gallery.Norm(), as_kernel(SaysSo))

@@ -9,6 +9,8 @@ from collections.abc import Sequence
 from contextlib import nullcontext
 from typing import Any
 
+import faults_in_gradients
+import faults_in_values
 import gallery
 import pytest
 import torch
@@ -177,7 +179,7 @@ def test_layers_of_another_option_are_checked_apart():
 
 def test_a_fault_fails_and_the_table_says_what(as_kernel):
     module = gallery.Norm()
-    decided, _ = decision(module, as_kernel(gallery.IgnoresWeight))
+    decided, _ = decision(module, as_kernel(faults_in_values.IgnoresWeight))
     checks = Checks(Target("cpu"), tuple(checks_of(decided, module)))
     assert not checks.ok
     worst = checks.failures[0]
@@ -243,7 +245,7 @@ def test_the_gradients_of_the_models_own_loss_are_captured():
 
 def test_a_backward_that_loses_small_gradients_is_rejected_on_those_of_a_real_loss(as_kernel):
     model = WithLoss()
-    decided, norm = decision(model.blocks[0].norm, as_kernel(gallery.FlushesSmallGradients))
+    decided, norm = decision(model.blocks[0].norm, as_kernel(faults_in_gradients.FlushesSmallGradients))
     assert not any(check.failed for check in checks_of(decided, norm))  # made gradients are not small
     (found,) = [d for d in kw.plan(model).decisions if d.layer.path == "blocks.0.norm" and d.mode == "training"]
     plan = kw.Plan(Target("cpu"), (dataclasses.replace(found, kernel=decided.kernel),))
@@ -304,7 +306,7 @@ def test_a_layer_whose_own_code_fails_on_made_inputs_is_one_line_and_no_evidence
 )
 def test_what_is_seen_does_not_depend_on_what_the_user_does_around(around, as_kernel):
     """The worker knows nothing of it, so that own code and kernel would be seen in different ways."""
-    decided, module = decision(gallery.MLP(), as_kernel(gallery.SwapsGateAndUp))
+    decided, module = decision(gallery.MLP(), as_kernel(faults_in_values.SwapsGateAndUp))
     layer, call = decided.layer, own_call(decided.layer, own_code(module, decided.layer))
     seen = []
     for surroundings in (nullcontext, around):
