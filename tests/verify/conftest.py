@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import gallery
 import pytest
 import torch
+from proving import write_repository
 
 from kernelwise._data import Kernel, KernelRef, Limits
+from kernelwise._verifying import _inputs, _prove
 from kernelwise.sources._layer_class import kernel_of
 
 
@@ -33,3 +36,21 @@ def nothing_stale() -> Iterator[None]:
     gallery.LEAKED.clear()
     yield
     torch._dynamo.reset()
+
+
+@pytest.fixture
+def empty_cache(empty_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing is proven yet, in this process or on disk."""
+    monkeypatch.setattr(_prove, "_remembered", {})
+
+
+@pytest.fixture
+def repository(tmp_path: Path) -> Path:
+    return write_repository(tmp_path / "proved")
+
+
+@pytest.fixture
+def few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
+    """For tests that are about what is remembered, not about what is checked."""
+    monkeypatch.setattr(_inputs, "_SIZES", ())
+    monkeypatch.setattr(_inputs, "_MANY_ROWS", {**_inputs._MANY_ROWS, "S": 101})
