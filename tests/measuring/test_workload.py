@@ -16,11 +16,6 @@ from kernelwise._models import load_model
 LENGTH, STEPS = 12, 4
 
 
-@pytest.fixture(scope="module")
-def llama() -> Any:
-    return load_model("llama").model
-
-
 @pytest.fixture
 def ids() -> Tensor:
     return torch.randint(4, 250, (2, LENGTH), generator=torch.Generator().manual_seed(1))
