@@ -87,6 +87,10 @@ kw.register_layer(SleepyNorm, "SleepyNorm")
 X = torch.randn(2, 8, 48)
 
 
+def example_inputs() -> torch.Tensor:
+    return X
+
+
 def write(folder: Path, kernels: str = KERNELS) -> str:
     """Write a repository of kernels, and return its path."""
     return str(fakehub.write_files(folder, fakehub.kernel_files("planted", layers=kernels)))

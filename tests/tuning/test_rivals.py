@@ -5,7 +5,6 @@ from __future__ import annotations
 import functools
 import time
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -30,9 +29,7 @@ def ratio(speedup: float, spread: float = 0.01) -> Comparison:
     return Comparison(1e3, 1e3 / speedup, speedup, speedup * (1 - spread), speedup * (1 + spread), 20)
 
 
-@pytest.fixture(autouse=True)
-def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KERNELWISE_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.fixture

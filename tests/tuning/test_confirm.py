@@ -6,22 +6,14 @@ import time
 from dataclasses import replace
 
 import pytest
+from planted import SleepyNorm, X, races, ratio
 from torch import nn
-from tuning import SleepyNorm, X, races, ratio, write
 
 import kernelwise as kw
 from kernelwise._evidence import COMPILED, EAGER, Candidate, Comparison, Run, Timing
 from kernelwise._tuning import _choose, _confirm, _tune
 
-
-@pytest.fixture(autouse=True)
-def cache(tmp_path, monkeypatch) -> None:
-    monkeypatch.setenv("KERNELWISE_CACHE", str(tmp_path / "cache"))
-
-
-@pytest.fixture
-def repository(tmp_path) -> str:
-    return write(tmp_path / "planted")
+pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 @pytest.fixture

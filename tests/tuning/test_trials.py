@@ -8,12 +8,11 @@ import time
 import weakref
 from collections.abc import Iterator
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
+from planted import FAST, TanhNorm, write
 from torch import nn
-from tuning import FAST, TanhNorm, write
 
 import kernelwise as kw
 from kernelwise._data import Check
@@ -40,8 +39,7 @@ def model_of_one_norm() -> nn.Module:
 
 
 @pytest.fixture(autouse=True)
-def surroundings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("KERNELWISE_CACHE", str(tmp_path / "cache"))
+def surroundings(empty_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_inputs, "_SIZES", ())
     monkeypatch.setattr(_inputs, "_MANY_ROWS", {**_inputs._MANY_ROWS, "S": 101})
     monkeypatch.setattr(_trials, "TIMING_S", 0.1)
