@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from models import MARK
+from fakes import MARK
 from torch import Tensor, nn
 
 from kernelwise import discover

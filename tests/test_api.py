@@ -7,17 +7,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+import fakes
 import models
 import pytest
 import torch
-from models import IDS, Snapshot, kernel, marked, only, tiny
+from fakes import kernel, marked, only
+from models import IDS, tiny
+from snapshot import Snapshot
 from torch import nn
 
 import kernelwise as kw
 from kernelwise._data import Plan, Target, from_json
 
 X = torch.linspace(-1, 1, 8)
-NORM = only({"RMSNorm": kernel(models.MarkedNorm)})
+NORM = only({"RMSNorm": kernel(fakes.MarkedNorm)})
 
 
 def test_kernelize_gives_the_model_back() -> None:
@@ -31,12 +34,12 @@ def test_kernelize_gives_the_model_back() -> None:
 
 def test_a_mapping_can_stand_for_a_config() -> None:
     model = models.Stack(models.Norm())
-    kw.kernelize(model, {"RMSNorm": kernel(models.MarkedNorm)}, verify=False)
+    kw.kernelize(model, {"RMSNorm": kernel(fakes.MarkedNorm)}, verify=False)
     assert marked(model(X))
 
 
 def test_one_config_serves_many_models_and_stays_as_it_was() -> None:
-    mapping = {"RMSNorm": {"cpu": kernel(models.MarkedNorm), "cuda": ("a/b:C", {"version": 1})}}
+    mapping = {"RMSNorm": {"cpu": kernel(fakes.MarkedNorm), "cuda": ("a/b:C", {"version": 1})}}
     config = kw.KernelConfig(mapping)
     before = json.dumps(mapping)
     for model in (tiny(), models.Stack(models.Norm()), models.Shared()):
@@ -69,7 +72,7 @@ def test_a_bad_mapping_is_one_error_and_the_model_is_untouched(mapping: Any) -> 
 
 def test_an_unknown_name_gets_the_nearest() -> None:
     with pytest.raises(kw.KernelConfigError, match="RMSNorm"):
-        kw.kernelize(tiny(), {"RMSnorm": kernel(models.MarkedNorm)})
+        kw.kernelize(tiny(), {"RMSnorm": kernel(fakes.MarkedNorm)})
 
 
 @pytest.mark.parametrize("mode", ["train", "", 3, "compile", "INFERENCE", object()])
@@ -101,7 +104,7 @@ def test_an_unknown_device_is_refused(device: Any) -> None:
 @pytest.mark.parametrize("device", ["cpu", "cpu:0", torch.device("cpu"), torch.device("cpu", 0)])
 def test_the_ways_to_name_a_device(device: Any) -> None:
     model = models.Activation()
-    kw.kernelize(model, only({"Activation": kernel(models.MarkedActivation)}), device=device)
+    kw.kernelize(model, only({"Activation": kernel(fakes.MarkedActivation)}), device=device)
     assert marked(model(X))
 
 
@@ -186,7 +189,7 @@ def test_a_model_without_parameters_asks_for_a_device() -> None:
     model = models.Stack(models.Activation())
     before = Snapshot(model)
     with pytest.raises(kw.PlanError, match="device="):
-        kw.kernelize(model, only({"Activation": kernel(models.MarkedActivation)}))
+        kw.kernelize(model, only({"Activation": kernel(fakes.MarkedActivation)}))
     assert before.differences(model) == []
 
 
@@ -221,11 +224,9 @@ def test_a_demand_that_cannot_be_met_raises_with_every_reason_and_changes_nothin
     model = tiny()
     before, own = Snapshot(model), model(IDS)
     with pytest.raises(kw.PlanError) as error:
-        kw.kernelize(
-            model, only({"RMSNorm": kernel(models.ReadsMore), "rotary_pos_emb": kernel(models.TooFewArguments)})
-        )
+        kw.kernelize(model, only({"RMSNorm": kernel(fakes.ReadsMore), "rotary_pos_emb": kernel(fakes.TooFewArguments)}))
     text = str(error.value)
-    for part in ("self.gain", "and 2 more", "`q`", "`sin`", "rule 1", "rule 2", "package:models:ReadsMore"):
+    for part in ("self.gain", "and 2 more", "`q`", "`sin`", "rule 1", "rule 2", "package:fakes:ReadsMore"):
         assert part in text, part
     assert before.differences(model) == []
     assert torch.equal(model(IDS), own)
@@ -233,26 +234,26 @@ def test_a_demand_that_cannot_be_met_raises_with_every_reason_and_changes_nothin
 
 def test_keep_puts_in_what_can_be_had_and_reports_the_rest() -> None:
     model = tiny()
-    config = only({"RMSNorm": kernel(models.ReadsMore), "rotary_pos_emb": kernel(models.MarkedRotary)}, on_miss="keep")
+    config = only({"RMSNorm": kernel(fakes.ReadsMore), "rotary_pos_emb": kernel(fakes.MarkedRotary)}, on_miss="keep")
     kw.kernelize(model, config)
     rows = kw.report(model).rows
     assert {row.kernel for row in rows if row.name == "RMSNorm"} == {None}
     assert all("self.gain" in str(row.reason) for row in rows if row.name == "RMSNorm")
-    assert {row.kernel for row in rows if row.name == "rotary_pos_emb"} == {kernel(models.MarkedRotary)}
+    assert {row.kernel for row in rows if row.name == "rotary_pos_emb"} == {kernel(fakes.MarkedRotary)}
 
 
 def test_the_argument_beats_the_config_about_misses() -> None:
     model = tiny()
-    config = only({"RMSNorm": kernel(models.ReadsMore)}, on_miss="keep")
+    config = only({"RMSNorm": kernel(fakes.ReadsMore)}, on_miss="keep")
     with pytest.raises(kw.PlanError):
         kw.kernelize(model, config, on_miss="raise")
-    kw.kernelize(model, only({"RMSNorm": kernel(models.ReadsMore)}), on_miss="keep")
+    kw.kernelize(model, only({"RMSNorm": kernel(fakes.ReadsMore)}), on_miss="keep")
 
 
 def test_a_kernel_that_does_not_load_is_an_error_of_a_demand_and_a_reason_of_a_keep(tmp_path: Path) -> None:
     model = models.Stack(models.Norm())
     before = Snapshot(model)
-    for reference in ("package:not_installed_anywhere:Norm", "package:models:NotThere", "builtin:NotThere"):
+    for reference in ("package:not_installed_anywhere:Norm", "package:fakes:NotThere", "builtin:NotThere"):
         config = only({"RMSNorm": reference})
         with pytest.raises(kw.KernelLoadError, match="rule 1"):
             kw.kernelize(model, config)
@@ -274,7 +275,7 @@ def test_an_entry_for_another_device_is_a_note() -> None:
 def test_entries_for_other_devices_and_modes_are_not_loaded() -> None:
     missing = "package:not_installed_anywhere:Norm"
     model = models.Stack(models.Norm())
-    mapping = {"cpu": {"inference": kernel(models.MarkedNorm), "training": missing}, "cuda": missing}
+    mapping = {"cpu": {"inference": kernel(fakes.MarkedNorm), "training": missing}, "cuda": missing}
     kw.kernelize(model, only({"RMSNorm": mapping}), mode="inference")
     assert marked(model(X))
     with pytest.raises(kw.KernelLoadError):
@@ -283,7 +284,7 @@ def test_entries_for_other_devices_and_modes_are_not_loaded() -> None:
 
 def test_inherit_mapping_false_uses_only_what_the_config_names() -> None:
     model = tiny()
-    kw.kernelize(model, only({"RMSNorm@norm": kernel(models.MarkedNorm)}))
+    kw.kernelize(model, only({"RMSNorm@norm": kernel(fakes.MarkedNorm)}))
     assert {row.path for row in kw.report(model).rows if row.kernel} == {"norm"}
 
 
@@ -303,10 +304,10 @@ def test_what_is_wrong_with_rules_is_found_before_a_kernel_is_loaded(
     asked: list[str] = []
     load = sources.load
     monkeypatch.setattr(sources, "load", lambda ref, **options: (asked.append(str(ref)), load(ref, **options))[1])
-    mapping = {key: kernel(models.MarkedNorm) if value == "X" else value for key, value in mapping.items()}
+    mapping = {key: kernel(fakes.MarkedNorm) if value == "X" else value for key, value in mapping.items()}
     with pytest.raises(error, match=said):
         kw.plan(tiny(), only(mapping))
-    assert kernel(models.MarkedNorm) not in asked
+    assert kernel(fakes.MarkedNorm) not in asked
     with pytest.raises(error, match=said):  # a plan for another machine finds the same
         kw.plan(tiny(), only(mapping), target=Target("cuda", "sm_90"))
 

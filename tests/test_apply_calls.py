@@ -5,24 +5,27 @@ from __future__ import annotations
 import copy
 from typing import Any
 
+import fakes
 import models
 import pytest
 import torch
-from models import IDS, Snapshot, kernel, marked, only, tiny
+from fakes import kernel, marked, only
+from models import IDS, tiny
 from roles import role_norm, role_plan
+from snapshot import Snapshot
 from test_apply import ran
 from torch import Tensor, nn
 
 import kernelwise as kw
 
-NORM = only({"RMSNorm": kernel(models.MarkedNorm)})
+NORM = only({"RMSNorm": kernel(fakes.MarkedNorm)})
 X = torch.randn(2, 3, 8)
 
 
 # --------------------------------------------------------------------------------------------------------- gradients
 
 
-@pytest.mark.parametrize("of_kernel", [models.ForwardOnlyNorm, models.LyingNorm])
+@pytest.mark.parametrize("of_kernel", [fakes.ForwardOnlyNorm, fakes.LyingNorm])
 @pytest.mark.parametrize("frozen", [False, True])
 @pytest.mark.parametrize("needs_grad", [False, True])
 def test_gradients_are_never_lost(of_kernel: type[nn.Module], frozen: bool, needs_grad: bool) -> None:
@@ -43,7 +46,7 @@ def test_gradients_are_never_lost(of_kernel: type[nn.Module], frozen: bool, need
 
 
 @pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
-@pytest.mark.parametrize("of_kernel", [models.ForwardOnlyNorm, models.LyingNorm])
+@pytest.mark.parametrize("of_kernel", [fakes.ForwardOnlyNorm, fakes.LyingNorm])
 def test_without_gradients_the_kernel_runs(of_kernel: type[nn.Module], context: Any) -> None:
     model = kw.kernelize(models.Stack(models.Norm()), only({"RMSNorm": kernel(of_kernel)}))
     with context():
@@ -65,7 +68,7 @@ def test_a_kernel_without_backward_never_sees_a_gradient_inside_a_container(wher
     elif where == "dict":
         both, extra = (X, X), {"a": leaf}
     model = models.Pair()
-    kw.kernelize(model, only({"Pair": kernel(models.ForwardOnlyPair)}), device="cpu")
+    kw.kernelize(model, only({"Pair": kernel(fakes.ForwardOnlyPair)}), device="cpu")
     if where == "nested":
         with pytest.raises(TypeError):
             model(both, extra)
@@ -77,14 +80,14 @@ def test_a_kernel_without_backward_never_sees_a_gradient_inside_a_container(wher
 
 
 def test_one_of_two_outputs_without_gradient_is_a_lost_gradient() -> None:
-    model = kw.kernelize(models.Pair(), only({"Pair": kernel(models.HalfLyingPair)}), device="cpu")
+    model = kw.kernelize(models.Pair(), only({"Pair": kernel(fakes.HalfLyingPair)}), device="cpu")
     x = X.clone().requires_grad_()
     left, right = model((x, x))
     assert left.requires_grad
     assert right.requires_grad
 
 
-@pytest.mark.parametrize("of_kernel", [models.ForwardOnlyDouble, models.LyingDouble])
+@pytest.mark.parametrize("of_kernel", [fakes.ForwardOnlyDouble, fakes.LyingDouble])
 def test_function_kernels_never_lose_gradients(of_kernel: type[nn.Module]) -> None:
     model = kw.kernelize(models.TwoFunctions(), only({"double": kernel(of_kernel)}), device="cpu")
     x = X.clone().requires_grad_()
@@ -98,7 +101,7 @@ def test_function_kernels_never_lose_gradients(of_kernel: type[nn.Module]) -> No
 
 
 def test_a_layer_with_a_lying_kernel_and_clashing_names_keeps_its_arguments() -> None:
-    for of_kernel in (models.LyingClashing, models.ForwardOnlyClashing):
+    for of_kernel in (fakes.LyingClashing, fakes.ForwardOnlyClashing):
         model = models.Clashing()
         own = model(X, 1.0, own=5.0)
         kw.kernelize(model, only({"Clashing": kernel(of_kernel)}))
@@ -120,9 +123,9 @@ def test_a_kernel_by_roles_gets_the_layers_own_values() -> None:
     model = models.Stack(models.Norm(eps=0.25))
     own = model(X)
     kw.apply(model, role_plan(model, role_norm))
-    torch.testing.assert_close(model(X) - models.MARK, own, atol=1e-3, rtol=0)
+    torch.testing.assert_close(model(X) - fakes.MARK, own, atol=1e-3, rtol=0)
     model.layers[0].variance_epsilon = 4.0
-    assert not torch.allclose(model(X) - models.MARK, own, atol=1e-3)
+    assert not torch.allclose(model(X) - fakes.MARK, own, atol=1e-3)
 
 
 def test_tensor_subclasses_take_the_own_code_and_are_counted() -> None:
@@ -146,7 +149,7 @@ def test_tensor_subclasses_take_the_own_code_for_layer_classes_too() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, torch.float16])
 def test_another_dtype_after_kernelize(dtype: torch.dtype) -> None:
-    for config in (None, only({"RMSNorm": kernel(models.GoodNorm)})):
+    for config in (None, only({"RMSNorm": kernel(fakes.GoodNorm)})):
         model = models.Stack(models.Norm())
         expected = copy.deepcopy(model).to(dtype)(X.to(dtype))
         if config is None:
@@ -162,7 +165,7 @@ def test_autocast() -> None:
     model = tiny()
     with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
         own = model(IDS)
-        kw.kernelize(model, only({"RMSNorm": kernel(models.GoodNorm), "rotary_pos_emb": kernel(models.GoodRotary)}))
+        kw.kernelize(model, only({"RMSNorm": kernel(fakes.GoodNorm), "rotary_pos_emb": kernel(fakes.GoodRotary)}))
         assert torch.equal(model(IDS), own)
 
 
@@ -174,7 +177,7 @@ def test_a_function_kernel_changes_only_the_model_it_was_asked_for() -> None:
     before, after = Snapshot(one), Snapshot(other)
     function = models.double
     wrapper = Snapshot(function)
-    kw.kernelize(one, only({"double": kernel(models.MarkedDouble)}), device="cpu")
+    kw.kernelize(one, only({"double": kernel(fakes.MarkedDouble)}), device="cpu")
     assert ran(one, X)
     assert not ran(other, X)
     assert not ran(function, X)
@@ -189,17 +192,17 @@ def test_a_function_kernel_changes_only_the_model_it_was_asked_for() -> None:
 def test_two_functions_in_one_forward_go_in_and_out_apart() -> None:
     model = models.TwoFunctions()
     before, own = Snapshot(model), model(X)
-    kw.kernelize(model, only({"double": kernel(models.MarkedDouble)}), device="cpu")
-    kw.kernelize(model, only({"triple": kernel(models.MarkedTriple)}), device="cpu")
-    torch.testing.assert_close(model(X) - 3 * models.MARK, own, atol=1e-3, rtol=0)
+    kw.kernelize(model, only({"double": kernel(fakes.MarkedDouble)}), device="cpu")
+    kw.kernelize(model, only({"triple": kernel(fakes.MarkedTriple)}), device="cpu")
+    torch.testing.assert_close(model(X) - 3 * fakes.MARK, own, atol=1e-3, rtol=0)
     kw.unkernelize(model, paths=["double"])
-    torch.testing.assert_close(model(X) - 2 * models.MARK, own, atol=1e-3, rtol=0)
+    torch.testing.assert_close(model(X) - 2 * fakes.MARK, own, atol=1e-3, rtol=0)
     kw.unkernelize(model, paths=["triple"])
     assert before.differences(model) == []
     kw.kernelize(
-        model, only({"triple": kernel(models.MarkedTriple), "double": kernel(models.MarkedDouble)}), device="cpu"
+        model, only({"triple": kernel(fakes.MarkedTriple), "double": kernel(fakes.MarkedDouble)}), device="cpu"
     )
-    torch.testing.assert_close(model(X) - 3 * models.MARK, own, atol=1e-3, rtol=0)
+    torch.testing.assert_close(model(X) - 3 * fakes.MARK, own, atol=1e-3, rtol=0)
     kw.unkernelize(model)
     assert before.differences(model) == []
     assert torch.equal(model(X), own)
@@ -208,7 +211,7 @@ def test_two_functions_in_one_forward_go_in_and_out_apart() -> None:
 def test_a_forward_decorated_with_wraps_is_rebuilt_with_its_decorator() -> None:
     model = models.DecoratedForward()
     before, own = Snapshot(model), model(X)
-    kw.kernelize(model, only({"double": kernel(models.MarkedDouble)}), device="cpu")
+    kw.kernelize(model, only({"double": kernel(fakes.MarkedDouble)}), device="cpu")
     assert ran(model, X)
     assert not ran(models.DecoratedForward(), X)
     kw.unkernelize(model)
@@ -219,7 +222,7 @@ def test_a_forward_decorated_with_wraps_is_rebuilt_with_its_decorator() -> None:
 def test_a_function_called_in_nested_code_is_changed_or_unknown() -> None:
     model = models.InsideComprehension()
     own = model(X)
-    kw.kernelize(model, only({"double": kernel(models.MarkedDouble)}), device="cpu", on_miss="keep")
+    kw.kernelize(model, only({"double": kernel(fakes.MarkedDouble)}), device="cpu", on_miss="keep")
     rows = [row for row in kw.report(model).rows if row.name == "double"]
     assert rows
     assert ran(model, X) == (rows[0].kernel is not None)
@@ -233,7 +236,7 @@ def test_a_forward_that_cannot_be_rebuilt_is_reported_unknown(cls: type[nn.Modul
     own = model(X)
     before = Snapshot(model)
     kw.kernelize(model, device="cpu")  # a wish is no error
-    config = only({"double": kernel(models.MarkedDouble)})
+    config = only({"double": kernel(fakes.MarkedDouble)})
     kw.kernelize(model, config, device="cpu", on_miss="keep")
     assert torch.equal(model(X), own)
     row = next(row for row in kw.report(model).rows if row.name == "double")
@@ -264,7 +267,7 @@ class TestCompile:
         graphs: list[Any] = []
         model = tiny()
         own = model(IDS)
-        kw.kernelize(model, only({"RMSNorm": kernel(models.GoodNorm), "rotary_pos_emb": kernel(models.MarkedRotary)}))
+        kw.kernelize(model, only({"RMSNorm": kernel(fakes.GoodNorm), "rotary_pos_emb": kernel(fakes.MarkedRotary)}))
         expected = model(IDS)
         compiled = torch.compile(model, fullgraph=True, backend=self.counting(graphs))
         for _ in range(4):
@@ -291,7 +294,7 @@ class TestCompile:
         model = models.TwoFunctions()
         compiled = torch.compile(model, fullgraph=True, backend=self.counting(graphs))
         own = compiled(X)
-        kw.kernelize(model, only({"double": kernel(models.MarkedDouble)}), device="cpu")
+        kw.kernelize(model, only({"double": kernel(fakes.MarkedDouble)}), device="cpu")
         assert marked(compiled(X))
         kw.unkernelize(model)
         assert torch.equal(compiled(X), own)
@@ -311,7 +314,7 @@ class TestCompile:
         graphs: list[Any] = []
         model = models.Stack(models.Norm())
         own = model(X)
-        kw.kernelize(model, only({"RMSNorm": kernel(models.ForwardOnlyNorm)}))
+        kw.kernelize(model, only({"RMSNorm": kernel(fakes.ForwardOnlyNorm)}))
         compiled = torch.compile(model, fullgraph=True, backend=self.counting(graphs))
         for _ in range(12):
             torch.testing.assert_close(compiled(X), own)
@@ -325,7 +328,7 @@ class TestCompile:
         graphs: list[Any] = []
         model = models.Stack(models.Norm())
         own = model(X)
-        kw.kernelize(model, only({"RMSNorm": kernel(models.UncompilableNorm)}))
+        kw.kernelize(model, only({"RMSNorm": kernel(fakes.UncompilableNorm)}))
         assert marked(model(X))
         compiled = torch.compile(model, fullgraph=True, backend=self.counting(graphs))
         for _ in range(3):
@@ -337,12 +340,12 @@ class TestCompile:
         model = models.Stack(models.Norm())
         kw.kernelize(
             model,
-            only({"RMSNorm": {"inference": kernel(models.MarkedNorm), "training": kernel(models.TwiceMarkedNorm)}}),
+            only({"RMSNorm": {"inference": kernel(fakes.MarkedNorm), "training": kernel(fakes.TwiceMarkedNorm)}}),
         )
         compiled = torch.compile(model, fullgraph=True, backend=self.counting(graphs))
         for _ in range(3):
-            assert (compiled.eval()(X) < 1.5 * models.MARK).all()
-            assert (compiled.train()(X) > 1.5 * models.MARK).all()
+            assert (compiled.eval()(X) < 1.5 * fakes.MARK).all()
+            assert (compiled.train()(X) > 1.5 * fakes.MARK).all()
         assert len(graphs) == 2
 
     def test_compiled_in_place(self) -> None:
@@ -372,7 +375,7 @@ class TestCompile:
         model = models.Stack(models.Norm())
 
         def plain(x: Tensor, weight: Tensor, eps: float, *, offset: float = 0.0, cast: str = "before") -> Tensor:
-            return x * weight + models.MARK
+            return x * weight + fakes.MARK
 
         kw.apply(model, role_plan(model, plain))
         compiled = torch.compile(model, fullgraph=True, backend=self.counting(graphs))

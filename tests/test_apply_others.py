@@ -13,17 +13,20 @@ from pathlib import Path
 from types import MethodType
 from typing import Any
 
+import fakes
 import models
 import pytest
 import torch
-from models import IDS, Snapshot, kernel, marked, only, tiny
+from fakes import kernel, marked, only
+from models import IDS, tiny
+from snapshot import Snapshot
 from test_apply import ran
 from torch import Tensor, nn
 
 import kernelwise as kw
 from kernelwise._discover import STATE
 
-NORM = only({"RMSNorm": kernel(models.MarkedNorm)})
+NORM = only({"RMSNorm": kernel(fakes.MarkedNorm)})
 X = torch.randn(2, 3, 8)
 
 
@@ -33,7 +36,7 @@ X = torch.randn(2, 3, 8)
 def test_a_deep_copy_is_kernelized_reportable_and_undoable_apart() -> None:
     model = tiny()
     own = model(IDS)
-    kw.kernelize(model, only({"RMSNorm": kernel(models.MarkedNorm), "rotary_pos_emb": kernel(models.GoodRotary)}))
+    kw.kernelize(model, only({"RMSNorm": kernel(fakes.MarkedNorm), "rotary_pos_emb": kernel(fakes.GoodRotary)}))
     twin = copy.deepcopy(model)
     assert twin.norm.forward.__self__ is twin.norm
     assert ran(twin.norm, X)
@@ -52,7 +55,7 @@ def test_a_deep_copy_is_kernelized_reportable_and_undoable_apart() -> None:
 
 
 def test_a_deep_copy_counts_its_own_fallbacks() -> None:
-    model = kw.kernelize(models.Stack(models.Norm()), only({"RMSNorm": kernel(models.ForwardOnlyNorm)}))
+    model = kw.kernelize(models.Stack(models.Norm()), only({"RMSNorm": kernel(fakes.ForwardOnlyNorm)}))
     model(X)
     twin = copy.deepcopy(model)
     twin(X)
@@ -170,7 +173,7 @@ def test_different_models_kernelized_by_several_threads() -> None:
         try:
             for _ in range(5):
                 kw.kernelize(
-                    model, only({"RMSNorm": kernel(models.MarkedNorm), "rotary_pos_emb": kernel(models.GoodRotary)})
+                    model, only({"RMSNorm": kernel(fakes.MarkedNorm), "rotary_pos_emb": kernel(fakes.GoodRotary)})
                 )
                 assert ran(model.norm, X)
                 kw.unkernelize(model)
@@ -206,7 +209,7 @@ def test_calls_go_on_while_another_thread_kernelizes_and_undoes() -> None:
     try:
         for thread in threads:
             thread.start()
-        config = only({"RMSNorm": kernel(models.GoodNorm)})
+        config = only({"RMSNorm": kernel(fakes.GoodNorm)})
         plan = kw.plan(model, config)
         for _ in range(150):
             kw.apply(model, plan)
@@ -319,12 +322,12 @@ def test_parametrizations(when: str) -> None:
         kw.kernelize(model, NORM)
         if when != "before":
             parametrize.register_parametrization(norm, "weight", Times(3.0))
-        torch.testing.assert_close(model(X) - models.MARK, plain * 3, atol=1e-3, rtol=0)
+        torch.testing.assert_close(model(X) - fakes.MARK, plain * 3, atol=1e-3, rtol=0)
         twin = copy.deepcopy(model)
-        torch.testing.assert_close(twin(X) - models.MARK, plain * 3, atol=1e-3, rtol=0)
+        torch.testing.assert_close(twin(X) - fakes.MARK, plain * 3, atol=1e-3, rtol=0)
         if when == "removed in between":
             parametrize.remove_parametrizations(norm, "weight", leave_parametrized=False)
-            torch.testing.assert_close(model(X) - models.MARK, plain, atol=1e-3, rtol=0)
+            torch.testing.assert_close(model(X) - fakes.MARK, plain, atol=1e-3, rtol=0)
         kw.unkernelize(model)
         assert torch.equal(model(X), plain if when == "removed in between" else norm(X))
         assert not ran(model, X)

@@ -7,11 +7,13 @@ import pickle
 import random
 from typing import Any
 
+import fakes
 import models
 import torch
+from fakes import kernel, only
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from models import Snapshot, kernel, only
+from snapshot import Snapshot
 from torch import nn
 
 import kernelwise as kw
@@ -34,13 +36,13 @@ LAYERS = {
     "silu": nn.SiLU,
 }
 KERNELS = {
-    "RMSNorm": [models.GoodNorm, models.MarkedNorm, models.TwiceMarkedNorm, models.ForwardOnlyNorm, models.LyingNorm],
-    "Activation": [models.MarkedActivation],
-    "Affine": [models.MarkedAffine],
-    "Widened": [models.MarkedPlusOne],
-    "Undecorated": [models.MarkedAnyArguments],
-    "double": [models.MarkedDouble, models.ForwardOnlyDouble, models.LyingDouble],
-    "triple": [models.MarkedTriple],
+    "RMSNorm": [fakes.GoodNorm, fakes.MarkedNorm, fakes.TwiceMarkedNorm, fakes.ForwardOnlyNorm, fakes.LyingNorm],
+    "Activation": [fakes.MarkedActivation],
+    "Affine": [fakes.MarkedAffine],
+    "Widened": [fakes.MarkedPlusOne],
+    "Undecorated": [fakes.MarkedAnyArguments],
+    "double": [fakes.MarkedDouble, fakes.ForwardOnlyDouble, fakes.LyingDouble],
+    "triple": [fakes.MarkedTriple],
 }
 
 shapes = st.recursive(

@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import MethodType
 from typing import Any
 
+import fakes
 import models
 import pytest
 import torch
@@ -181,7 +182,7 @@ def test_a_property_can_stand_where_a_parameter_did() -> None:
 def test_a_plan_made_by_hand_with_a_kernel_that_does_not_fit_is_refused() -> None:
     module = module_of(models.Norm)
     with pytest.raises(ApplyError, match="hidden_states"):
-        layer_call(layer_of(module), of_class(models.TooFewArguments), "inference", models.Norm.forward)
+        layer_call(layer_of(module), of_class(fakes.TooFewArguments), "inference", models.Norm.forward)
 
 
 def test_a_described_kernel_cannot_be_bound() -> None:
@@ -195,18 +196,18 @@ def test_a_described_kernel_cannot_be_bound() -> None:
 def test_reasons_are_told_apart() -> None:
     module = module_of(models.Norm)
     why = getattr(module, STATE).why
-    layer_call(layer_of(module), of_class(models.ForwardOnlyNorm), "inference", models.Norm.forward)(module, X)
-    layer_call(layer_of(module), of_class(models.LyingNorm), "inference", models.Norm.forward)(module, X)
+    layer_call(layer_of(module), of_class(fakes.ForwardOnlyNorm), "inference", models.Norm.forward)(module, X)
+    layer_call(layer_of(module), of_class(fakes.LyingNorm), "inference", models.Norm.forward)(module, X)
     assert why == [NO_BACKWARD, LOST_GRADIENT]
     widened = module_of(models.Widened)
-    call = layer_call(layer_of(widened), of_class(models.MarkedPlusOne), "inference", models.Widened.forward)
+    call = layer_call(layer_of(widened), of_class(fakes.MarkedPlusOne), "inference", models.Widened.forward)
     assert torch.equal(call(widened, X, verbose=True), (X + 1) * 2)
     assert getattr(widened, STATE).why == [MORE]
 
 
 def test_alike_layers_share_one_function() -> None:
     first, second = module_of(models.Norm), module_of(models.Norm)
-    kernel = of_class(models.MarkedNorm)
+    kernel = of_class(fakes.MarkedNorm)
     calls = [layer_call(layer_of(m), kernel, "inference", models.Norm.forward) for m in (first, second)]
     assert calls[0] is calls[1]
 

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import copy
 
+import fakes
 import models
 import pytest
 import torch
-from models import IDS, Snapshot, kernel, only, tiny
+from fakes import kernel, only
+from models import IDS, tiny
+from snapshot import Snapshot
 from torch import nn
 
 import kernelwise as kw
@@ -67,9 +70,9 @@ def test_kernel_condition_excludes_an_instance() -> None:
     first, second = named(model, "Activation")
     assert first.excluded is None
     assert second.excluded is not None
-    kw.kernelize(model, only({"Activation": kernel(models.MarkedActivation)}), device="cpu")
-    assert models.marked(model.layers[0](torch.zeros(3)))
-    assert not models.marked(model.layers[1](torch.zeros(3)))
+    kw.kernelize(model, only({"Activation": kernel(fakes.MarkedActivation)}), device="cpu")
+    assert fakes.marked(model.layers[0](torch.zeros(3)))
+    assert not fakes.marked(model.layers[1](torch.zeros(3)))
     reason = [row.reason for row in kw.report(model).rows if row.path == "layers.1"]
     assert all("kernel_condition" in str(text) for text in reason)
 
@@ -98,8 +101,8 @@ def test_register_layer_names_a_class_and_changes_nothing_on_it() -> None:
     assert dict(vars(Own)) == before
     model = models.Stack(Own(), Child(), Other())
     assert [(layer.path, layer.how) for layer in named(model, "Sum")] == [("layers.0", "named"), ("layers.1", "named")]
-    kw.kernelize(model, only({"Sum": kernel(models.MarkedPlusOne)}), device="cpu")
-    assert models.marked(model.layers[0](torch.zeros(3)))
+    kw.kernelize(model, only({"Sum": kernel(fakes.MarkedPlusOne)}), device="cpu")
+    assert fakes.marked(model.layers[0](torch.zeros(3)))
     kw.unkernelize(model)
 
 
@@ -157,8 +160,8 @@ def test_two_functions_of_one_layer_name_are_two_rows() -> None:
         model.__dict__["_kernel_funcs"] = {"one": one, "two": two}
     assert [layer.function for layer in named(model, "double")] == ["one", "two"]
     x = torch.zeros(3)
-    kw.kernelize(model, only({"double": kernel(models.MarkedDouble)}), device="cpu")
-    assert torch.equal(model(x), x + 2 * models.MARK)
+    kw.kernelize(model, only({"double": kernel(fakes.MarkedDouble)}), device="cpu")
+    assert torch.equal(model(x), x + 2 * fakes.MARK)
     assert len([row for row in kw.report(model).rows if row.kernel]) == 4
 
 
@@ -167,7 +170,7 @@ def test_a_decorated_function_held_as_a_submodule_is_blocked() -> None:
     (layer,) = named(model, "double")
     assert "shared" in str(layer.blocked)
     with pytest.raises(kw.PlanError, match="shared"):
-        kw.kernelize(model, only({"double": kernel(models.MarkedDouble)}), device="cpu")
+        kw.kernelize(model, only({"double": kernel(fakes.MarkedDouble)}), device="cpu")
 
 
 def test_shared_modules_are_one_layer() -> None:
@@ -180,7 +183,7 @@ def test_shared_modules_are_one_layer() -> None:
 def test_a_kernelized_model_is_discovered_as_before() -> None:
     model = tiny()
     before = kw.discover(model)
-    kw.kernelize(model, only({"RMSNorm": kernel(models.MarkedNorm), "rotary_pos_emb": kernel(models.MarkedRotary)}))
+    kw.kernelize(model, only({"RMSNorm": kernel(fakes.MarkedNorm), "rotary_pos_emb": kernel(fakes.MarkedRotary)}))
     assert kw.discover(model) == before
     assert kw.discover(copy.deepcopy(model)) == before
     kw.unkernelize(model)
@@ -192,8 +195,8 @@ def test_kernels_further_in_do_not_hide_what_a_module_computes(inner: type[nn.Mo
     model = models.Stack(models.Stack(inner(), nn.Linear(8, 8)), nn.SiLU())
     before = kw.discover(model)
     assert before[0].path == ""
-    mapping = {"triple": kernel(models.MarkedTriple)} if inner is models.TwoFunctions else {}
-    mapping |= {"Activation": kernel(models.MarkedActivation)} if inner is models.Activation else {}
+    mapping = {"triple": kernel(fakes.MarkedTriple)} if inner is models.TwoFunctions else {}
+    mapping |= {"Activation": kernel(fakes.MarkedActivation)} if inner is models.Activation else {}
     kw.kernelize(model, only(mapping))
     assert kw.discover(model) == before
 
@@ -201,8 +204,8 @@ def test_kernels_further_in_do_not_hide_what_a_module_computes(inner: type[nn.Mo
 def test_a_deep_copy_can_have_function_kernels() -> None:
     """The copy holds copies of the wrappers, while its forward still calls the functions themselves."""
     model = copy.deepcopy(models.TwoFunctions())
-    kw.kernelize(model, only({"double": kernel(models.MarkedDouble)}), device="cpu")
-    assert models.marked(model(torch.zeros(3)))
+    kw.kernelize(model, only({"double": kernel(fakes.MarkedDouble)}), device="cpu")
+    assert fakes.marked(model(torch.zeros(3)))
 
 
 def test_training_and_eval_are_discovered_alike() -> None:

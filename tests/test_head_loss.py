@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from exact import assert_as_exact
-from models import Snapshot
+from snapshot import Snapshot
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint

@@ -7,10 +7,11 @@ import timeit
 from collections.abc import Callable
 from typing import Any
 
+import fakes
 import models
 import pytest
 import torch
-from models import kernel, only
+from fakes import kernel, only
 from torch import nn
 
 import kernelwise as kw
@@ -148,7 +149,7 @@ def test_no_parameter_is_copied() -> None:
         return sum(storages.values())
 
     before = held()
-    config = only({"RMSNorm": kernel(models.GoodNorm)})
+    config = only({"RMSNorm": kernel(fakes.GoodNorm)})
     kw.kernelize(model, config)
     assert {name: tensor.data_ptr() for name, tensor in model.state_dict().items()} == pointers
     assert held() - before < expected / 100
@@ -161,7 +162,7 @@ def test_no_parameter_is_copied() -> None:
 def test_kernelizing_again_and_again_keeps_nothing() -> None:
     """What a kernelization holds is gone after undoing it: the number of live objects does not grow."""
     model = models.Stack(*(models.Norm() for _ in range(20)), models.TwoFunctions())
-    config = only({"RMSNorm": kernel(models.GoodNorm), "double": kernel(models.MarkedDouble)})
+    config = only({"RMSNorm": kernel(fakes.GoodNorm), "double": kernel(fakes.MarkedDouble)})
 
     def once() -> None:
         kw.kernelize(model, config)

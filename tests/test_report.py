@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import json
 
+import fakes
 import models
 import torch
-from models import kernel, only, tiny
+from fakes import kernel, only
+from models import tiny
 from torch import nn
 
 import kernelwise as kw
 from kernelwise._table import fold, render
 
 X = torch.linspace(-1, 1, 8)
-NORM = only({"RMSNorm": kernel(models.MarkedNorm)})
+NORM = only({"RMSNorm": kernel(fakes.MarkedNorm)})
 
 
 def kernels_of(model: nn.Module) -> dict[tuple[str, str], str | None]:
@@ -32,13 +34,13 @@ def test_a_model_that_was_never_kernelized_says_so() -> None:
 
 
 def test_every_layer_has_a_row_per_mode_with_its_kernel_or_the_reason_for_none() -> None:
-    model = kw.kernelize(tiny(), only({"RMSNorm": kernel(models.MarkedNorm), "RMSNorm@norm": None}))
+    model = kw.kernelize(tiny(), only({"RMSNorm": kernel(fakes.MarkedNorm), "RMSNorm@norm": None}))
     rows = {(row.path, row.mode): row for row in kw.report(model).rows}
     assert {path for path, _ in rows} == {layer.path for layer in kw.discover(model)}
     for (path, _), row in rows.items():
         assert (row.kernel is None) == (row.reason is not None)
         if row.name == "RMSNorm" and path != "norm":
-            assert row.kernel == kernel(models.MarkedNorm)
+            assert row.kernel == kernel(fakes.MarkedNorm)
             assert "rule 1" in row.asked_by
             assert row.content_hash
     assert "own code" in str(rows["norm", "inference"].reason)
@@ -46,7 +48,7 @@ def test_every_layer_has_a_row_per_mode_with_its_kernel_or_the_reason_for_none()
 
 
 def test_as_json_it_is_only_plain_values() -> None:
-    model = kw.kernelize(tiny(), only({"RMSNorm": {"cpu": kernel(models.ForwardOnlyNorm), "cuda": "a/b:C"}}))
+    model = kw.kernelize(tiny(), only({"RMSNorm": {"cpu": kernel(fakes.ForwardOnlyNorm), "cuda": "a/b:C"}}))
     model.norm(X)
     written = kw.report(model).to_json()
     assert json.loads(json.dumps(written)) == written
@@ -55,7 +57,7 @@ def test_as_json_it_is_only_plain_values() -> None:
 
 
 def test_calls_that_fell_back_are_counted_by_reason() -> None:
-    model = kw.kernelize(models.Stack(models.Norm(), models.Norm()), only({"RMSNorm": kernel(models.ForwardOnlyNorm)}))
+    model = kw.kernelize(models.Stack(models.Norm(), models.Norm()), only({"RMSNorm": kernel(fakes.ForwardOnlyNorm)}))
     for _ in range(3):
         model.layers[0](X)
     with torch.no_grad():
@@ -71,18 +73,18 @@ def test_it_follows_partial_undoing() -> None:
     kw.unkernelize(model, paths=["layers.0"])
     found = kernels_of(model)
     assert found["layers.0", "inference"] is None
-    assert found["layers.1", "inference"] == kernel(models.MarkedNorm)
+    assert found["layers.1", "inference"] == kernel(fakes.MarkedNorm)
     assert "taken out" in str(kw.report(model))
 
 
 def test_it_says_what_runs_of_several_kernelizations() -> None:
     model = models.Stack(models.Norm(), models.Norm())
     kw.kernelize(model, NORM)
-    kw.kernelize(model, only({"RMSNorm@layers.0": {"inference": kernel(models.TwiceMarkedNorm)}}))
+    kw.kernelize(model, only({"RMSNorm@layers.0": {"inference": kernel(fakes.TwiceMarkedNorm)}}))
     found = kernels_of(model)
-    assert found["layers.0", "inference"] == kernel(models.TwiceMarkedNorm)
-    assert found["layers.0", "training"] == kernel(models.MarkedNorm)
-    assert found["layers.1", "inference"] == kernel(models.MarkedNorm)
+    assert found["layers.0", "inference"] == kernel(fakes.TwiceMarkedNorm)
+    assert found["layers.0", "training"] == kernel(fakes.MarkedNorm)
+    assert found["layers.1", "inference"] == kernel(fakes.MarkedNorm)
     with kw.kernelized(model, only({"RMSNorm": None})):
         assert set(kernels_of(model).values()) == {None}
     assert kernels_of(model) == found
@@ -105,8 +107,8 @@ def test_a_part_of_a_kernelized_model_reports_what_runs_in_it() -> None:
     assert {row.path for row in report.rows if row.kernel} == {"norm1", "norm2"}
     assert "no kernels" not in str(report)
     kw.unkernelize(model.blocks[0], paths=["norm1"])
-    assert not models.marked(model.blocks[0].norm1(X))
-    assert models.marked(model.blocks[0].norm2(X))
+    assert not fakes.marked(model.blocks[0].norm1(X))
+    assert fakes.marked(model.blocks[0].norm2(X))
 
 
 def test_shared_modules_have_one_row_with_all_paths() -> None:
@@ -116,7 +118,7 @@ def test_shared_modules_have_one_row_with_all_paths() -> None:
 
 
 def test_the_text_folds_alike_layers_and_names_every_reason_once() -> None:
-    model = kw.kernelize(tiny(num_blocks=12), only({"RMSNorm": kernel(models.MarkedNorm)}))
+    model = kw.kernelize(tiny(num_blocks=12), only({"RMSNorm": kernel(fakes.MarkedNorm)}))
     text = str(kw.report(model))
     assert "blocks.*.norm1 (12)" in text
     assert "inference + training" in text
@@ -128,7 +130,7 @@ def test_a_plan_prints_its_reasons_and_who_asked() -> None:
     text = str(kw.plan(models.Stack(models.Norm(), models.Activation()), NORM))
     assert "rule 1" in text
     assert "no rule asks for it" in text
-    assert kernel(models.MarkedNorm) in text.replace("\n", "")
+    assert kernel(fakes.MarkedNorm) in text.replace("\n", "")
 
 
 def test_fold_keeps_what_differs_apart() -> None:

@@ -8,10 +8,13 @@ import threading
 from pathlib import Path
 from typing import Any
 
+import fakes
 import models
 import pytest
 import torch
-from models import IDS, Snapshot, kernel, marked, only, tiny
+from fakes import kernel, marked, only
+from models import IDS, tiny
+from snapshot import Snapshot
 from torch import Tensor, nn
 
 import kernelwise as kw
@@ -49,7 +52,7 @@ def test_gradients_lost_without_a_word() -> None:
     """A kernel claims a backward by default; where it has none, the peers train with gradients that are None."""
     model = models.Stack(models.Norm(), models.Norm())
     own = torch.autograd.grad(model(X).sum(), list(model.parameters()))
-    kw.kernelize(model, only({"RMSNorm": kernel(models.LyingNorm)}))
+    kw.kernelize(model, only({"RMSNorm": kernel(fakes.LyingNorm)}))
     model(X).sum().backward()
     gradients = [parameter.grad for parameter in model.parameters()]
     assert all(g is not None and torch.equal(g, o) for g, o in zip(gradients, own, strict=True))
@@ -72,7 +75,7 @@ def test_hooks_of_accelerate_are_destroyed_even_when_nothing_is_replaced() -> No
     kw.kernelize(model, only({"RMSNorm": None}))
     model(X)
     assert Counting.calls == 2
-    kw.kernelize(model, only({"RMSNorm@layers.0": kernel(models.MarkedNorm)}))
+    kw.kernelize(model, only({"RMSNorm@layers.0": kernel(fakes.MarkedNorm)}))
     model(X)
     assert Counting.calls == 4
     kw.unkernelize(model)
@@ -82,7 +85,7 @@ def test_hooks_of_accelerate_are_destroyed_even_when_nothing_is_replaced() -> No
 def test_a_function_kernel_is_one_object_so_kernelizing_one_model_changes_another() -> None:
     first, second = tiny(), tiny()
     own = second(IDS)
-    kw.kernelize(first, only({"rotary_pos_emb": kernel(models.MarkedRotary)}))
+    kw.kernelize(first, only({"rotary_pos_emb": kernel(fakes.MarkedRotary)}))
     assert not torch.allclose(first(IDS), own)
     assert torch.equal(second(IDS), own)
     assert "forward" not in models.apply_rotary_pos_emb.__dict__
@@ -106,7 +109,7 @@ def test_an_error_while_loading_leaves_the_model_half_changed(tmp_path: Path, la
     bad = repository(tmp_path / "bad-kernel", layers, **options)
     model = models.Stack(models.Norm(), models.Affine(), models.Norm())
     before, own = Snapshot(model), model(X)
-    mapping = {"Affine": kernel(models.MarkedAffine), "RMSNorm": kernel(models.MarkedNorm)}
+    mapping = {"Affine": kernel(fakes.MarkedAffine), "RMSNorm": kernel(fakes.MarkedNorm)}
     with pytest.raises(kw.KernelwiseError):
         kw.kernelize(model, only(mapping | {"RMSNorm@layers.2": f"{bad}:RMSNorm"}))
     assert before.differences(model) == []
@@ -147,26 +150,26 @@ def test_classes_of_one_registered_name_compute_different_things() -> None:
 def test_a_subclass_that_overrides_forward_still_gets_its_parents_kernel() -> None:
     model = models.Stack(models.OtherNorm(), models.Norm())
     own = model.layers[0](X)
-    kw.kernelize(model, only({"RMSNorm": kernel(models.MarkedNorm)}))
+    kw.kernelize(model, only({"RMSNorm": kernel(fakes.MarkedNorm)}))
     assert torch.equal(model.layers[0](X), own)
     assert marked(model.layers[1](X))
 
 
 def test_the_documented_multi_device_dict_raises() -> None:
     model = models.Stack(models.Norm())
-    kw.kernelize(model, only({"RMSNorm": {"cuda": "a/b:C", "rocm": "a/d:C", "cpu": kernel(models.MarkedNorm)}}))
+    kw.kernelize(model, only({"RMSNorm": {"cuda": "a/b:C", "rocm": "a/d:C", "cpu": kernel(fakes.MarkedNorm)}}))
     assert marked(model(X))
 
 
 def test_an_entry_for_cuda_is_applied_on_another_device() -> None:
     model = models.Stack(models.Norm())
     own = model(X)
-    kw.kernelize(model, only({"RMSNorm": {"cuda": kernel(models.MarkedNorm)}}))
+    kw.kernelize(model, only({"RMSNorm": {"cuda": kernel(fakes.MarkedNorm)}}))
     assert torch.equal(model(X), own)
 
 
 def test_a_config_works_once() -> None:
-    config = only({"RMSNorm": kernel(models.MarkedNorm)})
+    config = only({"RMSNorm": kernel(fakes.MarkedNorm)})
     for _ in range(3):
         model = tiny()
         kw.kernelize(model, config)
@@ -177,7 +180,7 @@ def test_a_config_works_once() -> None:
 
 
 def test_the_kernel_is_lost_after_train() -> None:
-    model = kw.kernelize(models.Stack(models.Norm()), only({"RMSNorm": kernel(models.MarkedNorm)}))
+    model = kw.kernelize(models.Stack(models.Norm()), only({"RMSNorm": kernel(fakes.MarkedNorm)}))
     for mode in (True, False, True):
         assert marked(model.train(mode)(X))
 
@@ -224,7 +227,7 @@ def test_the_signature_is_checked_for_the_first_class_only() -> None:
         def forward(self, hidden_states: Tensor, residual: Tensor) -> Tensor:
             return hidden_states + residual
 
-    config = only({"RMSNorm": kernel(models.MarkedNorm)})
+    config = only({"RMSNorm": kernel(fakes.MarkedNorm)})
     kw.kernelize(models.Stack(models.Norm()), config)
     model = models.Stack(models.Norm(), Residual())
     before = Snapshot(model)
@@ -243,12 +246,12 @@ def test_the_names_of_arguments_are_never_checked() -> None:
             return left - right
 
     with pytest.raises(kw.PlanError, match="another position"):
-        kw.kernelize(Subtract(), only({"Subtract": kernel(models.Swapped)}), device="cpu")
+        kw.kernelize(Subtract(), only({"Subtract": kernel(fakes.Swapped)}), device="cpu")
 
 
 def test_active_mappings_are_invisible_in_worker_threads() -> None:
     model = tiny()
-    worker = threading.Thread(target=kw.kernelize, args=(model, only({"RMSNorm": kernel(models.MarkedNorm)})))
+    worker = threading.Thread(target=kw.kernelize, args=(model, only({"RMSNorm": kernel(fakes.MarkedNorm)})))
     worker.start()
     worker.join()
     assert marked(model.norm(X))
@@ -272,7 +275,7 @@ def test_a_kernel_edited_on_disk_is_not_reloaded(tmp_path: Path) -> None:
 
 def test_pickle_silently_drops_kernels() -> None:
     """It does so here as well, which the report says; a deep copy keeps them."""
-    model = kw.kernelize(models.Stack(models.Norm()), only({"RMSNorm": kernel(models.MarkedNorm)}))
+    model = kw.kernelize(models.Stack(models.Norm()), only({"RMSNorm": kernel(fakes.MarkedNorm)}))
     loaded = pickle.loads(pickle.dumps(model))
     assert not marked(loaded(X))
     assert "no kernels" in str(kw.report(loaded))
@@ -281,7 +284,7 @@ def test_pickle_silently_drops_kernels() -> None:
 
 def test_named_modules_hides_shared_layers() -> None:
     model = models.Shared()
-    (row, *_) = kw.report(kw.kernelize(model, only({"RMSNorm": kernel(models.MarkedNorm)}))).rows
+    (row, *_) = kw.report(kw.kernelize(model, only({"RMSNorm": kernel(fakes.MarkedNorm)}))).rows
     assert row.paths == ("first", "second")
     kw.unkernelize(model, paths=["second"])
     assert not marked(model.second(X))
