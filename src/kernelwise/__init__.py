@@ -23,7 +23,7 @@ from kernelwise._api import (
     verify,
 )
 from kernelwise._configuring._config import KernelConfig
-from kernelwise._data import KernelRef, Plan, Target
+from kernelwise._data import Target
 from kernelwise._discover import discover, register_layer
 from kernelwise._errors import ApplyError, KernelConfigError, KernelLoadError, KernelwiseError, PlanError
 from kernelwise._register import register_op
@@ -38,10 +38,8 @@ __all__ = [
     "KernelConfig",
     "KernelConfigError",
     "KernelLoadError",
-    "KernelRef",
     "KernelwiseError",
     "Mode",
-    "Plan",
     "PlanError",
     "Target",
     "apply",

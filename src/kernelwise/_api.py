@@ -98,7 +98,7 @@ def apply(model: Model, decided: Plan) -> Model:
 
     Nothing is checked: the report says which kernels are proven, by `verify` or an earlier `kernelize`.
     """
-    for value, kind, name in ((model, nn.Module, "torch.nn.Module"), (decided, Plan, "kernelwise.Plan")):
+    for value, kind, name in ((model, nn.Module, "torch.nn.Module"), (decided, Plan, "plan")):
         if not isinstance(value, kind):
             raise ApplyError(
                 f"apply takes a model and its plan: a {name} was expected, got {value!r}\n"

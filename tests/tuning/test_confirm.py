@@ -10,6 +10,7 @@ from planted import SleepyNorm, X, races, ratio
 from torch import nn
 
 import kernelwise as kw
+from kernelwise._data import KernelRef
 from kernelwise._evidence import COMPILED, EAGER, Candidate, Comparison, Run, Timing
 from kernelwise._tuning import _choose, _confirm, _tune
 
@@ -301,7 +302,7 @@ def test_for_throughput_a_workload_counts_as_much_as_it_takes(course_and_choices
 
 def test_kernels_that_are_trusted_to_run_code_stay_trusted(course_and_choices):
     course, chosen = course_and_choices
-    ref = kw.KernelRef("hub", "org/repo", "Norm", version=1, trust_remote_code=True)
+    ref = KernelRef("hub", "org/repo", "Norm", version=1, trust_remote_code=True)
     kinds = dict.fromkeys(chosen, str(ref))
     written = course.config(kinds).rules(), replace(course, trusted={str(ref): ref}).config(kinds).rules()
     assert [{rule.ref.trust_remote_code for rule in rules if rule.ref} for rules in written] == [{False}, {True}]

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernelwise as kw
-from kernelwise._data import Check
+from kernelwise._data import Check, Plan
 from kernelwise._verifying import _inputs as _inputs_module
 from kernelwise._verifying import _judge, _verify
 from kernelwise._verifying._capture import capture, capture_in_passes, group, group_wholes
@@ -181,7 +181,7 @@ def llama(**options: Any) -> nn.Module:
 WHOLE = kw.KernelConfig({"DecoderLayer": "builtin:DecoderLayer"})
 
 
-def of_wholes(model: nn.Module, plan: kw.Plan) -> Iterator[Check]:
+def of_wholes(model: nn.Module, plan: Plan) -> Iterator[Check]:
     ids = torch.randint(0, 64, (2, 9), generator=torch.Generator().manual_seed(0))
     groups = group_wholes(model, plan)
     samples = capture(model, groups, {"input_ids": ids, "labels": ids})
@@ -319,6 +319,6 @@ def test_a_head_with_its_loss_is_said_not_to_be_checked():
     rule = {"LinearCrossEntropy": "builtin:LinearCrossEntropy"}
     heads = tuple(d for d in kw.plan(model, rule).decisions if d.kernel is not None and d.kernel.ref.layer in rule)
     assert heads
-    checks = kw.verify(model, kw.Plan(kw.Target("cpu"), heads))
+    checks = kw.verify(model, Plan(kw.Target("cpu"), heads))
     assert checks.checks == ()
     assert "a head with its loss is no call that could be captured" in checks.notes[0]

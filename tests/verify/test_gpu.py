@@ -18,7 +18,7 @@ from checking import checks_of, decision
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import KernelRef
+from kernelwise._data import KernelRef
 from kernelwise._verifying._check import Options, check_kernel, own_code
 from kernelwise._verifying._inputs import Sample
 from kernelwise.sources import load

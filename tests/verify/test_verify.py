@@ -18,7 +18,7 @@ from checking import checks_of, decision
 from torch import nn
 
 import kernelwise as kw
-from kernelwise._data import STATUSES, Check, Checks, Target, from_json
+from kernelwise._data import STATUSES, Check, Checks, Plan, Target, from_json
 from kernelwise._decide import current_target
 from kernelwise._plan import reasons_against
 from kernelwise._process import settings
@@ -248,7 +248,7 @@ def test_a_backward_that_loses_small_gradients_is_rejected_on_those_of_a_real_lo
     decided, norm = decision(model.blocks[0].norm, as_kernel(faults_in_gradients.FlushesSmallGradients))
     assert not any(check.failed for check in checks_of(decided, norm))  # made gradients are not small
     (found,) = [d for d in kw.plan(model).decisions if d.layer.path == "blocks.0.norm" and d.mode == "training"]
-    plan = kw.Plan(Target("cpu"), (dataclasses.replace(found, kernel=decided.kernel),))
+    plan = Plan(Target("cpu"), (dataclasses.replace(found, kernel=decided.kernel),))
     samples = capture(model, group(model, plan), _inputs() | {"labels": torch.randn(2, 5, 64)})
     own = own_code(norm, decided.layer)
     failed = [
@@ -277,8 +277,8 @@ def test_objects_that_a_layer_writes_to_are_captured_as_they_were_and_copied_for
     kw.register_layer(Keeps, "Keeps")
     model = Model()
     decided, _ = decision(model.keeps, as_kernel(Keeps))
-    plan = kw.Plan(Target("cpu"), tuple(kw.plan(model, {"Keeps": "none"}, device="cpu").decisions[:1]))
-    plan = kw.Plan(Target("cpu"), (dataclasses.replace(plan.decisions[0], kernel=decided.kernel),))
+    plan = Plan(Target("cpu"), tuple(kw.plan(model, {"Keeps": "none"}, device="cpu").decisions[:1]))
+    plan = Plan(Target("cpu"), (dataclasses.replace(plan.decisions[0], kernel=decided.kernel),))
     sample = capture(model, group(model, plan), torch.randn(3, 4))["keeps"]
     assert len(sample.arguments["kept"]) == 1
     own = own_code(model.keeps, decided.layer)
@@ -410,7 +410,7 @@ def test_a_layer_without_inputs_is_no_evidence(as_kernel):
     kw.register_layer(Two, "Two")
     model = nn.Sequential(Two())
     decided, _ = decision(model[0], as_kernel(Two))
-    checks = kw.verify(model, kw.Plan(Target("cpu"), (decided,)))
+    checks = kw.verify(model, Plan(Target("cpu"), (decided,)))
     assert [check.status for check in checks.checks] == ["skipped"]
     assert not checks.ok
     assert "pass inputs" in str(checks)
@@ -467,7 +467,7 @@ def test_captured_inputs_are_what_is_checked(as_kernel):
     decided, _ = decision(module, as_kernel(WrongFromFive))
     own = own_code(module, decided.layer)
     assert not any(check.failed for check in checks_of(decided, module))
-    groups = group(nn.Sequential(module), kw.Plan(Target("cpu"), (decided,)))
+    groups = group(nn.Sequential(module), Plan(Target("cpu"), (decided,)))
     samples = capture(nn.Sequential(module), groups, torch.randn(1, 4, 48) * 3000)
     found = next(c for c in check_kernel(decided, own, samples["0"], options=Options(isolate=False)) if c.failed)
     assert (found.case, found.status) == ("as given", "wrong_values")

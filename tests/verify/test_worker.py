@@ -21,7 +21,7 @@ from checking import checks_of, decision
 from torch import nn
 
 import kernelwise as kw
-from kernelwise import KernelRef
+from kernelwise._data import KernelRef
 from kernelwise._process import settings
 from kernelwise._verifying import _worker
 from kernelwise._verifying._check import Options
