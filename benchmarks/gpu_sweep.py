@@ -86,10 +86,6 @@ def many_rows(width: int) -> tuple[NormConfig, ...]:
     return tuple(NormConfig(r, w) for r, w in pairs if 8 <= r * block // (32 * w) <= 64 and r * block <= 16384)
 
 
-def hinted(found: tuple[NormConfig, ...]) -> tuple[NormConfig, ...]:
-    return (*found, *(config._replace(once=True) for config in found))
-
-
 def norm_backward(width: int) -> tuple[NormConfig, ...]:
     block = power_of_2(width)
     all_rows, all_stages = ((8, 16, 32), (1, 2)) if block <= 512 else ((1, 2), (2, 3, 4))
@@ -105,16 +101,14 @@ def norm_backward(width: int) -> tuple[NormConfig, ...]:
 
 
 def rotary_candidates(shares: tuple[int, ...]) -> tuple[HeadConfig, ...]:
-    return tuple(HeadConfig(s, w, a) for s, w, a in itertools.product(shares, (1, 2, 4, 8), (False, True)))
+    return tuple(HeadConfig(s, w) for s, w in itertools.product(shares, (1, 2, 4, 8)))
 
 
 def qk_candidates(q_heads: int, width: int) -> tuple[HeadConfig, ...]:
     triples = itertools.product((1, 2, 4, 8, 16), (2, 3, 4, 6, 8, 12), (1, 2, 3))
     spills = 16  # with more than so many elements of each half in a thread, registers do not suffice
     return tuple(
-        HeadConfig(1, w, False, p, s)
-        for w, p, s in triples
-        if 8 <= w * p <= 48 and q_heads * width // 2 // (32 * w) <= spills
+        HeadConfig(1, w, p, s) for w, p, s in triples if 8 <= w * p <= 48 and q_heads * width // 2 // (32 * w) <= spills
     )
 
 
@@ -124,23 +118,33 @@ def works() -> Iterator[Work]:
     forward, forward_few, backward = norms.FORWARD, norms.FORWARD_FEW, norms.BACKWARD
     small = (layer_norm_case(4096, 768), layer_norm_case(16384, 768))
     large = tuple(layer_norm_case(r, 1024) for r in (512, 4096, 16384))
-    yield Work("layer_norm forward", forward["layer_norm"], 1024, ANY, large, False, hinted(many_rows(1024)), both)
-    yield Work("layer_norm forward", forward["layer_norm"], 768, ANY, small, False, hinted(many_rows(768)), both)
-    heads_64 = (rotary_case(1, 4096, 16, 8, 64),)
+    yield Work("layer_norm forward", forward["layer_norm"], 1024, ANY, large, False, many_rows(1024), both)
+    yield Work("layer_norm forward", forward["layer_norm"], 768, ANY, small, False, many_rows(768), both)
     for way, table in ((False, heads.ROTARY), (True, heads.ROTARY_BACKWARD)):
         word = "rotary backward" if way else "rotary forward"
-        yield Work(word, table, 1024, ANY, heads_64, way, rotary_candidates((1, 2, 4)), both)
-        yield Work(word, table, 4096, 1024, (rotary_case(1, 512),), way, rotary_candidates((1, 2, 4, 8)), both)
+        for elements, q_heads, width in ((4096, 32, 128), (1024, 16, 64), (2048, 8, 256)):
+            for tokens in (4096, 512, 128):
+                if elements == 2048 and tokens != 4096:
+                    continue
+                case = (rotary_case(1, tokens, q_heads, 4 if width == 256 else 8, width),)
+                bound = heads.size_class(tokens)
+                yield Work(word, table, elements, bound, case, way, rotary_candidates((1, 2, 4, 8)), both)
     one_token = (rotary_case(1, 1), rotary_case(16, 1))
-    yield Work("rotary forward", heads.ROTARY, 4096, 16, one_token, False, rotary_candidates((4, 8, 16, 32)), both)
+    yield Work("rotary forward", heads.ROTARY, 4096, 128, one_token, False, rotary_candidates((4, 8, 16, 32)), both)
     qk = heads.QK_NORM_ROTARY_BACKWARD
     two = ("two steps",)
     yield Work(
         "qk_norm_rotary backward", qk, 256, ANY, (qk_case(1, 4096, 8, 4, 256),), True, qk_candidates(8, 256), two
     )
     yield Work("qk_norm_rotary backward", qk, 128, ANY, (qk_case(1, 4096),), True, qk_candidates(32, 128), two)
+    yield Work(
+        "qk_norm_rotary backward", qk, 128, ANY, (qk_case(1, 4096, 16, 8, 128),), True, qk_candidates(16, 128), two
+    )
+    yield Work(
+        "qk_norm_rotary backward", qk, 256, ANY, (qk_case(1, 4096, 4, 1, 256),), True, qk_candidates(4, 256), two
+    )
     few = (layer_norm_case(1, 1024), layer_norm_case(16, 1024))
-    yield Work("layer_norm forward", forward_few["layer_norm"], 1024, ANY, few, False, hinted(few_rows(1024)), both)
+    yield Work("layer_norm forward", forward_few["layer_norm"], 1024, ANY, few, False, few_rows(1024), both)
     few = (layer_norm_case(1, 4096),)
     yield Work("layer_norm forward", forward_few["layer_norm"], 4096, ANY, few, False, few_rows(4096), both)
     few = (add_norm_case(1, 4096),)

@@ -341,8 +341,8 @@ def _configurations() -> None:
     layer._FEW_ROWS = 0
     any_number = 1 << 62
     here = ""  # the architecture of the interpreter
-    norms.FORWARD["layer_norm"][here] = [(33, any_number, norms.NormConfig(2, 4, once=True))]
-    norms.FORWARD_FEW["layer_norm"][here] = [(33, any_number, norms.NormConfig(1, 1, once=True))]
+    norms.FORWARD["layer_norm"][here] = [(33, any_number, norms.NormConfig(2, 4))]
+    norms.FORWARD_FEW["layer_norm"][here] = [(33, any_number, norms.NormConfig(1, 1))]
     norms.BACKWARD["layer_norm"][here] = [(33, any_number, norms.NormConfig(2, 4, 3, 2, columns=8))]
     for rows in (1, 17):
         given = {"x": torch.randn(rows, 33), "weight": torch.randn(33), "bias": torch.randn(33)}
@@ -353,7 +353,7 @@ def _configurations() -> None:
             scales=(1.0,),
         )
     heads.ROTARY[here] = heads.ROTARY_BACKWARD[here] = [
-        (30, any_number, heads.HeadConfig(8, 1, True)), (64, any_number, heads.HeadConfig(1, 2, True))
+        (30, any_number, heads.HeadConfig(8, 1)), (64, any_number, heads.HeadConfig(1, 2))
     ]  # fmt: skip
     heads.QK_NORM_ROTARY_BACKWARD[here] = [(6, any_number, heads.HeadConfig(1, 2, programs=2, stages=2))]
     for q_heads, k_heads, width in ((5, 3, 6), (4, 2, 16)):

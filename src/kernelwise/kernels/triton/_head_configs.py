@@ -1,8 +1,8 @@
-"""How the heads of a token are cut up, for rotary embedding: defaults, and tables for what measurement finds.
+"""How the heads of a token are cut up, for rotary embedding: configurations found by measurement, as data, and defaults.
 
-`python benchmarks/gpu_sweep.py` measures candidates for the tables, which are keyed by architecture and empty so far. An
-entry is (elements of the queries of one token, most tokens it is for, configuration); the first that fits is taken. For
-queries and keys that are normalised as well, backward, it is (width of a head, most tokens, configuration).
+`python benchmarks/gpu_sweep.py` measures candidates for the tables, which are keyed by architecture. An entry is (elements
+of the queries of one token, most tokens it is for, configuration); the first that fits is taken. For queries and keys that
+are normalised as well, backward, it is (width of a head, most tokens, configuration); there the defaults are the best found.
 """
 
 from __future__ import annotations
@@ -14,12 +14,11 @@ from ._launch import device_name, power_of_2
 
 
 class HeadConfig(NamedTuple):
-    """Into how many programs the heads of a token are cut, the warps of each, and whether keys are read before queries
-    are written; backward with norms: programs per multiprocessor and pipeline stages."""
+    """Into how many programs the heads of a token are cut, and the warps of each; backward with norms: programs per
+    multiprocessor and pipeline stages."""
 
     shares: int
     warps: int
-    ahead: bool = False
     programs: int = 0
     stages: int = 1
 
@@ -27,12 +26,12 @@ class HeadConfig(NamedTuple):
 Table = dict[str, list[tuple[int, int, HeadConfig]]]
 
 _ANY = 1 << 62
-_SIZES = (16, 1024, _ANY)  # configurations change at these numbers of tokens
+_SIZES = (128, 1024, _ANY)  # configurations change at these numbers of tokens
 _SHARES_FEW = 8
-_WARPS = 16  # of the backward pass with norms, on each multiprocessor
+_WARPS = 8  # of the backward pass with norms, on each multiprocessor
 
-ROTARY: Table = {}
-ROTARY_BACKWARD: Table = {}
+ROTARY: Table = {"sm_90": [(4096, 128, HeadConfig(8, 4)), (4096, 1024, HeadConfig(1, 2))]}
+ROTARY_BACKWARD: Table = {"sm_90": [(4096, 128, HeadConfig(8, 4)), (4096, 1024, HeadConfig(1, 2))]}
 QK_NORM_ROTARY_BACKWARD: Table = {}
 
 
@@ -62,8 +61,8 @@ def rotary_config(
     if found is not None:
         return found
     shares = 1 if many else min(_SHARES_FEW, power_of_2(max(q_heads, k_heads)))
-    q_share = power_of_2(-(-q_heads // shares))
-    return HeadConfig(shares, max(1, min(4, q_share * power_of_2(width // 2) // 256)))
+    elements = power_of_2(-(-q_heads // shares)) * power_of_2(width // 2)  # of each half of the queries
+    return HeadConfig(shares, max(1, min(4, elements // 256), min(32, elements // 1024)))
 
 
 @functools.cache
@@ -72,5 +71,5 @@ def qk_norm_rotary_backward_config(device: int, q_heads: int, k_heads: int, widt
     found = _find(QK_NORM_ROTARY_BACKWARD, device_name(device), width, size)
     if found is not None:
         return found
-    warps = max(1, min(16, power_of_2(max(q_heads, k_heads)) * power_of_2(width // 2) // 256))
-    return HeadConfig(1, warps, programs=_WARPS // warps)
+    warps = max(1, min(16, power_of_2(max(q_heads, k_heads)) * power_of_2(width // 2) // 512))
+    return HeadConfig(1, warps, programs=max(1, _WARPS // warps), stages=3)

@@ -35,16 +35,14 @@ def forward_kernel(
     HAS_WEIGHT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAVE: tl.constexpr,
-    ONCE: tl.constexpr,
 ):
-    # ONCE: rows leave the cache first, so that what is written, and weight and bias, stay.
     EXACT: tl.constexpr = ROWS == 1 and BLOCK == WIDTH
     rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     columns = tl.arange(0, BLOCK)
     there = columns < WIDTH
     inside = (rows < num_rows)[:, None] & there[None, :]
     offsets = rows[:, None] * WIDTH + columns[None, :]
-    x = load_rows(x_ptr, rows[:, None] * (x_stride * UNIT) + columns[None, :], inside, EXACT, ONCE).to(tl.float32)
+    x = load_rows(x_ptr, rows[:, None] * (x_stride * UNIT) + columns[None, :], inside, EXACT, False).to(tl.float32)
     if HAS_RESIDUAL:
         residual_offsets = rows[:, None] * (residual_stride * UNIT) + columns[None, :]
         residual = load_rows(residual_ptr, residual_offsets, inside, EXACT, False).to(tl.float32)

@@ -18,15 +18,13 @@ _SHARED_BYTES = {"sm_90": 160 << 10, "sm_100": 160 << 10}  # for pipelined rows;
 
 class NormConfig(NamedTuple):
     """How a norm is cut up: rows per program and warps; backward also programs per multiprocessor and pipeline stages,
-    and how many columns of the weight's gradient a program of the second kernel adds up. `once`: layer norm forward
-    reads rows with the hint that they are not read again."""
+    and how many columns of the weight's gradient a program of the second kernel adds up."""
 
     rows: int
     warps: int
     programs: int = 0
     stages: int = 1
     columns: int = 32
-    once: bool = False
 
 
 Table = dict[str, list[tuple[int, int, NormConfig]]]
@@ -36,19 +34,27 @@ _ANY = 1 << 62
 _SIZES = (1024, 8192, _ANY)  # configurations of the backward pass change at these numbers of rows
 
 FORWARD: dict[str, Table] = {
-    "rms_norm": {},
+    "rms_norm": {"sm_90": [(2880, _ANY, NormConfig(2, 4))]},
     "add_rms_norm": {},
     "layer_norm": {"sm_90": [(1024, _ANY, NormConfig(4, 4)), (8192, _ANY, NormConfig(1, 8))]},
     "add_layer_norm": {},
 }
 # So few rows that whole ones leave multiprocessors idle.
-FORWARD_FEW: dict[str, Table] = {"rms_norm": {}, "add_rms_norm": {}, "layer_norm": {}, "add_layer_norm": {}}
+FORWARD_FEW: dict[str, Table] = {
+    "rms_norm": {},
+    "add_rms_norm": {"sm_90": [(4096, _ANY, NormConfig(1, 4))]},
+    "layer_norm": {},
+    "add_layer_norm": {},
+}
 BACKWARD: dict[str, Table] = {
     "rms_norm": {
         "sm_90": [
+            (128, _ANY, NormConfig(32, 8, 2, 1, columns=16)),
             (1024, _ANY, NormConfig(1, 2, 4, 4)),
             (2048, _ANY, NormConfig(1, 4, 3, 3)),
+            (2304, 8192, NormConfig(1, 8, 2, 4, columns=16)),
             (2304, _ANY, NormConfig(1, 4, 2, 3)),
+            (2880, _ANY, NormConfig(1, 8, 1, 5, columns=16)),
             (4096, 8192, NormConfig(1, 16, 1, 4)),
             (4096, _ANY, NormConfig(1, 4, 2, 5)),
             (5120, _ANY, NormConfig(1, 16, 1, 4)),
@@ -57,7 +63,14 @@ BACKWARD: dict[str, Table] = {
             (16384, _ANY, NormConfig(1, 16, 1, 2)),
         ]
     },
-    "layer_norm": {},  # what is not found here is looked up for RMS norm
+    "layer_norm": {  # what is not found here is looked up for RMS norm
+        "sm_90": [
+            (768, 8192, NormConfig(2, 4, 2, 4, columns=16)),
+            (768, _ANY, NormConfig(2, 4, 3, 3, columns=16)),
+            (1024, _ANY, NormConfig(2, 4, 2, 4, columns=16)),
+            (4096, 8192, NormConfig(1, 8, 1, 4)),
+        ]
+    },
 }
 
 

@@ -132,7 +132,6 @@ def _forward(
             HAS_WEIGHT=weight is not None,
             HAS_BIAS=bias is not None,
             SAVE=save,
-            ONCE=config.once,
             num_warps=config.warps,
         )
     tensors = (x, other, x if weight is None else weight, x if bias is None else bias, y, total, moments)

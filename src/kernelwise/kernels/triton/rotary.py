@@ -35,40 +35,6 @@ MAX_HEAD_WIDTH = 1024
 
 @triton.jit
 def _rotate(
-    x_ptr,
-    y_ptr,
-    x_stride,
-    first,
-    cos1,
-    cos2,
-    sin1,
-    sin2,
-    HEADS: tl.constexpr,
-    SHARE: tl.constexpr,
-    BLOCK: tl.constexpr,
-    HALF: tl.constexpr,
-    EXACT: tl.constexpr,
-):
-    """Heads first .. first + SHARE of one token; x_ptr and y_ptr point at its first head."""
-    heads = first + tl.arange(0, SHARE)[:, None]
-    columns = tl.arange(0, BLOCK)[None, :]
-    x_offsets = heads * x_stride + columns
-    y_offsets = heads * (2 * HALF) + columns
-    if EXACT:
-        x1 = tl.load(x_ptr + x_offsets).to(tl.float32)
-        x2 = tl.load(x_ptr + x_offsets + HALF).to(tl.float32)
-        tl.store(y_ptr + y_offsets, (x1 * cos1 - x2 * sin1).to(y_ptr.dtype.element_ty))
-        tl.store(y_ptr + y_offsets + HALF, (x2 * cos2 + x1 * sin2).to(y_ptr.dtype.element_ty))
-    else:
-        inside = (heads < HEADS) & (columns < HALF)
-        x1 = tl.load(x_ptr + x_offsets, mask=inside, other=0.0).to(tl.float32)
-        x2 = tl.load(x_ptr + x_offsets + HALF, mask=inside, other=0.0).to(tl.float32)
-        tl.store(y_ptr + y_offsets, (x1 * cos1 - x2 * sin1).to(y_ptr.dtype.element_ty), mask=inside)
-        tl.store(y_ptr + y_offsets + HALF, (x2 * cos2 + x1 * sin2).to(y_ptr.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _rotate_both(
     q_ptr,
     k_ptr,
     q_out_ptr,
@@ -87,7 +53,7 @@ def _rotate_both(
     BLOCK: tl.constexpr,
     HALF: tl.constexpr,
 ):
-    """As `_rotate` of q and then of k, but all is read before anything is written: more reads are under way at once."""
+    """A share of the heads of one token. All is read before anything is written: more reads are under way at once."""
     columns = tl.arange(0, BLOCK)[None, :]
     q_heads = share * Q_SHARE + tl.arange(0, Q_SHARE)[:, None]
     k_heads = share * K_SHARE + tl.arange(0, K_SHARE)[:, None]
@@ -143,7 +109,6 @@ def _kernel(
     HALF: tl.constexpr,
     UNIT: tl.constexpr,
     BACKWARD: tl.constexpr,
-    AHEAD: tl.constexpr,
 ):
     token = tl.program_id(0).to(tl.int64)
     batch = (tl.program_id(1) // SHARES).to(tl.int64)
@@ -162,20 +127,14 @@ def _kernel(
     place = batch * tl.num_programs(0) + token  # outputs lie as [batch, token, head, column]
     q = q_ptr + batch * (q_batch_stride * UNIT) + token * (q_token_stride * UNIT)
     k = k_ptr + batch * (k_batch_stride * UNIT) + token * (k_token_stride * UNIT)
-    Q_EXACT: tl.constexpr = BLOCK == HALF and SHARES * Q_SHARE == Q_HEADS
-    K_EXACT: tl.constexpr = BLOCK == HALF and SHARES * K_SHARE == K_HEADS
     q_out = q_out_ptr + place * (Q_HEADS * 2 * HALF)
     k_out = k_out_ptr + place * (K_HEADS * 2 * HALF)
     q_stride = tl.full([], q_head_stride, tl.int64) * UNIT
     k_stride = tl.full([], k_head_stride, tl.int64) * UNIT
-    if AHEAD:
-        _rotate_both(
-            q, k, q_out, k_out, q_stride, k_stride, share, cos1, cos2, sin1, sin2, Q_HEADS, K_HEADS, Q_SHARE, K_SHARE,
-            BLOCK, HALF,
-        )  # fmt: skip
-    else:
-        _rotate(q, q_out, q_stride, share * Q_SHARE, cos1, cos2, sin1, sin2, Q_HEADS, Q_SHARE, BLOCK, HALF, Q_EXACT)
-        _rotate(k, k_out, k_stride, share * K_SHARE, cos1, cos2, sin1, sin2, K_HEADS, K_SHARE, BLOCK, HALF, K_EXACT)
+    _rotate(
+        q, k, q_out, k_out, q_stride, k_stride, share, cos1, cos2, sin1, sin2, Q_HEADS, K_HEADS, Q_SHARE, K_SHARE,
+        BLOCK, HALF,
+    )  # fmt: skip
 
 
 _launchers = Launchers()
@@ -283,7 +242,6 @@ def _run(
             HALF=width // 2,
             UNIT=unit,
             BACKWARD=backward,
-            AHEAD=config.ahead,
             num_warps=config.warps,
         )
     numbers = (q0 // unit, q1 // unit, q2 // unit, k0 // unit, k1 // unit, k2 // unit, c0 // unit, c1 // unit)
