@@ -41,7 +41,7 @@ OPERATOR_SOURCES = (
     "ops_norms.cpp",
     "ops_rotary.cpp",
 )
-HEADERS = ("activations.h", "kernels.h", "norm.h", "panels.h", "products.h", "tensors.h", "vec.h")
+HEADERS = ("activations.h", "kernels.h", "norm.h", "panels.h", "products.h", "tensor.h", "tensors.h", "vec.h")
 X86 = platform.machine().lower() in ("x86_64", "amd64") and sys.platform != "win32"
 ISA_FLAGS: dict[str, list[str]] = {"baseline": []}
 if X86:

@@ -288,7 +288,7 @@ def _samples():
     yield operators.rms_norm_backward, (x.bfloat16(), x.bfloat16(), None, 1e-6, 0.0, True, False)
     yield operators.gated_activation, (x[..., :4], x[..., 4:], 0)
     yield operators.gated_activation_backward, (x, x, x, 2)
-    yield operators.rotary, (q, k, c, c, 1)
+    yield operators.rotary, (q, k, c, c)
     yield operators.rotary, (q.bfloat16(), k.bfloat16(), c, c, 1)
     yield operators.rotary, (q.transpose(1, 2), k.transpose(1, 2), c, c, 2)
     yield operators.rotary, (q[:, :, :0], k[:, :, :0], c[:, :0], c[:, :0], 1)
@@ -303,7 +303,7 @@ def _samples():
     yield operators.layer_norm_backward, (x, x, w, None, 1e-5, 0.0, False, True, x)
     yield operators.activation, (x.bfloat16(), 1)
     yield operators.activation_backward, (x, x.transpose(0, 1).contiguous().transpose(0, 1), 3)
-    yield operators.qk_norm_rotary, (q, k, w, w, c, c, 1e-6, 0.0, False, 1)
+    yield operators.qk_norm_rotary, (q, k, w, w, c, c, 1e-6)
     yield operators.qk_norm_rotary, (q.half(), k.half(), w, None, c, c, 1e-6, 0.0, True, 1)
     yield operators.qk_norm_rotary_backward, (q, k, q, k, w, None, c, c, 1e-6, 0.0, False, 1, True)
     yield operators.qk_norm_rotary_backward, (q, k, q, k, w, w, c, c, 1e-6, 0.0, False, 1, False)
@@ -314,18 +314,46 @@ def _samples():
     yield operators.linear_cross_entropy, (x[:, 0], x[0], None, labels % 4, None, -100, 0, 0, 0, 64, True, True, True)
     yield operators.linear_cross_entropy, (h[:3], h, h[:, 0], labels % 5, losses, 2, 0, 0, 0, 64, True, True, True)
     yield operators.linear_cross_entropy, (h[:3], h, None, labels % 5, losses, 2, 0, 0, 0, 64, False, True, False)
-    yield operators.linear, (h, torch.randn(6, 8).bfloat16(), None)
+    yield operators.linear, (h, torch.randn(6, 8).bfloat16())
     yield operators.linear, (h[None], torch.randn(6, 8).bfloat16(), torch.randn(6).bfloat16())
     yield operators.linear_grad_x, (h, torch.randn(8, 6).bfloat16())
     yield operators.linear_grad_weight, (h, h)
     if _library.isa() != "baseline":
-        yield operators.attention, (q, k, k, None, False, 0.3)
-        yield operators.attention, (q.half(), k.half(), k.half(), torch.rand(1, 1, 3, 3) > 0.3, True, 0.3)
+        yield operators.attention, (q, k, k)
+        yield operators.attention, (q.half(), k.half(), k.half(), 0.3, torch.rand(1, 1, 3, 3) > 0.3, True)
 
 
 @pytest.mark.parametrize(("operator", "arguments"), list(_samples()), ids=lambda value: str(value)[:40])
 def test_opcheck(operator, arguments):
     torch.library.opcheck(operator.default, arguments)
+
+
+@pytest.mark.parametrize("name", [name for name in calls() if "cross_entropy" not in name])
+def test_a_call_without_gradients_takes_the_short_way(name, monkeypatch):
+    function, *tensors = calls(torch.bfloat16)[name]
+
+    def refuse(*_):
+        raise AssertionError("a call in Python more")
+
+    monkeypatch.setattr(torch._ops.OpOverload, "__call__", refuse)
+    function(*tensors)
+
+
+@pytest.mark.parametrize(("operator", "arguments"), list(_samples()), ids=lambda value: str(value)[:40])
+def test_nothing_is_kept_of_a_call(operator, arguments):
+    """Also not where tensors are copied first, nor where the call fails."""
+    given = [a.transpose(0, -1).contiguous().transpose(0, -1) if isinstance(a, torch.Tensor) else a for a in arguments]
+    for args in (arguments,) if operator.default._schema.is_mutable else (arguments, given):
+        tensors = {id(a): a for a in args if isinstance(a, torch.Tensor)}.values()
+        before = [t._use_count() for t in tensors]
+        results = operator.default(*args)
+        for result in results if isinstance(results, tuple) else (results,):
+            assert result is None or result._use_count() == 1
+        wrong = [a.to(torch.complex64) if isinstance(a, torch.Tensor) else a for a in args]
+        with pytest.raises(RuntimeError):
+            operator.default(*wrong)
+        assert [t._use_count() for t in tensors] == before
+        assert all(t._use_count() == 1 for t in wrong if isinstance(t, torch.Tensor))
 
 
 def test_what_is_missing_is_said(monkeypatch, tmp_path):

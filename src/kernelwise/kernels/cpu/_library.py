@@ -46,6 +46,11 @@ def load() -> Any:
     return torch.ops.kernelwise
 
 
+def direct(operator: Any) -> Any:
+    """Return what an operator of `load()` calls when it is called: 0.25 us less of Python. Dynamo knows the operator alone."""
+    return getattr(operator, "_op", operator)
+
+
 @functools.cache
 def _loaded() -> str:
     if not FILE.exists():

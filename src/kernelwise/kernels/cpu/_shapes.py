@@ -93,7 +93,7 @@ def _rotated(x: Tensor, unsqueeze_dim: int, dtype: torch.dtype) -> Tensor:
     return x.new_empty((batch, positions, heads, width), dtype=dtype).transpose(1, 2)
 
 
-def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int) -> tuple[Tensor, Tensor]:
+def _rotary(q: Tensor, k: Tensor, cos: Tensor, sin: Tensor, unsqueeze_dim: int = 1) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, cos.dtype)
     return _rotated(q, unsqueeze_dim, dtype), _rotated(k, unsqueeze_dim, dtype)
 
@@ -112,9 +112,9 @@ def _qk_norm_rotary(
     cos: Tensor,
     sin: Tensor,
     eps: float,
-    offset: float,
-    cast_after: bool,
-    unsqueeze_dim: int,
+    offset: float = 0.0,
+    cast_after: bool = False,
+    unsqueeze_dim: int = 1,
 ) -> tuple[Tensor, Tensor]:
     dtype = torch.promote_types(q.dtype, cos.dtype)
     if q_weight is not None and not cast_after:
@@ -199,7 +199,7 @@ def _linear_cross_entropy(
     return losses, dh, dw, db
 
 
-def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+def _linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return x.new_empty((*x.shape[:-1], weight.shape[0]))
 
 
@@ -211,7 +211,9 @@ def _linear_grad_weight(grad: Tensor, x: Tensor) -> Tensor:
     return grad.new_empty((grad.shape[-1], x.shape[-1]))
 
 
-def _attention(q: Tensor, k: Tensor, v: Tensor, mask: MaybeTensor, causal: bool, scale: float | None) -> Tensor:
+def _attention(
+    q: Tensor, k: Tensor, v: Tensor, scale: float | None = None, mask: MaybeTensor = None, causal: bool = False
+) -> Tensor:
     batch, heads, positions, _ = q.shape
     return q.new_empty((batch, positions, heads, v.shape[-1])).transpose(1, 2)
 

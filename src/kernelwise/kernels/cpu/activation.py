@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from .._autograd import plain_gradients, wants_graph
 from .._layout import inverse
 from ._activations import CODES, Activation, plain
-from ._library import load
+from ._library import direct, load
 
 _ops = load()
 _forward = _ops.activation.default
+_direct = direct(_forward)
 _backward = _ops.activation_backward.default
 _PLAIN_BELOW = 4096  # with gradients, fewer numbers go to plain PyTorch: autograd in Python costs more than is gained
 # More half-precision numbers than this go to torch's own GELU, which takes two thirds of the time for 400,000 with AVX2 and as
@@ -41,14 +44,14 @@ def activation(x: torch.Tensor, *, activation: Activation = "gelu") -> torch.Ten
 def _apply(x: torch.Tensor, activation: Activation) -> torch.Tensor:
     if x.dim() == 0:
         return plain(x, activation)
-    if torch.is_grad_enabled() and x.requires_grad:
+    if is_grad_enabled() and x.requires_grad:
         if x.numel() < _PLAIN_BELOW:
             return plain(x, activation)
         y: torch.Tensor = _Activation.apply(x, activation)  # type: ignore[no-untyped-call]
     elif activation == "gelu" and x.numel() > _GELU_IS_TORCHS_ABOVE and x.dtype != torch.float32:
         y = torch.nn.functional.gelu(x)
     else:
-        y = _forward(x, CODES[activation])
+        y = (_forward if is_dynamo_compiling() else _direct)(x, CODES[activation])
     return y
 
 

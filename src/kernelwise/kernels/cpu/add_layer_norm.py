@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from .._autograd import plain_gradients, wants_graph
 from . import layer_norm as norm
-from ._library import load
+from ._library import direct, load
 
 _ops = load()
 _forward = _ops.add_layer_norm.default
+_direct = direct(_forward)
 _norm_backward = _ops.layer_norm_backward.default
 # With gradients, fewer numbers than this go to plain PyTorch: autograd in Python costs more than the kernel gains.
 _PLAIN_BELOW = 16384
@@ -37,13 +40,14 @@ def add_layer_norm(
     True
     """
     results: tuple[torch.Tensor, torch.Tensor]
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias)):
+    if is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, residual, weight, bias)):
         if x.numel() < _PLAIN_BELOW and x.shape == residual.shape and x.dtype == residual.dtype:
             total = x + residual
             return norm.plain(total, weight, bias, eps, offset), total
         results = _AddLayerNorm.apply(x, residual, weight, bias, eps, offset)  # type: ignore[no-untyped-call]
-    else:
-        results = _forward(x, residual, weight, bias, eps, offset)
+        return results
+    forward = _forward if is_dynamo_compiling() else _direct
+    results = forward(x, residual, weight, bias, eps, offset) if offset else forward(x, residual, weight, bias, eps)
     return results
 
 

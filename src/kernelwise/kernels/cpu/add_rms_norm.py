@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch import is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from .._autograd import plain_gradients, wants_graph
 from . import rms_norm as norm
-from ._library import load
+from ._library import direct, load
 
 _ops = load()
 _forward = _ops.add_rms_norm.default
+_direct = direct(_forward)
 _norm_backward = _ops.rms_norm_backward.default
 _CAST_AFTER = {"before": False, "after": True}
 
@@ -35,14 +38,17 @@ def add_rms_norm(
     >>> torch.equal(s, x + residual) and torch.allclose(y, torch.nn.functional.rms_norm(s, (8,), weight, 1e-6), atol=1e-6)
     True
     """
-    cast_after = _CAST_AFTER[cast]
     results: tuple[torch.Tensor, torch.Tensor]
-    if torch.is_grad_enabled() and (
+    if is_grad_enabled() and (
         x.requires_grad or residual.requires_grad or (weight is not None and weight.requires_grad)
     ):
-        results = _AddRmsNorm.apply(x, residual, weight, eps, offset, cast_after)  # type: ignore[no-untyped-call]
+        results = _AddRmsNorm.apply(x, residual, weight, eps, offset, _CAST_AFTER[cast])  # type: ignore[no-untyped-call]
+        return results
+    forward = _forward if is_dynamo_compiling() else _direct
+    if offset or cast != "before":
+        results = forward(x, residual, weight, eps, offset, _CAST_AFTER[cast])
     else:
-        results = _forward(x, residual, weight, eps, offset, cast_after)
+        results = forward(x, residual, weight, eps)  # the most common call; every number less saves 0.2 us
     return results
 
 

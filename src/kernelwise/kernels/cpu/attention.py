@@ -8,11 +8,14 @@ for few rows; what is left goes to torch.
 from __future__ import annotations
 
 import torch
+from torch import is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
-from ._library import isa, load
+from ._library import direct, isa, load
 from .linear import units
 
 _forward = load().attention.default
+_direct = direct(_forward)
 _own = torch.nn.functional.scaled_dot_product_attention
 
 _FEW_ROWS = 8  # of the heads that share their keys: they are not laid out first
@@ -55,7 +58,7 @@ def attention(
     dtype = q.dtype
     if dtype not in _DTYPES:
         return plain(q, k, v, mask, causal, scale)
-    if torch.is_grad_enabled() and (
+    if is_grad_enabled() and (
         q.requires_grad or k.requires_grad or v.requires_grad or (mask is not None and mask.requires_grad)
     ):
         if dtype == torch.float32 or q.shape[2] < _TRAINING:
@@ -66,7 +69,11 @@ def attention(
         _, heads, rows, _ = q.shape
         if rows * heads > _FEW_ROWS * k.shape[1] and not (causal and rows >= _CAUSAL_POSITIONS):
             return plain(q, k, v, mask, causal, scale)
-    y: torch.Tensor = _forward(q, k, v, mask, causal, scale)
+    forward = _forward if is_dynamo_compiling() else _direct
+    if mask is None and not causal:
+        y: torch.Tensor = forward(q, k, v, scale)  # the most common call with few rows; two arguments less save 0.3 us
+    else:
+        y = forward(q, k, v, scale, mask, causal)
     return y
 
 

@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from .._autograd import plain_gradients, wants_graph
 from ._activations import CODES, Activation, plain
-from ._library import load
+from ._library import direct, load
 
 _ops = load()
 _forward = _ops.gated_activation.default
+_direct = direct(_forward)
 _backward = _ops.gated_activation_backward.default
 # With gradients, fewer numbers than this go to plain PyTorch: autograd in Python costs more than the kernel gains.
 _PLAIN_BELOW = {"silu": 16384}
@@ -29,12 +32,12 @@ def gated_activation(gate: torch.Tensor, up: torch.Tensor, *, activation: Activa
     >>> torch.allclose(gated_activation(gate, up), torch.nn.functional.silu(gate) * up)
     True
     """
-    if torch.is_grad_enabled() and (gate.requires_grad or up.requires_grad):
+    if is_grad_enabled() and (gate.requires_grad or up.requires_grad):
         if gate.numel() < _PLAIN_BELOW.get(activation, _PLAIN_BELOW_ELSE):
             return plain(gate, activation) * up
         y: torch.Tensor = _GatedActivation.apply(gate, up, activation)  # type: ignore[no-untyped-call]
     else:
-        y = _forward(gate, up, CODES[activation])
+        y = (_forward if is_dynamo_compiling() else _direct)(gate, up, CODES[activation])
     return y
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch import is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from .._autograd import plain_gradients, wants_graph
-from ._library import load
+from ._library import direct, load
 
 _ops = load()
 _forward = _ops.layer_norm.default
+_direct = direct(_forward)
 _backward = _ops.layer_norm_backward.default
 
 
@@ -34,12 +37,13 @@ def layer_norm(
     >>> torch.allclose(layer_norm(x, weight, bias, 1e-5), torch.nn.functional.layer_norm(x, (8,), weight, bias), atol=1e-6)
     True
     """
-    if torch.is_grad_enabled() and (
+    if is_grad_enabled() and (
         x.requires_grad or (weight is not None and weight.requires_grad) or (bias is not None and bias.requires_grad)
     ):
         y: torch.Tensor = _LayerNorm.apply(x, weight, bias, eps, offset)  # type: ignore[no-untyped-call]
-    else:
-        y = _forward(x, weight, bias, eps, offset)
+        return y
+    forward = _forward if is_dynamo_compiling() else _direct
+    y = forward(x, weight, bias, eps, offset) if offset else forward(x, weight, bias, eps)
     return y
 
 

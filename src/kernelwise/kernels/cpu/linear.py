@@ -12,12 +12,15 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from .._autograd import wants_graph
-from ._library import isa, load
+from ._library import direct, isa, load
 
 _ops = load()
 _forward = _ops.linear.default
+_direct = direct(_forward)
 _grad_x = _ops.linear_grad_x.default
 _grad_weight = _ops.linear_grad_weight.default
 _own = torch.nn.functional.linear
@@ -90,9 +93,7 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     choice = _chosen.get(weight.dtype)
     if choice is None or x.dtype != weight.dtype:
         return _own(x, weight, bias)
-    if torch.is_grad_enabled() and (
-        x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)
-    ):
+    if is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         if _num_rows(x) < choice.training:
             return _own(x, weight, bias)
         y: torch.Tensor = _Linear.apply(x, weight, bias, choice)  # type: ignore[no-untyped-call]
@@ -104,7 +105,8 @@ def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, c
     rows = _num_rows(x)
     if rows > choice.most or (x.dtype == torch.float32 and not _reads_faster(weight, rows)):
         return _own(x, weight, bias)
-    y: torch.Tensor = _forward(x, weight, bias)
+    forward = _forward if is_dynamo_compiling() else _direct
+    y: torch.Tensor = forward(x, weight) if bias is None else forward(x, weight, bias)
     return y
 
 

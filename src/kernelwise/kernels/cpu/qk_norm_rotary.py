@@ -5,14 +5,17 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch import is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from .._autograd import plain_gradients, wants_graph
 from . import rms_norm as norm
 from . import rotary as rotation
-from ._library import load
+from ._library import direct, load
 
 _ops = load()
 _forward = _ops.qk_norm_rotary.default
+_direct = direct(_forward)
 _backward = _ops.qk_norm_rotary_backward.default
 _CAST_AFTER = {"before": False, "after": True}
 
@@ -39,7 +42,7 @@ def qk_norm_rotary(
     """
     cast_after = _CAST_AFTER[cast]
     results: tuple[torch.Tensor, torch.Tensor]
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         if cos.requires_grad or sin.requires_grad:
             return _plain(q, k, q_weight, k_weight, cos, sin, eps, offset, cast_after, unsqueeze_dim)
         if any(t is not None and t.requires_grad for t in (q, k, q_weight, k_weight)):
@@ -47,7 +50,11 @@ def qk_norm_rotary(
                 q, k, q_weight, k_weight, cos, sin, eps, offset, cast_after, unsqueeze_dim
             )
             return results
-    results = _forward(q, k, q_weight, k_weight, cos, sin, eps, offset, cast_after, unsqueeze_dim)
+    forward = _forward if is_dynamo_compiling() else _direct
+    if offset or cast_after or unsqueeze_dim != 1:
+        results = forward(q, k, q_weight, k_weight, cos, sin, eps, offset, cast_after, unsqueeze_dim)
+    else:
+        results = forward(q, k, q_weight, k_weight, cos, sin, eps)
     return results
 
 

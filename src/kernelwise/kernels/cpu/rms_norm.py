@@ -5,13 +5,16 @@ from __future__ import annotations
 from typing import Any, Literal
 
 import torch
+from torch import is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from .._autograd import plain_gradients, wants_graph
 from .._layout import inverse, leading_order
-from ._library import load
+from ._library import direct, load
 
 _ops = load()
 _forward = _ops.rms_norm.default
+_direct = direct(_forward)
 _backward = _ops.rms_norm_backward.default
 _CAST_AFTER = {"before": False, "after": True}
 
@@ -37,12 +40,12 @@ def rms_norm(
     """
     if not x.is_contiguous() and (order := leading_order(x)) is not None:
         return rms_norm(x.permute(order), weight, eps, offset=offset, cast=cast).permute(inverse(order))
-    if torch.is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
+    if is_grad_enabled() and (x.requires_grad or (weight is not None and weight.requires_grad)):
         y: torch.Tensor = _RmsNorm.apply(x, weight, eps, offset, _CAST_AFTER[cast])  # type: ignore[no-untyped-call]
-    elif offset == 0.0 and cast == "before":
-        y = _forward(x, weight, eps)  # the most common call; two arguments less save 0.4 us
-    else:
-        y = _forward(x, weight, eps, offset, _CAST_AFTER[cast])
+        return y
+    forward = _forward if is_dynamo_compiling() else _direct
+    usual = offset == 0.0 and cast == "before"  # every number less saves 0.2 us
+    y = forward(x, weight, eps) if usual else forward(x, weight, eps, offset, _CAST_AFTER[cast])
     return y
 
 

@@ -5,12 +5,15 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from torch import is_grad_enabled
+from torch.compiler import is_dynamo_compiling
 
 from .._autograd import wants_graph
-from ._library import load
+from ._library import direct, load
 
 _ops = load()
 _forward = _ops.rotary.default
+_direct = direct(_forward)
 _backward = _ops.rotary_backward.default
 
 
@@ -25,13 +28,15 @@ def rotary(
     q and cos and lie in memory as [B, S, H, D]. Where cos or sin needs a gradient, plain PyTorch computes.
     Raises RuntimeError for other shapes and dtypes.
     """
-    if torch.is_grad_enabled():
+    if is_grad_enabled():
         if cos.requires_grad or sin.requires_grad:
             return plain(q, k, cos, sin, unsqueeze_dim)
         if q.requires_grad or k.requires_grad:
             recorded: tuple[torch.Tensor, torch.Tensor] = _Rotary.apply(q, k, cos, sin, unsqueeze_dim)  # type: ignore[no-untyped-call]
             return recorded
-    rotated: tuple[torch.Tensor, torch.Tensor] = _forward(q, k, cos, sin, unsqueeze_dim)
+    forward = _forward if is_dynamo_compiling() else _direct
+    rotated: tuple[torch.Tensor, torch.Tensor]
+    rotated = forward(q, k, cos, sin) if unsqueeze_dim == 1 else forward(q, k, cos, sin, unsqueeze_dim)
     return rotated
 
 

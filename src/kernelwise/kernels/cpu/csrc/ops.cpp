@@ -36,8 +36,8 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kernelwise, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kernelwise, CompositeExplicitAutograd, m) {
-  m.impl("cpu_isa", TORCH_BOX(&isa));
-  m.impl("cpu_half_products", TORCH_BOX(&products));
+  m.impl("cpu_isa", Boxed<isa>::call);
+  m.impl("cpu_half_products", Boxed<products>::call);
 }
 
 }  // namespace kernelwise

@@ -33,8 +33,8 @@ void check_known(int64_t activation) {
 Tensor activation(const Tensor& x, int64_t activation) {
   check_known(activation);
   const DType dtype = dtype_of(x, "x");
-  Tensor y = empty(sizes_of(x), x.scalar_type());
   const Rows in = rows_of(x);
+  Tensor y = empty(sizes_of(in.view), x.scalar_type());
   const int64_t size = int64_t(x.element_size());
   char* out = static_cast<char*>(y.data_ptr());
   const ActivationBlock kernel = kernels().activation(dtype);
@@ -47,10 +47,10 @@ Tensor activation(const Tensor& x, int64_t activation) {
 Tensor activation_backward(const Tensor& grad, const Tensor& x, int64_t activation) {
   check_known(activation);
   const DType dtype = dtype_of(x, "x");
-  check_same_shape(grad, x, "grad and x");
-  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "kernelwise::activation: grad must have x's dtype");
-  Tensor dx = empty(sizes_of(x), x.scalar_type());
   const Rows d = rows_of(grad), in = rows_of(x);
+  check_same_shape(d.view, in.view, "grad and x");
+  STD_TORCH_CHECK(grad.scalar_type() == x.scalar_type(), "kernelwise::activation: grad must have x's dtype");
+  Tensor dx = empty(sizes_of(in.view), x.scalar_type());
   const int64_t size = int64_t(x.element_size());
   char* out = static_cast<char*>(dx.data_ptr());
   const ActivationBackwardBlock kernel = kernels().activation_backward(dtype);
@@ -62,7 +62,6 @@ Tensor activation_backward(const Tensor& grad, const Tensor& x, int64_t activati
 }
 
 DType check_gated(const Tensor& gate, const Tensor& up, int64_t activation) {
-  check_same_shape(gate, up, "gate and up");
   STD_TORCH_CHECK(gate.scalar_type() == up.scalar_type(), "kernelwise::gated_activation: gate and up must have one dtype");
   check_known(activation);
   return dtype_of(gate, "gate");
@@ -70,8 +69,9 @@ DType check_gated(const Tensor& gate, const Tensor& up, int64_t activation) {
 
 Tensor gated_activation(const Tensor& gate, const Tensor& up, int64_t activation) {
   const DType dtype = check_gated(gate, up, activation);
-  Tensor y = empty(sizes_of(gate), gate.scalar_type());
   const Rows g = rows_of(gate), u = rows_of(up);
+  check_same_shape(g.view, u.view, "gate and up");
+  Tensor y = empty(sizes_of(g.view), gate.scalar_type());
   const int64_t size = int64_t(gate.element_size());
   char* out = static_cast<char*>(y.data_ptr());
   const GatedBlock kernel = kernels().gated(dtype);
@@ -85,10 +85,11 @@ Tensor gated_activation(const Tensor& gate, const Tensor& up, int64_t activation
 std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& grad, const Tensor& gate, const Tensor& up,
                                                      int64_t activation) {
   const DType dtype = check_gated(gate, up, activation);
-  check_same_shape(grad, gate, "grad and gate");
-  STD_TORCH_CHECK(grad.scalar_type() == gate.scalar_type(), "kernelwise::gated_activation: grad must have gate's dtype");
-  Tensor dg = empty(sizes_of(gate), gate.scalar_type()), du = empty(sizes_of(gate), gate.scalar_type());
   const Rows d = rows_of(grad), g = rows_of(gate), u = rows_of(up);
+  check_same_shape(g.view, u.view, "gate and up");
+  check_same_shape(d.view, g.view, "grad and gate");
+  STD_TORCH_CHECK(grad.scalar_type() == gate.scalar_type(), "kernelwise::gated_activation: grad must have gate's dtype");
+  Tensor dg = empty(sizes_of(g.view), gate.scalar_type()), du = empty(sizes_of(g.view), gate.scalar_type());
   const int64_t size = int64_t(gate.element_size());
   char* out_gate = static_cast<char*>(dg.data_ptr());
   char* out_up = static_cast<char*>(du.data_ptr());
@@ -97,7 +98,7 @@ std::tuple<Tensor, Tensor> gated_activation_backward(const Tensor& grad, const T
     kernel(Activation(activation), d.data + (row * d.stride + column) * size, g.data + (row * g.stride + column) * size,
            u.data + (row * u.stride + column) * size, out_gate + first * size, out_up + first * size, num);
   });
-  return {dg, du};
+  return {std::move(dg), std::move(du)};
 }
 
 }  // namespace
@@ -110,10 +111,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kernelwise, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kernelwise, CPU, m) {
-  m.impl("activation", TORCH_BOX(&activation));
-  m.impl("activation_backward", TORCH_BOX(&activation_backward));
-  m.impl("gated_activation", TORCH_BOX(&gated_activation));
-  m.impl("gated_activation_backward", TORCH_BOX(&gated_activation_backward));
+  m.impl("activation", Boxed<activation>::call);
+  m.impl("activation_backward", Boxed<activation_backward>::call);
+  m.impl("gated_activation", Boxed<gated_activation>::call);
+  m.impl("gated_activation_backward", Boxed<gated_activation_backward>::call);
 }
 
 }  // namespace kernelwise

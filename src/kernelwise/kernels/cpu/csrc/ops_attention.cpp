@@ -15,8 +15,8 @@ MaskKind kind_of(const Tensor& mask, const Tensor& q) {
 }
 
 // The result lies in memory as [batch, positions, heads, width].
-Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeTensor& mask, bool causal,
-                 std::optional<double> scale) {
+Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, std::optional<double> scale, const MaybeTensor& mask,
+                 bool causal) {
   View x[3] = {view_of(q), view_of(k), view_of(v)};
   STD_TORCH_CHECK(x[0].dims == 4 && x[1].dims == 4 && x[2].dims == 4,
                   "kernelwise::attention: q, k and v must be [batch, heads, positions, width]");
@@ -76,9 +76,9 @@ Tensor attention(const Tensor& q, const Tensor& k, const Tensor& v, const MaybeT
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kernelwise, m) {
-  m.def("attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float? scale) -> Tensor");
+  m.def("attention(Tensor q, Tensor k, Tensor v, float? scale=None, Tensor? mask=None, bool causal=False) -> Tensor");
 }
 
-STABLE_TORCH_LIBRARY_IMPL(kernelwise, CPU, m) { m.impl("attention", TORCH_BOX(&attention)); }
+STABLE_TORCH_LIBRARY_IMPL(kernelwise, CPU, m) { m.impl("attention", Boxed<attention>::call); }
 
 }  // namespace kernelwise

@@ -32,17 +32,16 @@ LinearShape linear_of(const Tensor& x, const Tensor& weight) {
   STD_TORCH_CHECK(x.scalar_type() == weight.scalar_type(), "kernelwise::linear: x and weight must have one dtype");
   STD_TORCH_CHECK(weight.dim() == 2, "kernelwise::linear: weight must be [out, in]");
   Rows rows = rows_of(x);
-  STD_TORCH_CHECK(rows.width == weight.size(1), "kernelwise::linear: x [..., in] does not fit weight [out, in]");
-  LinearShape s{rows, weight.is_contiguous() ? weight : torch::stable::contiguous(weight), dtype, rows.num, rows.width,
-                weight.size(0)};
-  return s;
+  const int64_t num = rows.num, in = rows.width;
+  STD_TORCH_CHECK(in == weight.size(1), "kernelwise::linear: x [..., in] does not fit weight [out, in]");
+  return {std::move(rows), contiguous(weight), dtype, num, in, weight.size(0)};
 }
 
 std::vector<float> widened(const MaybeTensor& bias, const LinearShape& s) {
   if (!bias) return {};
   STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == s.out && bias->scalar_type() == s.weight.scalar_type(),
                   "kernelwise::linear: bias must be [out] in weight's dtype");
-  const Tensor b = torch::stable::contiguous(*bias);
+  const Tensor b = contiguous(*bias);
   std::vector<float> wide(s.out);
   kernels().widen(s.dtype)(b.data_ptr(), wide.data(), s.out);
   return wide;
@@ -90,7 +89,7 @@ Tensor linear(const Tensor& x, const Tensor& weight, const MaybeTensor& bias) {
   const LinearShape s = linear_of(x, weight);
   const std::vector<float> wide_bias = widened(bias, s);
   const float* b = bias ? wide_bias.data() : nullptr;
-  Dims sizes = sizes_of(x);
+  Dims sizes = sizes_of(s.x.view);
   sizes.values[sizes.num - 1] = s.out;
   Tensor y = empty(sizes, x.scalar_type());
   if (y.numel() == 0) return y;
@@ -140,10 +139,10 @@ Tensor linear_grad_x(const Tensor& grad, const Tensor& weight) {
   STD_TORCH_CHECK(grad.dim() >= 1 && weight.dim() == 2 && grad.size(grad.dim() - 1) == weight.size(0) &&
                       grad.scalar_type() == weight.scalar_type(),
                   "kernelwise::linear_grad_x: grad [..., out] does not fit weight [out, in]");
-  const Rows g = rows_of(grad);
-  const Tensor contiguous = torch::stable::contiguous(weight);
-  const LinearShape s{g, contiguous, half_of(weight, "weight"), g.num, weight.size(1), weight.size(0)};
-  Dims sizes = sizes_of(grad);
+  Rows g = rows_of(grad);
+  const int64_t num = g.num;
+  const LinearShape s{std::move(g), contiguous(weight), half_of(weight, "weight"), num, weight.size(1), weight.size(0)};
+  Dims sizes = sizes_of(s.x.view);
   sizes.values[sizes.num - 1] = s.in;
   Tensor dx = empty(sizes, grad.scalar_type());
   if (dx.numel() == 0) return dx;
@@ -157,7 +156,7 @@ Tensor linear_grad_x(const Tensor& grad, const Tensor& weight) {
     for (int64_t m = 0; m < s.rows; m += most) {
       const int64_t rows = std::min(most, s.rows - m);
       s.x_half().widen(wide.data, m, 0, rows, s.out);
-      by_panels(gemm, {wide.data, s.out, contiguous.data_ptr(), s.in, true, nullptr,
+      by_panels(gemm, {wide.data, s.out, s.weight.data_ptr(), s.in, true, nullptr,
                        static_cast<char*>(dx.data_ptr()) + m * s.in * 2, s.in, rows, s.out}, s.in);
     }
     return dx;
@@ -182,11 +181,13 @@ Tensor linear_grad_x(const Tensor& grad, const Tensor& weight) {
 Tensor linear_grad_weight(const Tensor& grad, const Tensor& x) {
   STD_TORCH_CHECK(grad.dim() == x.dim() && grad.scalar_type() == x.scalar_type(),
                   "kernelwise::linear_grad_weight: grad does not fit x");
-  const Rows g = rows_of(grad), rows = rows_of(x);
-  Tensor dw = empty(Dims{{g.width, rows.width}, 2}, grad.scalar_type());
+  const Rows g = rows_of(grad);
+  Rows rows = rows_of(x);
+  const int64_t num = rows.num, width = rows.width;
+  Tensor dw = empty(Dims{{g.width, width}, 2}, grad.scalar_type());
   if (dw.numel() == 0) return dw;
-  STD_TORCH_CHECK(g.num == rows.num, "kernelwise::linear_grad_weight: grad does not fit x");
-  const LinearShape s{rows, dw, half_of(grad, "grad"), rows.num, rows.width, g.width};
+  STD_TORCH_CHECK(g.num == num, "kernelwise::linear_grad_weight: grad does not fit x");
+  const LinearShape s{std::move(rows), dw.borrowed(), half_of(grad, "grad"), num, width, g.width};
   const Half from{const_cast<char*>(g.data), g.stride, s.dtype}, in = s.x_half(), out = s.weight_half();
   const int64_t block = block_of(s), tile = std::max<int64_t>(1, std::min(s.rows, kRowTile));
   const Scratch wide_g(tile * block), wide_x(tile * s.in), sum(block * s.in);
@@ -194,11 +195,11 @@ Tensor linear_grad_weight(const Tensor& grad, const Tensor& x) {
     const int64_t columns = std::min(block, s.out - n);
     if (s.rows == 0) std::fill(sum.data, sum.data + columns * s.in, 0.0f);
     for (int64_t m = 0; m < s.rows; m += tile) {
-      const int64_t num = std::min(tile, s.rows - m);
-      from.widen(wide_g.data, m, n, num, columns);
-      in.widen(wide_x.data, m, 0, num, s.in);
-      multiply({sum.data, columns, s.in, s.in, 1}, {wide_g.data, columns, num, 1, columns},
-               {wide_x.data, num, s.in, s.in, 1}, m > 0);
+      const int64_t part = std::min(tile, s.rows - m);
+      from.widen(wide_g.data, m, n, part, columns);
+      in.widen(wide_x.data, m, 0, part, s.in);
+      multiply({sum.data, columns, s.in, s.in, 1}, {wide_g.data, columns, part, 1, columns},
+               {wide_x.data, part, s.in, s.in, 1}, m > 0);
     }
     out.narrow(sum.data, nullptr, n, 0, columns, s.in);
   }
@@ -208,15 +209,15 @@ Tensor linear_grad_weight(const Tensor& grad, const Tensor& x) {
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kernelwise, m) {
-  m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+  m.def("linear(Tensor x, Tensor weight, Tensor? bias=None) -> Tensor");
   m.def("linear_grad_x(Tensor grad, Tensor weight) -> Tensor");
   m.def("linear_grad_weight(Tensor grad, Tensor x) -> Tensor");
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kernelwise, CPU, m) {
-  m.impl("linear", TORCH_BOX(&linear));
-  m.impl("linear_grad_x", TORCH_BOX(&linear_grad_x));
-  m.impl("linear_grad_weight", TORCH_BOX(&linear_grad_weight));
+  m.impl("linear", Boxed<linear>::call);
+  m.impl("linear_grad_x", Boxed<linear_grad_x>::call);
+  m.impl("linear_grad_weight", Boxed<linear_grad_weight>::call);
 }
 
 }  // namespace kernelwise

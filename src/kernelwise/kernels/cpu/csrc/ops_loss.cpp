@@ -12,7 +12,7 @@ struct Labels {
 Labels labels_of(const Tensor& labels, int64_t rows, int64_t classes, int64_t ignore_index) {
   STD_TORCH_CHECK(labels.scalar_type() == ScalarType::Long && labels.dim() == 1 && labels.size(0) == rows,
                   "kernelwise::cross_entropy: labels must be [rows] in int64");
-  Labels l{torch::stable::contiguous(labels), nullptr};
+  Labels l{contiguous(labels), nullptr};
   l.data = static_cast<const int64_t*>(l.tensor.data_ptr());
   for (int64_t i = 0; i < rows; i++)
     STD_TORCH_CHECK(l.data[i] == ignore_index || (l.data[i] >= 0 && l.data[i] < classes),
@@ -38,7 +38,7 @@ std::tuple<Tensor, Tensor> cross_entropy(const Tensor& logits, const Tensor& lab
   float* out = static_cast<float*>(losses.data_ptr());
   float* kept = static_cast<float*>(statistics.data_ptr());
   each_row(num, std::max<int64_t>(1, rows.width), [&](int64_t begin, int64_t end) { kernel(args, out, kept, begin, end); });
-  return {losses, statistics};
+  return {std::move(losses), std::move(statistics)};
 }
 
 void write_gradient(const Tensor& grad_losses, const Rows& rows, const Tensor& logits, const Tensor& labels,
@@ -48,7 +48,7 @@ void write_gradient(const Tensor& grad_losses, const Rows& rows, const Tensor& l
   const Labels l = labels_of(labels, num, rows.width, ignore_index);
   STD_TORCH_CHECK(grad_losses.scalar_type() == ScalarType::Float && grad_losses.dim() == 1 && grad_losses.size(0) == num,
                   "kernelwise::cross_entropy: grad must be [rows] in float32");
-  const Tensor grads = torch::stable::contiguous(grad_losses), kept = torch::stable::contiguous(statistics);
+  const Tensor grads = contiguous(grad_losses), kept = contiguous(statistics);
   const CrossEntropyArgs args{rows.data, l.data, rows.stride, rows.width, ignore_index,
                               float(smoothing), float(softcap), float(z_loss)};
   const CrossEntropyBackwardRows kernel = kernels().cross_entropy_backward(dtype_of(logits, "logits"));
@@ -62,7 +62,7 @@ Tensor cross_entropy_backward(const Tensor& grad_losses, const Tensor& logits, c
                               const Tensor& statistics, int64_t ignore_index, double smoothing, double softcap,
                               double z_loss) {
   const Rows rows = logits_of(logits);
-  Tensor grad = empty(sizes_of(logits), logits.scalar_type());
+  Tensor grad = empty(sizes_of(rows.view), logits.scalar_type());
   write_gradient(grad_losses, rows, logits, labels, statistics, ignore_index, smoothing, softcap, z_loss,
                  static_cast<char*>(grad.data_ptr()), rows.width);
   return grad;
@@ -119,14 +119,14 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
   const int64_t num = hidden.size(0), in = hidden.size(1), classes = weight.size(0);
   const Labels l = labels_of(labels, num, classes, ignore_index);
   const Rows h = rows_of(hidden);
-  const Tensor w_contiguous = torch::stable::contiguous(weight);
+  const Tensor w_contiguous = contiguous(weight);
   const Wide w{static_cast<const char*>(w_contiguous.data_ptr()), in, in, dtype};
   const int64_t size = int64_t(hidden.element_size());
   std::vector<float> wide_bias;
   if (bias) {
     STD_TORCH_CHECK(bias->dim() == 1 && bias->size(0) == classes && bias->scalar_type() == weight.scalar_type(),
                     "kernelwise::linear_cross_entropy: bias must be [classes] in weight's dtype");
-    const Tensor b = torch::stable::contiguous(*bias);
+    const Tensor b = contiguous(*bias);
     wide_bias.resize(classes);
     kernels().widen(dtype)(b.data_ptr(), wide_bias.data(), classes);
   }
@@ -136,7 +136,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     STD_TORCH_CHECK(grad_losses->scalar_type() == ScalarType::Float && grad_losses->dim() == 1 &&
                         grad_losses->size(0) == num,
                     "kernelwise::linear_cross_entropy: grad must be [rows] in float32");
-    grads = torch::stable::contiguous(*grad_losses);
+    grads = contiguous(*grad_losses);
     grad_of_row = static_cast<const float*>(grads.data_ptr());
   }
   need_hidden = need_hidden && grad_losses;
@@ -227,7 +227,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> linear_cross_entropy(
     const std::vector<float> sums(db_sum.begin(), db_sum.end());
     kernels().narrow(dtype)(sums.data(), nullptr, db.data_ptr(), classes);
   }
-  return {losses, dh, dw, db};
+  return {std::move(losses), std::move(dh), std::move(dw), std::move(db)};
 }
 
 }  // namespace
@@ -249,10 +249,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kernelwise, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kernelwise, CPU, m) {
-  m.impl("cross_entropy", TORCH_BOX(&cross_entropy));
-  m.impl("cross_entropy_backward", TORCH_BOX(&cross_entropy_backward));
-  m.impl("cross_entropy_backward_", TORCH_BOX(&cross_entropy_backward_));
-  m.impl("linear_cross_entropy", TORCH_BOX(&linear_cross_entropy));
+  m.impl("cross_entropy", Boxed<cross_entropy>::call);
+  m.impl("cross_entropy_backward", Boxed<cross_entropy_backward>::call);
+  m.impl("cross_entropy_backward_", Boxed<cross_entropy_backward_>::call);
+  m.impl("linear_cross_entropy", Boxed<linear_cross_entropy>::call);
 }
 
 }  // namespace kernelwise

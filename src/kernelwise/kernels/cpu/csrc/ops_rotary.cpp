@@ -107,7 +107,7 @@ std::vector<float> scale_of(const MaybeTensor& weight, const Tensor& x, double o
   const DType dtype = dtype_of(*weight, "weight");
   STD_TORCH_CHECK(weight->scalar_type() == x.scalar_type() || dtype == DType::kFloat32,
                   "kernelwise::qk_norm_rotary: a weight must have the dtype of q and k or float32");
-  const Tensor w = torch::stable::contiguous(*weight);
+  const Tensor w = contiguous(*weight);
   const int64_t width = w.size(0);
   std::vector<float> wide(width);
   kernels().widen(dtype)(w.data_ptr(), wide.data(), width);
@@ -155,12 +155,12 @@ std::tuple<Tensor, Tensor> qk_norm_rotary(const Tensor& q, const Tensor& k, cons
   const ScalarType out = promoted(q, q_weight, cos, cast_after);
   STD_TORCH_CHECK(out == promoted(k, k_weight, cos, cast_after),
                   "kernelwise::qk_norm_rotary: the weights of q and k must have one dtype");
-  const QkNormRotary n =
+  QkNormRotary n =
       qk_norm_rotary_of(q, k, q_weight, k_weight, cos, sin, eps, offset, cast_after, unsqueeze_dim, out);
   const DType in = dtype_of(q, "q");
   const QkNormRotaryPositions kernel = kernels().qk_norm_rotary({in, in, dtype_of(n.rotation.outputs[0], "the result")});
   n.rotation.run([&](int64_t begin, int64_t end) { kernel(n.args, begin, end); });
-  return {n.rotation.outputs[0], n.rotation.outputs[1]};
+  return {std::move(n.rotation.outputs[0]), std::move(n.rotation.outputs[1])};
 }
 
 // Gradients of q, k, and the two weights; the latter two are empty where they are not wanted.
@@ -182,7 +182,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
     n.args.grad_head[i] = grads[i].stride(unsqueeze_dim);
     n.args.grad_position[i] = grads[i].stride(3 - unsqueeze_dim);
   }
-  const Rotation& r = n.rotation;
+  Rotation& r = n.rotation;
   const QkNormRotaryBackwardPositions kernel =
       kernels().qk_norm_rotary_backward({dtype_of(q, "q"), dtype_of(q, "q"), dtype_of(grad_q, "grad_q")});
   const int64_t width = r.args.width;
@@ -193,7 +193,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
   Tensor weights[2] = {grad_of(q_weight), grad_of(k_weight)};
   if (!weight_grads || (!q_weight && !k_weight)) {
     r.run([&](int64_t begin, int64_t end) { kernel(n.args, nullptr, begin, end); });
-    return {r.outputs[0], r.outputs[1], weights[0], weights[1]};
+    return {std::move(r.outputs[0]), std::move(r.outputs[1]), std::move(weights[0]), std::move(weights[1])};
   }
   // As for the norms: groups of positions, each with its own sums, whatever the number of threads.
   const int64_t num = r.num_positions, group = std::max<int64_t>(8, (num + 63) / 64), groups = (num + group - 1) / group;
@@ -207,19 +207,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor> qk_norm_rotary_backward(
   for (int i = 0; i < 2; i++)
     if (weights[i].numel() > 0)
       kernels().narrow(dtype_of(weights[i], "weight"))(sums.data() + i * width, nullptr, weights[i].data_ptr(), width);
-  return {r.outputs[0], r.outputs[1], weights[0], weights[1]};
+  return {std::move(r.outputs[0]), std::move(r.outputs[1]), std::move(weights[0]), std::move(weights[1])};
 }
 
 }  // namespace
 
 STABLE_TORCH_LIBRARY_FRAGMENT(kernelwise, m) {
-  m.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, int unsqueeze_dim) -> (Tensor, Tensor)");
+  m.def("rotary(Tensor q, Tensor k, Tensor cos, Tensor sin, int unsqueeze_dim=1) -> (Tensor, Tensor)");
   m.def(
       "rotary_backward(Tensor grad_q, Tensor grad_k, Tensor cos, Tensor sin, int unsqueeze_dim, ScalarType dtype) "
       "-> (Tensor, Tensor)");
   m.def(
       "qk_norm_rotary(Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, Tensor cos, Tensor sin, float eps, "
-      "float offset, bool cast_after, int unsqueeze_dim) -> (Tensor, Tensor)");
+      "float offset=0.0, bool cast_after=False, int unsqueeze_dim=1) -> (Tensor, Tensor)");
   m.def(
       "qk_norm_rotary_backward(Tensor grad_q, Tensor grad_k, Tensor q, Tensor k, Tensor? q_weight, Tensor? k_weight, "
       "Tensor cos, Tensor sin, float eps, float offset, bool cast_after, int unsqueeze_dim, bool weight_grads) "
@@ -227,10 +227,10 @@ STABLE_TORCH_LIBRARY_FRAGMENT(kernelwise, m) {
 }
 
 STABLE_TORCH_LIBRARY_IMPL(kernelwise, CPU, m) {
-  m.impl("rotary", TORCH_BOX(&rotary));
-  m.impl("rotary_backward", TORCH_BOX(&rotary_backward));
-  m.impl("qk_norm_rotary", TORCH_BOX(&qk_norm_rotary));
-  m.impl("qk_norm_rotary_backward", TORCH_BOX(&qk_norm_rotary_backward));
+  m.impl("rotary", Boxed<rotary>::call);
+  m.impl("rotary_backward", Boxed<rotary_backward>::call);
+  m.impl("qk_norm_rotary", Boxed<qk_norm_rotary>::call);
+  m.impl("qk_norm_rotary_backward", Boxed<qk_norm_rotary_backward>::call);
 }
 
 }  // namespace kernelwise

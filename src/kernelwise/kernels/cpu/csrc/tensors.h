@@ -1,30 +1,19 @@
-// What the operators share: tensors as rows, fresh results, work split among torch's threads. Built against torch's stable
-// ABI.
+// What the operators share: tensors as rows, fresh results, work split among torch's threads.
 //
 // Rows are independent of each other, and where rows are summed they are summed in groups that depend on the shape alone:
 // results are the same for every number of threads.
 #pragma once
 
-#include <torch/csrc/inductor/aoti_torch/c/shim.h>
-#include <torch/csrc/stable/library.h>
-#include <torch/csrc/stable/ops.h>
-#include <torch/csrc/stable/tensor.h>
-
 #include <algorithm>
 #include <atomic>
 #include <initializer_list>
-#include <optional>
 #include <string>
-#include <tuple>
 #include <vector>
 
 #include "kernels.h"
+#include "tensor.h"
 
 namespace kernelwise {
-
-using torch::headeronly::ScalarType;
-using torch::stable::Tensor;
-using MaybeTensor = std::optional<Tensor>;
 
 constexpr int64_t kSerial = 16384;  // numbers that one thread works through faster than it could wake another
 
@@ -63,21 +52,14 @@ inline Tensor empty(const Dims& sizes, const Dims& strides, ScalarType dtype) {
 }
 
 inline Tensor empty(const Dims& sizes, ScalarType dtype) {
-  Dims strides{{}, sizes.num};
+  Dims strides;
+  strides.num = sizes.num;
   int64_t stride = 1;
   for (int64_t i = sizes.num; i-- > 0;) {
     strides.values[i] = stride;
     stride *= std::max<int64_t>(sizes.values[i], 1);
   }
   return empty(sizes, strides, dtype);
-}
-
-inline Dims sizes_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  STD_TORCH_CHECK(sizes.size() <= size_t(kMostDims), "kernelwise: more than ", kMostDims, " dimensions");
-  Dims dims{{}, int64_t(sizes.size())};
-  std::copy(sizes.begin(), sizes.end(), dims.values);
-  return dims;
 }
 
 // Sizes and strides of a tensor, asked once: every question is a call through the stable ABI.
@@ -88,10 +70,15 @@ struct View {
 };
 
 inline View view_of(const Tensor& t) {
-  const auto sizes = t.sizes();
-  int64_t* strides;
-  STABLE_TORCH_ERROR_CODE_CHECK(aoti_torch_get_strides(t.get(), &strides));
-  return {sizes.data(), strides, int64_t(sizes.size())};
+  return {t.sizes(), t.strides(), t.dim()};
+}
+
+inline Dims sizes_of(const View& v) {
+  STD_TORCH_CHECK(v.dims <= kMostDims, "kernelwise: more than ", kMostDims, " dimensions");
+  Dims dims;
+  dims.num = v.dims;
+  std::copy(v.sizes, v.sizes + v.dims, dims.values);
+  return dims;
 }
 
 inline void check_same_shape(const View& a, const View& b, const char* names) {
@@ -105,13 +92,14 @@ inline void check_same_shape(const Tensor& a, const Tensor& b, const char* names
 
 inline bool has_unit_last(const View& v) { return v.dims == 0 || v.sizes[v.dims - 1] <= 1 || v.strides[v.dims - 1] == 1; }
 
-inline Tensor unit_last(const Tensor& t, const View& v) { return has_unit_last(v) ? t : torch::stable::contiguous(t); }
+inline Tensor unit_last(const Tensor& t, const View& v) { return has_unit_last(v) ? t.borrowed() : contiguous(t); }
 
 inline Tensor unit_last(const Tensor& t) { return unit_last(t, view_of(t)); }
 
 // A tensor seen as rows of its last dimension, `stride` apart; copied where no single stride does it.
 struct Rows {
-  std::optional<Tensor> copy;
+  View view;  // of the tensor as it is given
+  MaybeTensor copy;
   const char* data;
   int64_t num, width, stride;
 };
@@ -134,10 +122,12 @@ inline std::optional<int64_t> row_stride(const View& v) {
 inline Rows rows_of(const Tensor& t) {
   const View v = view_of(t);
   STD_TORCH_CHECK(v.dims >= 1, "kernelwise: expected at least one dimension");
-  const int64_t width = v.sizes[v.dims - 1], num = width == 0 ? 0 : t.numel() / width;
+  const int64_t width = v.sizes[v.dims - 1];
+  int64_t num = width == 0 ? 0 : 1;
+  for (int64_t i = 0; i < v.dims - 1; i++) num *= v.sizes[i];
   if (const std::optional<int64_t> stride = row_stride(v))
-    return {std::nullopt, static_cast<const char*>(t.data_ptr()), num, width, *stride};
-  Rows rows{torch::stable::contiguous(t), nullptr, num, width, width};
+    return {v, std::nullopt, static_cast<const char*>(t.data_ptr()), num, width, *stride};
+  Rows rows{v, contiguous(t), nullptr, num, width, width};
   rows.data = static_cast<const char*>(rows.copy->data_ptr());
   return rows;
 }
