@@ -9,15 +9,15 @@ import pytest
 from planted import write
 
 from kernelwise._tuning import _confirm, _trials, _tune
-from kernelwise._verifying import _inputs
+from kernelwise._verifying import _cases
 
 
 @pytest.fixture(scope="module")
 def few_sizes() -> Iterator[None]:
     """For tests that are about what is done with checks and times, not about these."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(_inputs, "_SIZES", ())
-        patch.setattr(_inputs, "_MANY_ROWS", {**_inputs._MANY_ROWS, "S": 101})
+        patch.setattr(_cases, "_SIZES", ())
+        patch.setattr(_cases, "_MANY_ROWS", {**_cases._MANY_ROWS, "S": 101})
         patch.setattr(_confirm, "MOST_S", 1.0)
         patch.setattr(_trials, "TIMING_S", 0.2)
         patch.setattr(_tune, "_rivals_of", lambda model: ())  # compiling takes seconds

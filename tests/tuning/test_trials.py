@@ -23,7 +23,7 @@ from kernelwise._tuning import _confirm, _trials
 from kernelwise._tuning._candidates import kinds_of
 from kernelwise._tuning._shares import Share
 from kernelwise._tuning._trials import Trials
-from kernelwise._verifying import _capture, _inputs, _prove
+from kernelwise._verifying import _capture, _cases, _prove
 
 KERNELS = f"""{FAST}
 
@@ -40,8 +40,8 @@ def model_of_one_norm() -> nn.Module:
 
 @pytest.fixture(autouse=True)
 def surroundings(empty_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_inputs, "_SIZES", ())
-    monkeypatch.setattr(_inputs, "_MANY_ROWS", {**_inputs._MANY_ROWS, "S": 101})
+    monkeypatch.setattr(_cases, "_SIZES", ())
+    monkeypatch.setattr(_cases, "_MANY_ROWS", {**_cases._MANY_ROWS, "S": 101})
     monkeypatch.setattr(_trials, "TIMING_S", 0.1)
     monkeypatch.setattr(_confirm, "MOST_S", 1.0)
 

@@ -12,7 +12,7 @@ import torch
 from proving import write_repository
 
 from kernelwise._data import Kernel, KernelRef, Limits
-from kernelwise._verifying import _inputs, _prove
+from kernelwise._verifying import _cases, _prove
 from kernelwise.sources._layer_class import kernel_of
 
 
@@ -52,5 +52,5 @@ def repository(tmp_path: Path) -> Path:
 @pytest.fixture
 def few_sizes(monkeypatch: pytest.MonkeyPatch) -> None:
     """For tests that are about what is remembered, not about what is checked."""
-    monkeypatch.setattr(_inputs, "_SIZES", ())
-    monkeypatch.setattr(_inputs, "_MANY_ROWS", {**_inputs._MANY_ROWS, "S": 101})
+    monkeypatch.setattr(_cases, "_SIZES", ())
+    monkeypatch.setattr(_cases, "_MANY_ROWS", {**_cases._MANY_ROWS, "S": 101})

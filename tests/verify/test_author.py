@@ -15,7 +15,7 @@ import kernelwise as kw
 from kernelwise._author import layers_for, read_reference, verify_kernel
 from kernelwise._cli import main
 from kernelwise._models import load_model
-from kernelwise._verifying import _inputs, _prove, _worker
+from kernelwise._verifying import _cases, _prove, _worker
 from kernelwise.sources import load
 
 LAYERS = """
@@ -130,7 +130,7 @@ def small_model(tmp_path, monkeypatch) -> str:
 def test_what_the_command_line_proves_is_remembered(as_kernel, repository, small_model, tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("KERNELWISE_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(_prove, "_remembered", {})
-    monkeypatch.setattr(_inputs, "_SIZES", ())
+    monkeypatch.setattr(_cases, "_SIZES", ())
     kernel = f"{repository}:MyNorm"
     (tmp_path / "kernels.toml").write_text(f'[kernels]\nRMSNorm = "{kernel}"\n')
     asked = ["--kernel", kernel] if as_kernel else ["--config", str(tmp_path / "kernels.toml")]

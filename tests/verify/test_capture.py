@@ -18,18 +18,18 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernelwise as kw
 from kernelwise._data import Check, Plan
-from kernelwise._verifying import _inputs as _inputs_module
-from kernelwise._verifying import _judge, _verify
+from kernelwise._verifying import _cases, _judge, _verify
 from kernelwise._verifying._capture import capture, capture_in_passes, group, group_wholes
 from kernelwise._verifying._check import Options, check_kernel, own_code
+from kernelwise._verifying._inputs import Sample
 from kernelwise._verifying._verify import check_group
 
 
 @pytest.fixture(autouse=True)
 def few_sizes(monkeypatch) -> None:
     """These tests are about what layers are given."""
-    monkeypatch.setattr(_inputs_module, "_SIZES", ())
-    monkeypatch.setattr(_inputs_module, "_MANY_ROWS", {**_inputs_module._MANY_ROWS, "S": 101})
+    monkeypatch.setattr(_cases, "_SIZES", ())
+    monkeypatch.setattr(_cases, "_MANY_ROWS", {**_cases._MANY_ROWS, "S": 101})
 
 
 def test_where_a_tensor_begins_in_its_memory_is_kept():
@@ -280,7 +280,7 @@ def test_both_sides_leave_out_the_same_in_training(kernel, status, as_kernel):
     """With the same random numbers, a dropout is judged as exactly as everything else."""
     kw.register_layer(Drops, "Drops")
     decided, module = decision(Drops(), as_kernel(kernel), mode="training")
-    sample = _inputs_module.Sample({"x": torch.randn(4, 5, 48)}, module.train())
+    sample = Sample({"x": torch.randn(4, 5, 48)}, module.train())
     options = Options(isolate=False)
     state = torch.get_rng_state()
     checks = check_kernel(decided, own_code(module, decided.layer), sample, modes=("training",), options=options)
@@ -297,7 +297,7 @@ class DrawsForNothing(gallery.Norm):
 
 def test_random_numbers_that_only_the_kernel_draws_are_a_mark(as_kernel):
     decided, module = decision(gallery.Norm(), as_kernel(DrawsForNothing))
-    sample = _inputs_module.Sample({"hidden_states": torch.randn(4, 5, 48)}, module)
+    sample = Sample({"hidden_states": torch.randn(4, 5, 48)}, module)
     own = own_code(module, decided.layer)
     first = next(iter(check_kernel(decided, own, sample, options=Options(isolate=False))))
     assert first.status == "passed"

@@ -22,11 +22,12 @@ from kernelwise._data import STATUSES, Check, Checks, Plan, Target, from_json
 from kernelwise._decide import current_target
 from kernelwise._plan import reasons_against
 from kernelwise._process import settings
-from kernelwise._verifying import _inputs as _inputs_module
+from kernelwise._verifying import _cases
 from kernelwise._verifying._calls import own_call
 from kernelwise._verifying._capture import capture, group
+from kernelwise._verifying._cases import beyond, cases
 from kernelwise._verifying._check import Here, Options, _one_case, check_kernel, own_code
-from kernelwise._verifying._inputs import Sample, beyond, cases
+from kernelwise._verifying._inputs import Sample
 from kernelwise._verifying._observe import growth, observe
 from kernelwise._verifying._verify import _made
 from kernelwise.sources import builtin_refs, load
@@ -356,12 +357,12 @@ def test_buffers_and_counts_that_the_model_exchanges_are_as_they_were_after_a_ca
 class WrongBeyondFar(nn.Module):
     def forward(self, hidden_states):
         y = gallery.rms_norm(hidden_states, self.weight, self.variance_epsilon)
-        return torch.cat((y.flatten()[: _inputs_module.FAR], y.flatten()[_inputs_module.FAR :] * 0)).view_as(y)
+        return torch.cat((y.flatten()[: _cases.FAR], y.flatten()[_cases.FAR :] * 0)).view_as(y)
 
 
 @pytest.mark.parametrize(("kernel", "status"), [(gallery.Good, "passed"), (WrongBeyondFar, "wrong_values")])
 def test_what_is_wrong_beyond_so_many_elements_is_found_on_repeated_rows(kernel, status, as_kernel, monkeypatch):
-    monkeypatch.setattr(_inputs_module, "FAR", 1 << 15)
+    monkeypatch.setattr(_cases, "FAR", 1 << 15)
     decided, module = decision(gallery.Norm(), as_kernel(kernel))
     sample = _made(decided.layer, module, "inference", 0)
     case = beyond(decided.layer, sample, "inference")

@@ -25,6 +25,7 @@ from kernelwise._data import KernelRef
 from kernelwise._process import settings
 from kernelwise._verifying import _worker
 from kernelwise._verifying._check import Options
+from kernelwise._verifying._description import describe, rebuild
 from kernelwise._verifying._worker import Worker, WorkerStartError
 from kernelwise.sources import load
 
@@ -289,11 +290,11 @@ def test_a_kernel_finds_what_the_layer_holds_in_the_other_process():
     module = Holds()
     read = ("kind", "names", "sizes", "shape", "options", "bias", "act", "twice", "variance_epsilon")
     for reads in (frozenset({*read, "mine", "lock", "fails", "nothing", "weight"}), None):
-        described = _worker._described(module, reads)
+        described = describe(module, reads)
         buffer = io.BytesIO()
         torch.save(described, buffer)
         buffer.seek(0)
-        built = _worker._built(torch.load(buffer, weights_only=False), stub=True)
+        built = rebuild(torch.load(buffer, weights_only=False), stub=True)
         for name in read:
             if reads is not None or name in module.__dict__:
                 assert getattr(built, name) == getattr(module, name), name

@@ -23,8 +23,9 @@ from kernelwise._verifying._capture import (
     MEMORY,
     holds_others,
 )
+from kernelwise._verifying._cases import batch_slice, beyond, cases
 from kernelwise._verifying._copies import bare_copy
-from kernelwise._verifying._inputs import Sample, batch_slice, beyond, cases, with_defaults
+from kernelwise._verifying._inputs import Sample, with_defaults
 from kernelwise._verifying._judge import compare_calls, judge
 from kernelwise._verifying._observe import Case, Observed, growth, observe
 from kernelwise._verifying._worker import SECONDS, Worker, WorkerError, failure_of

@@ -8,7 +8,6 @@ user's `__main__`. Whatever the kernel does, this side gets what it observed or 
 from __future__ import annotations
 
 import contextlib
-import importlib
 import io
 import os
 import selectors
@@ -17,7 +16,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from collections.abc import Iterator
 from dataclasses import fields, replace
 from pathlib import Path
@@ -32,6 +30,7 @@ from kernelwise._errors import KernelLoadError, said
 from kernelwise._process import changed_by_imports
 from kernelwise._verifying._calls import kernel_call
 from kernelwise._verifying._copies import CannotTryError
+from kernelwise._verifying._description import describe, rebuild
 from kernelwise._verifying._observe import Case, Observed, growth, observe
 
 SECONDS = 60.0
@@ -70,9 +69,7 @@ class Worker:
 
     def __init__(self, kernel: Kernel, device: str, *, seconds: float = SECONDS, memory: int = MEMORY) -> None:
         self.kernel, self._device = kernel, device
-        self.until: float | None = (
-            None  # of `time.monotonic`: when all requests must have ended, whatever each may take
-        )
+        self.until: float | None = None  # of `time.monotonic`: when all must have ended, whatever each request may take
         self._seconds, self._memory = seconds, memory
         self._process: subprocess.Popen[bytes] | None = None
         self._layer: tuple[Layer, str] | None = None
@@ -156,7 +153,7 @@ class Worker:
             message |= {"layer": to_json(_plain(layer)), "mode": mode}
         if case.module is None or case.module is not self._module or self._sent != self._layer:
             reads = _reads(layer, self.kernel, mode)
-            message["module"] = None if case.module is None else _described(case.module, reads)
+            message["module"] = None if case.module is None else describe(case.module, reads)
         self._sent, self._module = self._layer, case.module
         return message
 
@@ -317,87 +314,6 @@ def _reads(layer: Layer, kernel: Kernel, mode: str) -> frozenset[str] | None:
     return frozenset(kernel.reads) if kernel.reads else None
 
 
-# ------------------------------------------------------------------------------------------------ the module, as data
-
-
-def _described(module: nn.Module, reads: frozenset[str] | None) -> dict[str, Any]:
-    """Describe a module by values that a file can hold: what of it the kernel reads, children with all they have."""
-
-    def wanted(name: str) -> bool:
-        return reads is None or name in reads
-
-    cls = type(module)
-    spaces = {
-        n: {k: v for k, v in vars(value).items() if _can_be_sent(v)}
-        for n, value in module.__dict__.items()
-        if reads is not None and n in reads and hasattr(value, "__dict__") and not isinstance(value, nn.Module)
-        if not isinstance(value, types.FunctionType) and not _can_be_sent(value)
-    }
-    return {
-        "class": None
-        if cls.__module__ == "__main__" or "<" in cls.__qualname__
-        else [cls.__module__, cls.__qualname__],
-        "training": module.training,
-        "values": dict(_values(module, reads)),
-        "spaces": spaces,
-        "tensors": {
-            name: (None if t is None else t.detach(), isinstance(t, nn.Parameter))
-            for tensors in (module._parameters, module._buffers)
-            for name, t in tensors.items()
-            if wanted(name)
-        },
-        "children": {n: _described(m, None) for n, m in module._modules.items() if m is not None and wanted(n)},
-    }
-
-
-def _values(module: nn.Module, reads: frozenset[str] | None) -> Iterator[tuple[str, Any]]:
-    """What a module holds besides tensors and children; of what is read, also attributes of its class and properties."""
-    for name in module.__dict__.keys() - nn.Module().__dict__.keys() if reads is None else reads:
-        if name in module._parameters or name in module._buffers or name in module._modules:
-            continue
-        try:
-            value = getattr(module, name)
-        except Exception:  # a property that fails, or nothing of this name: the kernel finds nothing there either
-            continue
-        if _can_be_sent(value):
-            yield name, value
-
-
-def _can_be_sent(value: Any) -> bool:
-    """Return whether the other process can have a value: plain data, and functions that it can import."""
-    if value is None or isinstance(value, (bool, int, float, complex, str, bytes, torch.dtype, torch.device)):
-        return type(value).__module__ in ("builtins", "torch")
-    if type(value) in (tuple, list, set, frozenset, torch.Size):
-        return all(map(_can_be_sent, value))
-    if type(value) is dict:
-        return all(map(_can_be_sent, value)) and all(map(_can_be_sent, value.values()))
-    if isinstance(value, types.FunctionType) and value.__module__ != "__main__":
-        return getattr(sys.modules.get(value.__module__), value.__name__, None) is value
-    return False
-
-
-def _built(described: dict[str, Any], *, stub: bool) -> nn.Module:
-    """Build a stand-in from its description: the root without a class, children of the classes they have."""
-    cls: Any = nn.Module
-    if not stub and described["class"] is not None:
-        cls = importlib.import_module(described["class"][0])
-        for name in described["class"][1].split("."):
-            cls = getattr(cls, name)
-    module: nn.Module = cls.__new__(cls)
-    nn.Module.__init__(module)
-    module.__dict__.update(described["values"])
-    module.__dict__.update({name: types.SimpleNamespace(**space) for name, space in described["spaces"].items()})
-    for name, (tensor, is_parameter) in described["tensors"].items():
-        if is_parameter:
-            module._parameters[name] = nn.Parameter(tensor, requires_grad=tensor.is_floating_point())
-        elif name not in module.__dict__:
-            module._buffers[name] = tensor
-    for name, child in described["children"].items():
-        module._modules[name] = _built(child, stub=False)
-    module.training = described["training"]
-    return module
-
-
 # ------------------------------------------------------------------------------------------------------ the other side
 
 
@@ -433,7 +349,7 @@ def main() -> None:
                 call = kernel_call(from_json(Layer, message.pop("layer")), kernel, message.pop("mode"))
             if "module" in message:
                 described = message.pop("module")
-                module = None if described is None else _built(described, stub=True)
+                module = None if described is None else rebuild(described, stub=True)
             do = message.pop("do")
             case = Case(module=module, **message)
             if do == "observe":

@@ -44,7 +44,7 @@ def imported(
     Raises whatever the kernel's code, or `before_import`, raises.
     """
     with _lock:
-        builds = tuple(_builds(installed))
+        builds = tuple(installed.builds())
         hashes = {build.variant: content_hash(build.variant) for build in builds}
         registry = _kernels_compat.loaded_kernels()
         known, names, folders = set(_imported), set(sys.modules), set(registry)
@@ -98,12 +98,6 @@ def _forget(builds: tuple[Installed, ...], hashes: Mapping[Path, str], *, since:
     for name in set(sys.modules) - since:
         if any(name == top or name.startswith(f"{top}.") for top in tops):
             del sys.modules[name]
-
-
-def _builds(installed: Installed) -> Iterator[Installed]:
-    yield installed
-    for _, dependency in installed.dependencies:
-        yield from _builds(dependency)
 
 
 def _id(installed: Installed) -> str:

@@ -41,6 +41,12 @@ class Installed:
     variant: Path
     dependencies: tuple[tuple[str, Installed], ...] = ()
 
+    def builds(self) -> Iterator[Installed]:
+        """Yield this build and all that it depends on."""
+        yield self
+        for _, dependency in self.dependencies:
+            yield from dependency.builds()
+
 
 def _has(module: str) -> bool:
     return importlib.util.find_spec(f"kernels.{module}") is not None

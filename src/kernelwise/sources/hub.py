@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -116,17 +116,11 @@ def _download(ref: KernelRef, commit: str, *, backend: str) -> Installed:
     except Exception:
         _check_bytes(ref, snapshot)
         raise
-    for build in _builds(installed):
+    for build in installed.builds():
         _check_bytes(ref, build.variant)
     if not installed.dependencies:  # what a commit depends on are versions, which can move
         _downloaded[snapshot, backend] = installed
     return installed
-
-
-def _builds(installed: Installed) -> Iterator[Installed]:
-    yield installed
-    for _, dependency in installed.dependencies:
-        yield from _builds(dependency)
 
 
 def _snapshot(repository: str, commit: str) -> Path:
