@@ -9,7 +9,7 @@ from torch import is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 
 from .._autograd import plain_gradients, wants_graph
-from .._layout import inverse
+from .._layout import by_stride, inverse
 from ._activations import CODES, Activation, plain
 from ._library import direct, load
 
@@ -35,7 +35,7 @@ def activation(x: torch.Tensor, *, activation: Activation = "gelu") -> torch.Ten
     True
     """
     if not x.is_contiguous():
-        order = tuple(sorted(range(x.dim()), key=x.stride, reverse=True))
+        order = by_stride(x, x.dim())
         if order != tuple(range(x.dim())):
             return _apply(x.permute(order), activation).permute(inverse(order))
     return _apply(x, activation)
