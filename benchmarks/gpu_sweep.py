@@ -130,7 +130,7 @@ def works() -> Iterator[Work]:
                 bound = heads.size_class(tokens)
                 yield Work(word, table, elements, bound, case, way, rotary_candidates((1, 2, 4, 8)), both)
     one_token = (rotary_case(1, 1), rotary_case(16, 1))
-    yield Work("rotary forward", heads.ROTARY, 4096, 128, one_token, False, rotary_candidates((4, 8, 16, 32)), both)
+    yield Work("rotary forward", heads.ROTARY, 4096, 16, one_token, False, rotary_candidates((4, 8, 16, 32)), both)
     qk = heads.QK_NORM_ROTARY_BACKWARD
     two = ("two steps",)
     yield Work(

@@ -26,12 +26,28 @@ class HeadConfig(NamedTuple):
 Table = dict[str, list[tuple[int, int, HeadConfig]]]
 
 _ANY = 1 << 62
-_SIZES = (128, 1024, _ANY)  # configurations change at these numbers of tokens
+_SIZES = (16, 128, 1024, _ANY)  # configurations change at these numbers of tokens
 _SHARES_FEW = 8
 _WARPS = 8  # of the backward pass with norms, on each multiprocessor
 
-ROTARY: Table = {"sm_90": [(4096, 128, HeadConfig(8, 4)), (4096, 1024, HeadConfig(1, 2))]}
-ROTARY_BACKWARD: Table = {"sm_90": [(4096, 128, HeadConfig(8, 4)), (4096, 1024, HeadConfig(1, 2))]}
+ROTARY: Table = {
+    "sm_90": [
+        (1024, 128, HeadConfig(2, 4)),
+        (1024, _ANY, HeadConfig(2, 1)),
+        (4096, 16, HeadConfig(8, 4)),
+        (4096, 128, HeadConfig(2, 4)),
+        (4096, 1024, HeadConfig(1, 2)),
+    ]
+}
+ROTARY_BACKWARD: Table = {
+    "sm_90": [
+        (1024, 128, HeadConfig(4, 1)),
+        (1024, 1024, HeadConfig(2, 1)),
+        (1024, _ANY, HeadConfig(2, 2)),
+        (4096, 128, HeadConfig(8, 1)),
+        (4096, _ANY, HeadConfig(1, 2)),
+    ]
+}
 QK_NORM_ROTARY_BACKWARD: Table = {}
 
 
