@@ -15,18 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from kernelwise import ApplyError
-from kernelwise._applying._bind import (
-    INPUT,
-    LOST_GRADIENT,
-    MORE,
-    NO_BACKWARD,
-    carries_grad,
-    dispatcher,
-    function_call,
-    has_trained,
-    layer_call,
-    needs_grad,
-)
+from kernelwise._applying._bind import dispatcher, function_call, layer_call
+from kernelwise._applying._guards import INPUT, LOST_GRADIENT, MORE, NO_BACKWARD, carries_grad, has_trained, needs_grad
 from kernelwise._data import Binding, Kernel, KernelRef, Layer, Limits, Parameter, Recognition
 from kernelwise._discover import STATE
 from kernelwise._forwards import rebuild, signature

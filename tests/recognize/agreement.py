@@ -10,7 +10,7 @@ import torch
 from exact import float64_mode
 from torch import Tensor, nn
 
-from kernelwise._applying._bind import follow
+from kernelwise._applying._guards import follow
 from kernelwise._data import Recognition
 from kernelwise._recognize import recognize
 from kernelwise._recognize._children import record_calls

@@ -9,7 +9,8 @@ import torch
 from agreement import assert_agrees, function_inputs
 from torch import nn
 
-from kernelwise._applying._bind import UNPROVEN, function_call
+from kernelwise._applying._bind import function_call
+from kernelwise._applying._guards import UNPROVEN
 from kernelwise._data import Kernel, KernelRef, Layer, Parameter
 from kernelwise._recognize import condition, recognize_functions
 from kernelwise._recognize._fit import PLAIN

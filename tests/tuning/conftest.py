@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from planted import write
 
-from kernelwise._tuning import _confirm, _trials, _tune
+from kernelwise._tuning import _races, _trials, _tune
 from kernelwise._verifying import _cases
 
 
@@ -18,7 +18,7 @@ def few_sizes() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(_cases, "_SIZES", ())
         patch.setattr(_cases, "_MANY_ROWS", {**_cases._MANY_ROWS, "S": 101})
-        patch.setattr(_confirm, "MOST_S", 1.0)
+        patch.setattr(_races, "MOST_S", 1.0)
         patch.setattr(_trials, "TIMING_S", 0.2)
         patch.setattr(_tune, "_rivals_of", lambda model: ())  # compiling takes seconds
         yield

@@ -12,7 +12,7 @@ from torch import nn
 import kernelwise as kw
 from kernelwise._applying import _apply
 from kernelwise._evidence import EAGER, Comparison, Run, Tuning
-from kernelwise._tuning import _confirm
+from kernelwise._tuning import _races
 
 FAST = """
 import time
@@ -124,7 +124,7 @@ def races(monkeypatch, speedups: dict[str, float | str]) -> list[tuple[str, ...]
                 runs.append(Run(name, workload.name, ratio(found / base)))
         return tuple(runs)
 
-    monkeypatch.setattr(_confirm, "race", race)
-    monkeypatch.setattr(_confirm._results, "get", lambda key: None)
-    monkeypatch.setattr(_confirm._results, "put", lambda key, value: None)
+    monkeypatch.setattr(_races, "race", race)
+    monkeypatch.setattr(_races._results, "get", lambda key: None)
+    monkeypatch.setattr(_races._results, "put", lambda key, value: None)
     return seen

@@ -12,7 +12,7 @@ from torch import nn
 import kernelwise as kw
 from kernelwise._data import KernelRef
 from kernelwise._evidence import COMPILED, EAGER, Candidate, Comparison, Run, Timing
-from kernelwise._tuning import _choose, _confirm, _tune
+from kernelwise._tuning import _choose, _confirm, _races, _tune
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
@@ -24,7 +24,7 @@ def course_and_choices(repository):
     kinds = {kind.layer.name: kind for kind in _tune.kinds_of(model, layers, ("inference",))}
     workloads = _tune.workloads_of(model, X)
     until = time.monotonic() + 60
-    course = _confirm.Course(
+    course = _races.Course(
         model, layers, ("inference",), workloads, "cpu", [], {"forward": 0.0}, until, lambda what: None
     )
     return course, {kinds["SleepyNorm"]: f"{repository}:Fast", kinds["GeLU"]: "builtin:GeLU"}
@@ -45,7 +45,7 @@ def test_a_choice_that_does_not_hold_end_to_end_is_taken_back(course_and_choices
 
 def raced_alone(monkeypatch, speedup: float | str) -> None:
     """Plant another result for races of one choice alone."""
-    planted = _confirm.race
+    planted = _races.race
 
     def race(contenders, workload, **options):
         runs = planted(contenders, workload, **options)
@@ -57,7 +57,7 @@ def raced_alone(monkeypatch, speedup: float | str) -> None:
             )
         return tuple(replace(run, comparison=ratio(speedup)) for run in runs)
 
-    monkeypatch.setattr(_confirm, "race", race)
+    monkeypatch.setattr(_races, "race", race)
 
 
 def test_a_choice_that_was_slower_in_one_race_of_many_alone_is_kept(course_and_choices, monkeypatch):
@@ -262,7 +262,7 @@ def test_what_is_slower_than_eager_leaves_everything_its_own_code(course_and_cho
 def scored(monkeypatch, course, speedups, peaks):
     """Plant how much memory contenders need, besides their speed, and confirm for memory."""
     races(monkeypatch, speedups)
-    real = _confirm.race
+    real = _races.race
 
     def race(contenders, workload, **options):
         own = peaks.get(options.get("own", EAGER), 1000)
@@ -271,7 +271,7 @@ def scored(monkeypatch, course, speedups, peaks):
             for run in real(contenders, workload, **options)
         )
 
-    monkeypatch.setattr(_confirm, "race", race)
+    monkeypatch.setattr(_races, "race", race)
     return replace(course, objective="memory")
 
 
@@ -296,8 +296,8 @@ def test_for_throughput_a_workload_counts_as_much_as_it_takes(course_and_choices
     course, _ = course_and_choices
     long, short = (Comparison(own, own / by, by, by, by, 9) for own, by in ((1e6, 1.1), (1e3, 0.5)))
     runs = [Run("tuned", "prefill", long), Run("tuned", "decode", short)]
-    assert _confirm.score(replace(course, objective="throughput"), runs, "tuned") > 0
-    assert _confirm.score(course, runs, "tuned") < 0
+    assert _races.score(replace(course, objective="throughput"), runs, "tuned") > 0
+    assert _races.score(course, runs, "tuned") < 0
 
 
 def test_kernels_that_are_trusted_to_run_code_stay_trusted(course_and_choices):

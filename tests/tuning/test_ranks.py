@@ -24,10 +24,10 @@ TUNING = """
     sys.path.insert(0, {tests!r})
     from torch import nn
     import kernelwise as kw
-    from kernelwise._tuning import _confirm, _trials, _tune
+    from kernelwise._tuning import _races, _trials, _tune
     from kernelwise._verifying import _cases
     from sorting import Sorting, register_sorting
-    _cases._SIZES, _confirm.MOST_S, _trials.TIMING_S, _tune._rivals_of = (), 1.0, 0.2, lambda model: ()
+    _cases._SIZES, _races.MOST_S, _trials.TIMING_S, _tune._rivals_of = (), 1.0, 0.2, lambda model: ()
     import kernelwise.sources._inductor as inductor
     inductor.DEVICES = ()
     register_sorting()

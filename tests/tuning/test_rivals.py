@@ -18,8 +18,9 @@ from kernelwise._measuring import _contenders
 from kernelwise._measuring._workload import Workload
 from kernelwise._models import load_model
 from kernelwise._reporting._page import page
-from kernelwise._tuning import _confirm, _rivals, _tune
-from kernelwise._tuning._confirm import Confirmation, Course
+from kernelwise._tuning import _races, _rivals, _tune
+from kernelwise._tuning._confirm import Confirmation
+from kernelwise._tuning._races import Course
 
 X = torch.randn(2, 8, 48)
 SPEEDS = dict[str, dict[str, float | str]]  # by workload and contender; a string is why it fails
@@ -55,7 +56,7 @@ def planted(monkeypatch: pytest.MonkeyPatch, speeds: SPEEDS) -> list[tuple[str, 
             for name, by in found.items()
         )
 
-    monkeypatch.setattr(_confirm, "race", race)
+    monkeypatch.setattr(_races, "race", race)
     return seen
 
 
@@ -170,8 +171,8 @@ def test_a_rival_that_cannot_be_had_says_why(course, monkeypatch):
 def test_torch_compile_is_a_rival_of_a_real_model(monkeypatch, fresh_compiler):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))  # building takes seconds
     monkeypatch.setattr(_tune, "NEGLIGIBLE", 2.0)  # of all layers: this is about the whole model
-    monkeypatch.setattr(_confirm, "MOST_S", 0.2)
-    monkeypatch.setattr(_confirm, "LEAST_S", 0.2)
+    monkeypatch.setattr(_races, "MOST_S", 0.2)
+    monkeypatch.setattr(_races, "LEAST_S", 0.2)
     model = load_model("llama").model.to_empty(device="cpu").eval()
     with torch.no_grad():
         for parameter in model.parameters():

@@ -19,7 +19,7 @@ from kernelwise._data import Check
 from kernelwise._evidence import EAGER, Candidate, Comparison, Run, Timing
 from kernelwise._measuring._workload import workloads_of
 from kernelwise._reference import read_reference
-from kernelwise._tuning import _confirm, _trials
+from kernelwise._tuning import _races, _trials
 from kernelwise._tuning._candidates import kinds_of
 from kernelwise._tuning._shares import Share
 from kernelwise._tuning._trials import Trials
@@ -43,7 +43,7 @@ def surroundings(empty_cache: None, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(_cases, "_SIZES", ())
     monkeypatch.setattr(_cases, "_MANY_ROWS", {**_cases._MANY_ROWS, "S": 101})
     monkeypatch.setattr(_trials, "TIMING_S", 0.1)
-    monkeypatch.setattr(_confirm, "MOST_S", 1.0)
+    monkeypatch.setattr(_races, "MOST_S", 1.0)
 
 
 @pytest.fixture(scope="module")
@@ -112,7 +112,7 @@ def test_what_does_not_fit_in_memory_as_float64_is_skipped_with_the_reason(repos
 
 def test_spoilt_results_are_measured_again(tmp_path, prover):
     model, x = nn.Sequential(nn.LayerNorm(64)).eval(), torch.randn(4, 8, 64)
-    course = _confirm.Course(
+    course = _races.Course(
         model,
         kw.discover(model),
         ("inference",),
@@ -125,9 +125,7 @@ def test_spoilt_results_are_measured_again(tmp_path, prover):
     )
     for _ in range(2):
         assert len(tried(trials(model, x, prover), "builtin:torch:LayerNorm").timings) == 1
-        assert [run.error for run in _confirm.race_all(course, {EAGER: None, "builtin": kw.KernelConfig()})] == [
-            None
-        ] * 2
+        assert [run.error for run in _races.race_all(course, {EAGER: None, "builtin": kw.KernelConfig()})] == [None] * 2
         files = [*(tmp_path / "cache" / "results").glob("*.json")]
         assert len(files) == 3
         for file in files:
@@ -190,16 +188,16 @@ def test_a_race_in_a_hurry_is_run_again_where_there_is_twice_the_time(found, tim
         raced.append(seconds)
         return tuple(Run(name, workload.name, CLEAR if name == own else found) for name in contenders)
 
-    monkeypatch.setattr(_confirm, "race", race)
+    monkeypatch.setattr(_races, "race", race)
     model = model_of_one_norm()
     workloads = workloads_of(model, torch.randn(2, 8, 48), None)
     for seconds in (1.0, 1.5, 3.0, 3.5):
-        monkeypatch.setattr(_confirm, "MOST_S", seconds)
+        monkeypatch.setattr(_races, "MOST_S", seconds)
         until = time.monotonic() + 100
-        course = _confirm.Course(
+        course = _races.Course(
             model, kw.discover(model), ("inference",), workloads, "cpu", "here", {}, until, lambda what: None
         )
-        _confirm.race_all(course, {EAGER: None, "builtin": kw.KernelConfig()})
+        _races.race_all(course, {EAGER: None, "builtin": kw.KernelConfig()})
     assert raced == [1.0, 3.0][:times]
 
 

@@ -17,7 +17,7 @@ from kernelwise._cli import main
 from kernelwise._errors import KernelConfigError, PlanError
 from kernelwise._evidence import EAGER, OWN_CODE, Tuning, load
 from kernelwise._register import unregister_op
-from kernelwise._tuning import _confirm, _trials, _tune
+from kernelwise._tuning import _races, _trials, _tune
 
 pytestmark = pytest.mark.usefixtures("few_sizes", "one_cache")
 
@@ -109,7 +109,7 @@ def test_what_was_tuned_goes_in_without_being_proven_again(tuned, monkeypatch):
 
 
 def test_tuning_again_measures_nothing(tuned, repository, monkeypatch):
-    for module, name in ((_trials, "measure_group"), (_trials, "check_group"), (_confirm, "race")):
+    for module, name in ((_trials, "measure_group"), (_trials, "check_group"), (_races, "race")):
         monkeypatch.setattr(module, name, lambda *args, name=name, **options: pytest.fail(f"{name} was called again"))
     refs = [f"{repository}:{name}" for name in ("Wrong", "Slow", "Fast")]
     again = _tune.tune(Model().eval(), X, candidates={"SleepyNorm": refs}, seconds=200)

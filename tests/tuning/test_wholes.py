@@ -12,7 +12,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kernelwise as kw
 from kernelwise._applying import _apply
 from kernelwise._evidence import EAGER, OWN_CODE, Comparison, Run
-from kernelwise._tuning import _confirm, _tune
+from kernelwise._tuning import _races, _tune
 from kernelwise._tuning._wholes import wholes_of
 
 HEAD, DECODER = "builtin:LinearCrossEntropy", "builtin:DecoderLayer"
@@ -56,7 +56,7 @@ def plant(monkeypatch: pytest.MonkeyPatch) -> Callable[[dict[str, float | str]],
                     runs.append(Run(name, workload.name, Comparison(1.0, 1 / by, by, by * 0.99, by * 1.01, 20)))
             return tuple(runs)
 
-        monkeypatch.setattr(_confirm, "race", race)
+        monkeypatch.setattr(_races, "race", race)
         return seen
 
     return planted
@@ -119,9 +119,9 @@ def test_what_there_is_no_time_for_is_not_raced_and_said(model, plant):
 
 def test_all_races_together_take_a_part_of_what_is_left(model, plant, monkeypatch):
     plant({})
-    allowed, race = [], _confirm.race
+    allowed, race = [], _races.race
     monkeypatch.setattr(
-        _confirm,
+        _races,
         "race",
         lambda *args, seconds, own=EAGER, **more: (
             allowed.append((own, seconds)) or race(*args, seconds=seconds, own=own, **more)

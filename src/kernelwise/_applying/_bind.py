@@ -9,140 +9,32 @@ from __future__ import annotations
 
 import inspect
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from functools import lru_cache
 from typing import Any
 
 import torch
-from torch import Tensor
 
+from kernelwise._applying import _guards
 from kernelwise._applying._fuse import REFUSALS, Passing, first
+from kernelwise._applying._guards import CHANGED, holding, run_own
 from kernelwise._data import Binding, Kernel, Layer, Limits, Parameter, Recognition
 from kernelwise._discover import STATE
 from kernelwise._errors import ApplyError
 from kernelwise._forwards import mark_dispatcher
-from kernelwise._recognize import condition, found_at, kinds_of, said
+from kernelwise._recognize import condition
 from kernelwise._signature import bind, source
 
 Call = Callable[..., Any]
 
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter})
-INPUT = "the input has a dtype, device or tensor class that the kernel does not take"
-UNPROVEN = "its arguments do not fit together as those that the recognition was proven with"
-MORE = "it was called with a keyword that only its decorator takes"
-CHANGED = "what decides the computation was replaced or hooked since the kernel went in; kernelize again"
-REFUSED = "the kernel refused the input"
-NO_BACKWARD = "a gradient was needed and the kernel has no backward"
-LOST_GRADIENT = "the kernel gave an output without gradient"
-
-
-def needs_grad(*arguments: Any) -> bool:
-    """Return whether a gradient can flow into any of the arguments."""
-    for argument in arguments:
-        if isinstance(argument, Tensor):
-            if argument.requires_grad:
-                return True
-        elif isinstance(argument, (tuple, list)):
-            if needs_grad(*argument):
-                return True
-        elif isinstance(argument, dict) and needs_grad(*argument.values()):
-            return True
-    return False
-
-
-def has_trained(module: torch.nn.Module) -> bool:
-    """Return whether a parameter of a module needs a gradient."""
-    # Its own parameters first, and directly: `module.parameters()` costs more than all the rest of a call.
-    for parameter in module._parameters.values():
-        if parameter is not None and parameter.requires_grad:
-            return True
-    return bool(module._modules) and any(parameter.requires_grad for parameter in module.parameters())
-
-
-def carries_grad(output: Any) -> bool:
-    """Return whether every floating tensor of an output is part of the graph."""
-    if isinstance(output, Tensor):
-        return output.requires_grad or not (output.is_floating_point() or output.is_complex())
-    if isinstance(output, dict):
-        return all(map(carries_grad, output.values()))
-    return not isinstance(output, (tuple, list)) or all(map(carries_grad, output))
-
-
-def unchanged(self: torch.nn.Module) -> bool:
-    """Return whether everything that a layer's recognition depends on still is what it was when its kernel went in."""
-    state = self.__dict__.get(STATE)
-    if state is None:  # undone while the call was under way
-        return False
-    for name, value in state.pins.items():
-        now = self._modules[name] if name in self._modules else self.__dict__.get(name)
-        if now is None:  # a parameter that was registered as None may be there now
-            now = self._parameters.get(name, self._buffers.get(name))
-        if now is not value and not (
-            type(now) is type(value) and isinstance(now, (bool, int, float, str)) and now == value
-        ):
-            return False
-        if isinstance(now, torch.nn.Module) and (
-            now._forward_hooks or now._forward_pre_hooks or now._backward_hooks or now._backward_pre_hooks
-        ):
-            return False
-    return True
-
-
-def holding(recognition: Recognition) -> Callable[[torch.nn.Module], bool] | None:
-    """Return what says whether a layer still has the values inside of its attributes, and the modes, it was recognised by."""
-    held = tuple((tuple(path.split(".")), value) for path, value in recognition.held)
-    modes = tuple(tuple(path.split(".")) for path in recognition.modes)
-    if not held and not modes:
-        return None
-
-    def holds(self: torch.nn.Module) -> bool:
-        for path in modes:
-            if getattr(follow(self, path), "training", None) is not self.training:
-                return False
-        for path, value in held:
-            now = found_at(self, path)
-            if path[-1] == "_modules":
-                if kinds_of(now) != value:
-                    return False
-            elif type(value) is tuple:
-                if said(now) != value:
-                    return False
-            elif type(now) is not type(value) or now != value:
-                return False
-        return True
-
-    return holds
-
-
-def follow(value: Any, path: tuple[str, ...]) -> Any:
-    """Return what stands at a path below a module: children, items of lists and dicts, attributes; None where nothing does."""
-    for name in path:
-        children = getattr(value, "_modules", None)
-        if isinstance(children, dict) and name in children:
-            value = children[name]
-        elif isinstance(value, dict):
-            value = value.get(name)
-        elif isinstance(value, (list, tuple)):
-            value = value[int(name)] if name.isdigit() and int(name) < len(value) else None
-        else:
-            value = getattr(value, name, None)
-    return value
 
 
 def reach(module: str, path: str) -> str:
     """Return the expression for what stands at a path of a module; what is in a `ModuleList` has a number for a name."""
     names = tuple(path.split("."))
     return f"{module}.{path}" if all(map(str.isidentifier, names)) else f"_kw_follow({module}, {names!r})"
-
-
-def run_own(self: torch.nn.Module, why: str | None, *args: Any, **kwargs: Any) -> Any:
-    """Run the layer's own code in place of its kernel and count why; never counts while compiling."""
-    try:
-        state = getattr(self, STATE)
-    except AttributeError:  # undone while the call was under way
-        return type(self).forward(self, *args, **kwargs)
-    return state.run_own(self, why, args, kwargs)
 
 
 def layer_call(
@@ -235,16 +127,16 @@ def _compile(
     self_ = "self" if has_self else ""
     needs = " or ".join([_needs_grad(p.name) for p in layer] + ["_kw_has_trained(self)"] * has_self) or "False"
 
-    def run_own(why: str, more: str = "") -> str:
+    def own(why: str, more: str = "") -> str:
         return f"        return _kw_own({', '.join(filter(None, (self_, why, passed, more)))})"
 
     holds = holding(recognition) if recognition is not None and has_self else None
     more = "**_kw_more" if takes_more else ""
     lines = [f"def _kw_call({', '.join(filter(None, (self_, declared, more)))}):"]
     if takes_more:
-        lines += ["    if _kw_more:", run_own("_kw_MORE", more)]
+        lines += ["    if _kw_more:", own("_kw_MORE", more)]
     if not can_torch_compile:
-        lines += ["    if _kw_is_compiling():", run_own("None")]
+        lines += ["    if _kw_is_compiling():", own("None")]
     if recognition is not None:
         arguments = ", ".join(_role_arguments(recognition, kernel, passing))
         if children or passing is not None or any(binding.kind == "child" for _, binding in recognition.roles):
@@ -265,85 +157,92 @@ def _compile(
             arguments = f"self, {arguments}" if arguments else "self"
         guard = _plain_guard(layer, parameters)
     if guard:
-        lines += [f"    if not ({guard}):", run_own("_kw_INPUT")]
+        lines += [f"    if not ({guard}):", own("_kw_INPUT")]
     fits = condition(recognition) if recognition is not None else None
     if fits:
-        lines += [f"    if not ({fits}):", run_own("_kw_UNPROVEN")]
+        lines += [f"    if not ({fits}):", own("_kw_UNPROVEN")]
     if recognition is not None and has_self:
-        for name in recognition.depends:
-            if name in children:  # by far the most frequent case, without a call
-                lines += [
-                    f"    _kw_state, _kw_child = self.__dict__.get({STATE!r}), _kw_children.get({name!r})",
-                    f"    if _kw_state is None or _kw_child is not _kw_state.pins.get({name!r}) or _kw_child._forward_hooks or "
-                    "_kw_child._forward_pre_hooks or _kw_child._backward_hooks or _kw_child._backward_pre_hooks:",
-                    run_own("_kw_CHANGED"),
-                ]
-        if set(recognition.depends) - set(children):
-            lines += ["    if not _kw_unchanged(self):", run_own("_kw_CHANGED")]
-        if recognition.of_class:
-            there = " or ".join(f"{name!r} in self.__dict__" for name in recognition.of_class)
-            lines += [f"    if {there}:", run_own("_kw_CHANGED")]
-        if holds is not None:
-            lines += ["    if not _kw_holds(self):", run_own("_kw_CHANGED")]
+        for test in _tests_for_changes(recognition, children, looks_inside=holds is not None):
+            lines += [*test, own("_kw_CHANGED")]
     if passing is not None:
         if passing.least:
             hidden = dict(recognition.roles)["x"].value if recognition is not None else ""
-            lines += [f"    if {hidden}.numel() < {passing.least}:", run_own("None")]
+            lines += [f"    if {hidden}.numel() < {passing.least}:", own("None")]
         if passing.refused is not None:
-            lines += [f"    if {passing.refused} is not None:", run_own("None")]
+            lines += [f"    if {passing.refused} is not None:", own("None")]
     if not has_backward:
-        lines += [
-            f"    if _kw_is_grad_enabled() and ({needs}):",
-            run_own("_kw_NO_BACKWARD"),
-        ]
-    if has_backward and recognition is None:
+        lines += [f"    if _kw_is_grad_enabled() and ({needs}):", own("_kw_NO_BACKWARD")]
+    if recognition is not None and passing is None:
+        # Kernels by roles never write their inputs, so the own code can run after one that does not take them.
+        lines += ["    try:", f"        return _kw_kernel({arguments})", "    except _kw_OutOfMemory:", "        raise"]
+        lines += ["    except _kw_refusals:", "        pass", own("_kw_REFUSED").removeprefix("    ")]
+    elif recognition is None and has_backward:
         lines += [
             f"    _kw_output = _kw_kernel({arguments})",
             # By far the most frequent case first; what looks into the output last, as it costs most.
             "    if _kw_is_grad_enabled() and not (type(_kw_output) is _kw_Tensor and _kw_output.requires_grad) and "
             f"({needs}) and not _kw_carries_grad(_kw_output):",
-            run_own("_kw_LOST_GRADIENT"),
+            own("_kw_LOST_GRADIENT"),
             "    return _kw_output",
         ]
-    elif recognition is not None and passing is not None:
-        # Children have run when it fails, and may have written to a cache: nothing can be run again.
-        lines += [f"    return _kw_kernel({arguments})"]
-    elif recognition is not None:
-        # Kernels by roles never write their inputs, so the own code can run after one that does not take them.
-        lines += ["    try:", f"        return _kw_kernel({arguments})", "    except _kw_OutOfMemory:", "        raise"]
-        lines += ["    except _kw_refusals:", "        pass", run_own("_kw_REFUSED").removeprefix("    ")]
     else:
+        # Children of a whole layer have run when it fails, and may have written to a cache: nothing can be run again.
         lines += [f"    return _kw_kernel({arguments})"]
-    body = "\n".join("    " + line for line in lines)
-    namespace: dict[str, Any] = {
+    namespace = _KNOWN | {
         "_kw_kernel": function,
-        "_kw_plain": _PLAIN,
-        "_kw_plain_or_none": _PLAIN | {type(None)},
-        "_kw_Tensor": torch.Tensor,
         "_kw_dtypes": frozenset(getattr(torch, name) for name in limits.dtypes),
-        "_kw_is_compiling": torch.compiler.is_compiling,
-        "_kw_is_grad_enabled": torch.is_grad_enabled,
-        "_kw_needs_grad": needs_grad,
-        "_kw_has_trained": has_trained,
-        "_kw_carries_grad": carries_grad,
-        "_kw_unchanged": unchanged,
         "_kw_holds": holds,
-        "_kw_follow": follow,
-        "_kw_OutOfMemory": torch.OutOfMemoryError,
-        "_kw_refusals": REFUSALS,
-        "_kw_CHANGED": CHANGED,
-        "_kw_REFUSED": REFUSED,
-        "_kw_INPUT": INPUT,
-        "_kw_UNPROVEN": UNPROVEN,
-        "_kw_MORE": MORE,
-        "_kw_NO_BACKWARD": NO_BACKWARD,
-        "_kw_LOST_GRADIENT": LOST_GRADIENT,
-        "_kw_first": first,
         "_kw_sum_norm": None if passing is None else passing.sum_norm,
     }
+    body = "\n".join("    " + line for line in lines)
     exec(f"def make(_kw_own):\n{body}\n    return _kw_call", namespace)
     make: Callable[[Call], Call] = namespace["make"]
     return lru_cache(maxsize=1)(make) if has_self else make
+
+
+_KNOWN: dict[str, Any] = {
+    "_kw_plain": _PLAIN,
+    "_kw_plain_or_none": _PLAIN | {type(None)},
+    "_kw_Tensor": torch.Tensor,
+    "_kw_is_compiling": torch.compiler.is_compiling,
+    "_kw_is_grad_enabled": torch.is_grad_enabled,
+    "_kw_needs_grad": _guards.needs_grad,
+    "_kw_has_trained": _guards.has_trained,
+    "_kw_carries_grad": _guards.carries_grad,
+    "_kw_unchanged": _guards.unchanged,
+    "_kw_follow": _guards.follow,
+    "_kw_OutOfMemory": torch.OutOfMemoryError,
+    "_kw_refusals": REFUSALS,
+    "_kw_CHANGED": CHANGED,
+    "_kw_REFUSED": _guards.REFUSED,
+    "_kw_INPUT": _guards.INPUT,
+    "_kw_UNPROVEN": _guards.UNPROVEN,
+    "_kw_MORE": _guards.MORE,
+    "_kw_NO_BACKWARD": _guards.NO_BACKWARD,
+    "_kw_LOST_GRADIENT": _guards.LOST_GRADIENT,
+    "_kw_first": first,
+}
+"""What every function that is written here may name, besides what is its own."""
+
+
+def _tests_for_changes(
+    recognition: Recognition, children: tuple[str, ...], *, looks_inside: bool
+) -> Iterator[list[str]]:
+    """Yield the lines that test whether something that a recognition depends on was replaced, or a child hooked."""
+    for name in recognition.depends:
+        if name in children:  # by far the most frequent case, without a call
+            yield [
+                f"    _kw_state, _kw_child = self.__dict__.get({STATE!r}), _kw_children.get({name!r})",
+                f"    if _kw_state is None or _kw_child is not _kw_state.pins.get({name!r}) or _kw_child._forward_hooks or "
+                "_kw_child._forward_pre_hooks or _kw_child._backward_hooks or _kw_child._backward_pre_hooks:",
+            ]
+    if set(recognition.depends) - set(children):
+        yield ["    if not _kw_unchanged(self):"]
+    if recognition.of_class:
+        there = " or ".join(f"{name!r} in self.__dict__" for name in recognition.of_class)
+        yield [f"    if {there}:"]
+    if looks_inside:
+        yield ["    if not _kw_holds(self):"]
 
 
 def _role_arguments(

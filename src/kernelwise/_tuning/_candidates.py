@@ -207,9 +207,7 @@ def _read(item: object) -> tuple[KernelRef | None, list[tuple[str, str]]]:
         ref, more = read_metadata(item[1], ref, pinned_by_name="@" in item[0])
         return ref, [*faults, *more]
     if not isinstance(item, str):
-        return None, [
-            (f"is {show(item)}, which names no kernel", 'write "org/repo@v1:Layer", "/path:Layer" or a KernelRef')
-        ]
+        return None, [(f"is {show(item)}, which names no kernel", 'write "org/repo@v1:Layer" or "/path:Layer"')]
     if not item.endswith(f":{EVERY}"):
         return read_reference(item)
     ref, faults = read_reference(item.removesuffix(EVERY) + "Layer")

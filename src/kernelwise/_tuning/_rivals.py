@@ -14,7 +14,8 @@ from torch import nn
 from kernelwise._evidence import AND_COMPILED, BUILTIN, COMPILED, EAGER, TUNED, Run
 from kernelwise._measuring._contenders import is_compiled
 from kernelwise._measuring._workload import Workload
-from kernelwise._tuning._confirm import OTHERS, TURNS, Confirmation, Course, failed, race_all, rank, seems_better
+from kernelwise._tuning._confirm import Confirmation
+from kernelwise._tuning._races import OTHERS, TURNS, Course, failed, race_all, rank, seems_better
 from kernelwise._units import duration
 
 COMPILE_S, COMPILE_LAYER_S = 10.0, 0.25

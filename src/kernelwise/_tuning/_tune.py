@@ -35,7 +35,8 @@ from kernelwise._reference import did_you_mean
 from kernelwise._tuning import _ranks
 from kernelwise._tuning._candidates import Given, Kind, kinds_of, offered, read_given, spread_out
 from kernelwise._tuning._choose import choose_all, saved_under_compile
-from kernelwise._tuning._confirm import OTHERS, Confirmation, Course, confirm, confirm_compiled
+from kernelwise._tuning._confirm import Confirmation, confirm, confirm_compiled
+from kernelwise._tuning._races import OTHERS, Course
 from kernelwise._tuning._rivals import compile_seconds, face_rivals
 from kernelwise._tuning._shares import Share, shares_of
 from kernelwise._tuning._surroundings import by_name, hash_of, is_split, place, settings

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from kernelwise._applying._bind import expression, follow
+from kernelwise._applying._bind import expression
+from kernelwise._applying._guards import follow
 from kernelwise._data import Kernel, Layer, Parameter
 from kernelwise._signature import bind, source
 
