@@ -90,9 +90,12 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     numbers of rows for which torch's own product is faster here, and float32 with gradients or under autocast go to torch. No
     float32 copy outlives the call.
     """
-    choice = _chosen.get(weight.dtype)
-    if choice is None or x.dtype != weight.dtype:
+    dtype = weight.dtype
+    choice = _chosen.get(dtype)
+    if choice is None or x.dtype != dtype:
         return _own(x, weight, bias)
+    if dtype == torch.float32:
+        return _in_float32(x, weight, bias, choice)
     if is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad)):
         if _num_rows(x) < choice.training:
             return _own(x, weight, bias)
@@ -101,19 +104,37 @@ def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = No
     return _product(x, weight, bias, choice)
 
 
-def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, choice: _Choice) -> torch.Tensor:
-    rows = _num_rows(x)
-    if rows > choice.most or (x.dtype == torch.float32 and not _reads_faster(weight, rows)):
+def _in_float32(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, choice: _Choice) -> torch.Tensor:
+    """Here where a weight is read faster than by torch: whole vectors wide, few rows, and not so small that it is no matter.
+
+    Small weights are asked for first: for them every question costs as much as could be gained.
+    """
+    size = weight.numel()
+    if size < (_SMALL if choice.most > 1 else _SMALL_FOR_ONE):
         return _own(x, weight, bias)
+    width = weight.size(-1)
+    rows = x.numel() // (width or 1)
+    if (
+        rows > choice.most
+        or (rows <= 1 and size < _SMALL_FOR_ONE)
+        or width % _VECTORS
+        or (
+            is_grad_enabled() and (x.requires_grad or weight.requires_grad or (bias is not None and bias.requires_grad))
+        )
+        or torch.is_autocast_enabled("cpu")
+    ):
+        return _own(x, weight, bias)
+    return _kernel(x, weight, bias)
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, choice: _Choice) -> torch.Tensor:
+    return _own(x, weight, bias) if _num_rows(x) > choice.most else _kernel(x, weight, bias)
+
+
+def _kernel(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> torch.Tensor:
     forward = _forward if is_dynamo_compiling() else _direct
     y: torch.Tensor = forward(x, weight) if bias is None else forward(x, weight, bias)
     return y
-
-
-def _reads_faster(weight: torch.Tensor, rows: int) -> bool:
-    """Whether a float32 weight is read faster here than by torch: whole vectors wide, and not so small that it is no matter."""
-    large = weight.numel() >= (_SMALL if rows > 1 else _SMALL_FOR_ONE)
-    return large and weight.shape[-1] % _VECTORS == 0 and not torch.is_autocast_enabled("cpu")
 
 
 def _num_rows(x: torch.Tensor) -> int:
