@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import weakref
 from pathlib import Path
 from typing import Any
 
@@ -135,6 +136,27 @@ def _gated_activation() -> None:
         for gate, up in ((torch.randn(3, 33), torch.randn(3, 33)), packed.chunk(2, -1), torch.randn(2, 1, 4096)):
             kernel = lambda gate, up, name=activation: gated_activation(gate, up, activation=name)  # noqa: E731
             assert_as_exact(function, kernel, {"gate": gate, "up": up}, scales=(1.0, 30.0))
+    _gated_mlp_without_gradients()
+
+
+def _gated_mlp_without_gradients() -> None:
+    """What gate and up gave is gone when the last projection runs, as in the layer's own code."""
+    from kernelwise.kernels.triton.gated_mlp import gated_mlp
+
+    given: list[weakref.ref[torch.Tensor]] = []
+
+    def projection(x: torch.Tensor) -> torch.Tensor:
+        y = 2 * x
+        given.append(weakref.ref(y))
+        return y
+
+    def down(x: torch.Tensor) -> torch.Tensor:
+        assert [tensor() for tensor in given] == [None, None]
+        return x + 1
+
+    x = torch.randn(3, 33)
+    torch.testing.assert_close(gated_mlp(x, projection, projection, down), F.silu(2 * x) * 2 * x + 1)
+    assert len(given) == 2
 
 
 def _rotary() -> None:

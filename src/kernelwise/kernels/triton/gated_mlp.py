@@ -25,5 +25,9 @@ def gated_mlp(
     computed again there, from what gate and up gave.
     """
     inputs = (gate(x), up(x))
-    compute = partial(gated_activation, activation=activation)
-    return call_recomputing(down, compute(*inputs), inputs, compute)
+    product = gated_activation(*inputs, activation=activation)
+    if not product.requires_grad:
+        del inputs  # nobody needs them any more, and what `down` gives may lie where they did
+        result: torch.Tensor = down(product)
+        return result
+    return call_recomputing(down, product, inputs, partial(gated_activation, activation=activation))
