@@ -39,4 +39,5 @@ def test_what_is_set_up_in_the_first_run_is_no_part_of_the_time(monkeypatch: pyt
     assert 0.02 <= look.seconds < 0.2
     (share,) = (share for share in look.shares.values() if share.calls)
     assert share.calls == 2
-    assert share.part is not None and 0 < share.part < 0.9
+    assert share.part is not None
+    assert 0 < share.part < 0.9
