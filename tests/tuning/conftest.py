@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from planted import write
 
-from kernelwise._tuning import _races, _trials, _tune
+from kernelwise._tuning import _races, _session, _trials
 from kernelwise._verifying import _cases
 
 
@@ -20,7 +20,7 @@ def few_sizes() -> Iterator[None]:
         patch.setattr(_cases, "_MANY_ROWS", {**_cases._MANY_ROWS, "S": 101})
         patch.setattr(_races, "MOST_S", 1.0)
         patch.setattr(_trials, "TIMING_S", 0.2)
-        patch.setattr(_tune, "_rivals_of", lambda model: ())  # compiling takes seconds
+        patch.setattr(_session, "_rivals_of", lambda model: ())  # compiling takes seconds
         yield
 
 

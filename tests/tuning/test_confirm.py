@@ -12,7 +12,7 @@ from torch import nn
 import kernelwise as kw
 from kernelwise._data import KernelRef
 from kernelwise._evidence import COMPILED, EAGER, Candidate, Comparison, Run, Timing
-from kernelwise._tuning import _choose, _confirm, _races, _tune
+from kernelwise._tuning import _choose, _confirm, _races, _session
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
@@ -21,8 +21,8 @@ pytestmark = pytest.mark.usefixtures("empty_cache")
 def course_and_choices(repository):
     model = nn.Sequential(SleepyNorm(), nn.GELU(), nn.Tanh()).eval()
     layers = kw.discover(model)
-    kinds = {kind.layer.name: kind for kind in _tune.kinds_of(model, layers, ("inference",))}
-    workloads = _tune.workloads_of(model, X)
+    kinds = {kind.layer.name: kind for kind in _session.kinds_of(model, layers, ("inference",))}
+    workloads = _session.workloads_of(model, X)
     until = time.monotonic() + 60
     course = _races.Course(
         model, layers, ("inference",), workloads, "cpu", [], {"forward": 0.0}, until, lambda what: None

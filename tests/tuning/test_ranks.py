@@ -24,10 +24,10 @@ TUNING = """
     sys.path.insert(0, {tests!r})
     from torch import nn
     import kernelwise as kw
-    from kernelwise._tuning import _races, _trials, _tune
+    from kernelwise._tuning import _races, _session, _trials, _tune
     from kernelwise._verifying import _cases
     from sorting import Sorting, register_sorting
-    _cases._SIZES, _races.MOST_S, _trials.TIMING_S, _tune._rivals_of = (), 1.0, 0.2, lambda model: ()
+    _cases._SIZES, _races.MOST_S, _trials.TIMING_S, _session._rivals_of = (), 1.0, 0.2, lambda model: ()
     import kernelwise.sources._inductor as inductor
     inductor.DEVICES = ()
     register_sorting()
@@ -85,12 +85,12 @@ RANKS = """
         kw.tune(model if rank == 0 else nn.Sequential(Sorting(1e-2)), x, seconds=100)
     except kw.PlanError as error:
         print("different:", str(error).splitlines()[0])
-    _tune.kinds_of, kinds_of = (lambda *args: 1 / 0), _tune.kinds_of
+    _session.kinds_of, kinds_of = (lambda *args: 1 / 0), _session.kinds_of
     try:
         kw.tune(model, x, seconds=100)
     except kw.KernelwiseError as error:
         print("failed:", str(error))
-    _tune.kinds_of = kinds_of
+    _session.kinds_of = kinds_of
     _tune.hash_of, hash_of = (lambda model: 1 / 0) if rank == 1 else _tune.hash_of, _tune.hash_of
     try:
         kw.tune(model, x, seconds=100)

@@ -18,7 +18,7 @@ from kernelwise._measuring import _contenders
 from kernelwise._measuring._workload import Workload
 from kernelwise._models import load_model
 from kernelwise._reporting._page import page
-from kernelwise._tuning import _races, _rivals, _tune
+from kernelwise._tuning import _races, _rivals, _session, _tune
 from kernelwise._tuning._confirm import Confirmation
 from kernelwise._tuning._races import Course
 
@@ -203,10 +203,10 @@ def test_torch_compile_is_a_rival_of_a_real_model(monkeypatch, fresh_compiler):
     ],
 )
 def test_who_is_raced(monkeypatch, device, given, raced):
-    monkeypatch.setattr(_tune, "model_device", lambda model: device)
-    monkeypatch.setattr(_tune, "current_target", kw.Target)
-    request = _tune._Request("latency", None, kw.KernelConfig(), (), given, 16, 10, False, 60, None)
-    assert _tune._begin(nn.Sequential(nn.GELU()).eval(), X, request, lambda what, part: None).rivals == raced
+    monkeypatch.setattr(_session, "model_device", lambda model: device)
+    monkeypatch.setattr(_session, "current_target", kw.Target)
+    request = _session.Request("latency", None, kw.KernelConfig(), (), given, 16, 10, False, 60, None)
+    assert _session.begin(nn.Sequential(nn.GELU()).eval(), X, request, lambda what, part: None).rivals == raced
 
 
 @pytest.mark.parametrize("given", ["torch.compile", ["torch_compile"], ["mine"]])

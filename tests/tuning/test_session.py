@@ -14,14 +14,14 @@ from torch import nn
 import kernelwise as kw
 from kernelwise._errors import PlanError
 from kernelwise._reference import read_reference
-from kernelwise._tuning import _tune
+from kernelwise._tuning import _session, _tune
 
 pytestmark = pytest.mark.usefixtures("few_sizes", "one_cache")
 
 
-def begin(model: nn.Module) -> _tune._Session:
-    request = _tune._Request("latency", None, kw.KernelConfig(), (), (), 16, 10, False, 60, None)
-    return _tune._begin(model, X, request, lambda what, part: None)
+def begin(model: nn.Module) -> _session.Session:
+    request = _session.Request("latency", None, kw.KernelConfig(), (), (), 16, 10, False, 60, None)
+    return _session.begin(model, X, request, lambda what, part: None)
 
 
 def test_what_runs_depend_on_is_part_of_what_results_stand_under(monkeypatch):
@@ -59,18 +59,18 @@ def test_what_runs_depend_on_is_part_of_what_results_stand_under(monkeypatch):
 
 def test_a_model_is_tuned_on_its_own_device_and_no_other(monkeypatch):
     seen: list[str] = []
-    monkeypatch.setattr(_tune, "place", lambda model: "cuda:1")
-    monkeypatch.setattr(_tune, "environment", lambda device: (seen.append(device), ())[1])
-    monkeypatch.setattr(_tune, "on_device", lambda device: (seen.append(device), contextlib.nullcontext())[1])
+    monkeypatch.setattr(_session, "place", lambda model: "cuda:1")
+    monkeypatch.setattr(_session, "environment", lambda device: (seen.append(device), ())[1])
+    monkeypatch.setattr(_session, "on_device", lambda device: (seen.append(device), contextlib.nullcontext())[1])
     session = begin(Model().eval())
     assert session.device == "cuda:1"
     assert seen == ["cuda:1", "cuda:1"]
     monkeypatch.undo()
-    assert _tune.place(Model()) == "cpu"
-    assert _tune.place(nn.ReLU()) == "cpu"
+    assert _session.place(Model()) == "cpu"
+    assert _session.place(nn.ReLU()) == "cpu"
     spread = nn.Sequential(nn.Linear(2, 2), nn.Linear(2, 2, device="meta"))
     with pytest.raises(PlanError, match="spread over cpu, meta"):
-        _tune.place(spread)
+        _session.place(spread)
 
 
 def test_quick_candidates_have_their_turn_first():
@@ -96,7 +96,7 @@ def test_time_for_compiling_the_model_is_set_aside(monkeypatch):
 
 def test_notes_say_for_which_mode_layers_were_not_tuned():
     model = nn.Sequential(SleepyNorm(), nn.GELU()).train()
-    kinds = _tune.kinds_of(model, kw.discover(model), ("inference", "training"))
+    kinds = _session.kinds_of(model, kw.discover(model), ("inference", "training"))
     gelu = [kind for kind in kinds if kind.layer.name == "GeLU"]
     assert _tune._listed(gelu) == "1 (inference, training)"
     assert _tune._listed(gelu[:1]) == "1 (inference)"

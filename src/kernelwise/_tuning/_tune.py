@@ -9,92 +9,43 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
-from typing import Any, get_args
+from typing import Any
 
 import tomli_w
 from torch import nn
 
-from kernelwise._applying import _apply
 from kernelwise._configuring._config import KernelConfig
-from kernelwise._data import KernelRef, Layer, Target
-from kernelwise._decide import Config, current_target, decide
+from kernelwise._data import KernelRef
+from kernelwise._decide import Config, decide
 from kernelwise._device_lock import alone_on
-from kernelwise._discover import discover, model_device
 from kernelwise._errors import KernelwiseError, PlanError, said
-from kernelwise._evidence import AND_COMPILED, COMPILED, LIGER, OWN_CODE, Candidate, Choice, Objective, Tuning
+from kernelwise._evidence import AND_COMPILED, OWN_CODE, Choice, Tuning
 from kernelwise._measuring._compare import on_device
-from kernelwise._measuring._contenders import CONTENDERS, caveats
+from kernelwise._measuring._contenders import caveats
 from kernelwise._measuring._environment import environment
-from kernelwise._measuring._race import sharing_copy
-from kernelwise._measuring._workload import STEPS, Workload, run_of, undisturbed, workloads_of
-from kernelwise._plan import choose_rule
-from kernelwise._reference import did_you_mean
+from kernelwise._measuring._workload import STEPS, run_of, undisturbed
 from kernelwise._tuning import _ranks
-from kernelwise._tuning._candidates import Given, Kind, kinds_of, offered, read_given, spread_out
+from kernelwise._tuning._candidates import Given, Kind, offered, read_given, spread_out
 from kernelwise._tuning._choose import choose_all, saved_under_compile
 from kernelwise._tuning._confirm import Confirmation, confirm, confirm_compiled
-from kernelwise._tuning._races import OTHERS, Course
+from kernelwise._tuning._races import Course
 from kernelwise._tuning._rivals import compile_seconds, face_rivals
-from kernelwise._tuning._shares import Share, shares_of
-from kernelwise._tuning._surroundings import by_name, hash_of, is_split, place, settings
+from kernelwise._tuning._session import Progress, Request, Session, begin
+from kernelwise._tuning._shares import shares_of
+from kernelwise._tuning._surroundings import by_name, hash_of, is_split
 from kernelwise._tuning._trials import OutOfTimeError, Trials, looks_of
-from kernelwise._tuning._wholes import race_wholes, wholes_of
+from kernelwise._tuning._wholes import race_wholes
 from kernelwise._verifying import _prove
 from kernelwise._verifying._worker import SECONDS as CASE_S
-
-Progress = Callable[[str, float], object]
-"""Told what is done next, and which part of the work is done, 0 to 1."""
 
 FOR_TRIALS = 0.6
 """Which part of the time goes to candidates in their layers; the rest is for the whole model."""
 
 NEGLIGIBLE = 0.002
 """Layers that take a smaller part of every workload are not tuned: no kernel for them could be seen in the whole."""
-
-
-@dataclass(frozen=True, slots=True)
-class _Request:
-    """What `tune` was asked for; it says what its arguments are."""
-
-    objective: str
-    workload: str | Sequence[str] | None
-    asked: KernelConfig
-    candidates: Given
-    contenders: Sequence[str] | None
-    steps: int
-    seconds: float
-    compile: bool
-    limit_s: float
-    name: str | None
-
-
-@dataclass(slots=True)
-class _Session:
-    """What one tuning knows while it goes on."""
-
-    model: nn.Module
-    device: str
-    target: Target
-    layers: tuple[Layer, ...]
-    kinds: tuple[Kind, ...]
-    wholes: tuple[Kind, ...]
-    modes: tuple[str, ...]
-    workloads: tuple[Workload, ...]
-    objective: Objective
-    environment: tuple[tuple[str, str], ...]
-    about: list[Any]  # the machine, the model, its inputs: what a result depends on
-    began: float
-    request: _Request
-    rivals: tuple[str, ...]
-    progress: Progress
-    shares: dict[tuple[str, tuple[str, str, str]], Share] = field(default_factory=dict)
-    run_s: dict[str, float] = field(default_factory=dict)
-    device_bound: set[str] = field(default_factory=set)
-    tried: dict[Kind, list[Candidate]] = field(default_factory=dict)
-    notes: list[str] = field(default_factory=list)
 
 
 def tune(
@@ -146,14 +97,14 @@ def tune(
             torch.distributed) a rank failed. KernelConfigError: `config` or `candidates` are wrong.
     """
     asked = config if isinstance(config, KernelConfig) else KernelConfig(config)  # type: ignore[arg-type]
-    request = _Request(objective, workload, asked, candidates, contenders, steps, seconds, compile, limit_s, name)
+    request = Request(objective, workload, asked, candidates, contenders, steps, seconds, compile, limit_s, name)
     run = _tune_together if _ranks.several() else _tune_here
     return run(model, inputs, request, progress or (lambda what, part: None))
 
 
-def _tune_here(model: nn.Module, inputs: Any, request: _Request, progress: Progress) -> KernelConfig:
+def _tune_here(model: nn.Module, inputs: Any, request: Request, progress: Progress) -> KernelConfig:
     """Tune in this process alone."""
-    session = _begin(model, inputs, request, progress)
+    session = begin(model, inputs, request, progress)
     given = spread_out(read_given(request.candidates), device=session.target.device, notes=session.notes)
     refs = {kind: offered(kind, request.asked.rules(), given) for kind in session.kinds}
     # What is named for every layer that it fits is not for these.
@@ -164,7 +115,7 @@ def _tune_here(model: nn.Module, inputs: Any, request: _Request, progress: Progr
 
 
 def _tuned(
-    session: _Session, refs: Mapping[Kind, Sequence[KernelRef]], of_wholes: Mapping[Kind, Sequence[KernelRef]]
+    session: Session, refs: Mapping[Kind, Sequence[KernelRef]], of_wholes: Mapping[Kind, Sequence[KernelRef]]
 ) -> KernelConfig:
     """Look, try, choose, confirm."""
     request = session.request
@@ -205,7 +156,7 @@ def _tuned(
     return tuned
 
 
-def _to_compile(session: _Session) -> float:
+def _to_compile(session: Session) -> float:
     """How many seconds are kept for compiling the whole model, which cannot be interrupted: at most half of all.
 
     It is compiled with its own code, and with the choices.
@@ -216,7 +167,7 @@ def _to_compile(session: _Session) -> float:
     return min(wanted, session.request.seconds / 2)
 
 
-def _tune_together(model: nn.Module, inputs: Any, request: _Request, progress: Progress) -> KernelConfig:
+def _tune_together(model: nn.Module, inputs: Any, request: Request, progress: Progress) -> KernelConfig:
     """Tune on one rank for each kind of device, and give every rank of torch.distributed the same config.
 
     Where kinds of devices come to different choices, the layers that these are about keep their own code.
@@ -244,90 +195,7 @@ def _tune_together(model: nn.Module, inputs: Any, request: _Request, progress: P
     return config
 
 
-def _begin(model: nn.Module, inputs: Any, request: _Request, progress: Progress) -> _Session:
-    """Check what was given, all before the first layer is looked at."""
-    objective, workload, seconds, asked = request.objective, request.workload, request.seconds, request.asked
-    if not isinstance(model, nn.Module):
-        raise PlanError(f"tune takes a torch.nn.Module, got {model!r}\n  go on      tune(model, inputs)")
-    if objective not in get_args(Objective):
-        known = get_args(Objective)
-        guess = did_you_mean(str(objective), known)
-        raise PlanError(
-            f"the objective is one of {', '.join(known)}, got {objective!r}{guess}\n  go on      name one of them"
-        )
-    if not seconds > 0:
-        raise PlanError(f"seconds is how long tuning may take, got {seconds!r}\n  go on      leave it out for 300")
-    if any(parameter.is_meta for parameter in model.parameters()):
-        raise PlanError(
-            "the model is on the meta device, where nothing can be timed\n  go on      load its weights first"
-        )
-    if _apply.kernelized_paths(model):
-        raise PlanError(
-            "the model has kernels already, and candidates are compared with its own code\n"
-            "  go on      kernelwise.unkernelize(model), then tune it"
-        )
-    _check_contenders(request.contenders)
-    names = [workload] if isinstance(workload, str) else workload
-    workloads = workloads_of(model, inputs, names, steps=request.steps)
-    device, kind = place(model), model_device(model) or "cpu"
-    eager = dict.fromkeys("training" if one.training else "inference" for one in workloads)
-    modes = (*eager, *(f"{mode}+compile" for mode in eager if request.compile))
-    layers = discover(model)
-    asked.sanitize_kernel_mapping(model, layers=layers)
-    copied = sharing_copy(model)
-    with on_device(device):
-        target = current_target(kind)
-    surroundings = environment(device)
-    return _Session(
-        model=copied,
-        device=device,
-        target=target,
-        layers=layers,
-        kinds=_to_tune(copied, layers, modes, asked),
-        wholes=wholes_of(layers, modes, asked.rules()),
-        modes=modes,
-        workloads=workloads,
-        objective=objective,  # type: ignore[arg-type]
-        environment=surroundings,
-        about=[
-            [*map(list, surroundings), *map(list, settings(device))],
-            hash_of(model),
-            [[one.name, one.tokens, looks_of(by_name(one.inputs))] for one in workloads],
-        ],
-        began=time.monotonic(),
-        request=request,
-        rivals=_rivals_of(copied)
-        if request.contenders is None
-        else tuple(name for name in request.contenders if name in OTHERS),
-        progress=progress,
-    )
-
-
-def _check_contenders(names: Sequence[str] | None) -> None:
-    wrong = names if isinstance(names, str) else next((name for name in names or () if name not in CONTENDERS), None)
-    if wrong is not None:
-        raise PlanError(
-            f"contenders is a list of some of {', '.join(OTHERS)}, got {wrong!r}{did_you_mean(wrong, OTHERS)}\n"
-            "  go on      leave it out for those that can run here, or give [] for none"
-        )
-
-
-def _rivals_of(model: nn.Module) -> tuple[str, ...]:
-    """What a result is raced with where nobody says: transformers would fetch code and run it in this process, unproven."""
-    return (COMPILED, LIGER) if model_device(model) in ("cuda", "rocm") else (COMPILED,)
-
-
-def _to_tune(model: nn.Module, layers: Sequence[Layer], modes: Sequence[str], asked: KernelConfig) -> tuple[Kind, ...]:
-    """Group layers, without those for which the user's config has None: they keep their own code."""
-    found: list[Kind] = []
-    for mode in modes:
-        claims = [choose_rule(layer, asked.rules(), device=layer.device, mode=mode) for layer in layers]
-        wanted = [layer for layer, rule in zip(layers, claims, strict=True) if rule is None or rule.ref is not None]
-        found += kinds_of(model, wanted, (mode,))
-    return tuple(found)
-
-
-def _asked_and_out(session: _Session, asked: KernelConfig, chosen: Mapping[Kind, str | None]) -> list[Kind]:
+def _asked_and_out(session: Session, asked: KernelConfig, chosen: Mapping[Kind, str | None]) -> list[Kind]:
     """The kinds for which nothing could be chosen and what the user's config names is out: its rule would fail there."""
     named = {(rule.layer, str(rule.ref)) for rule in asked.rules() if rule.ref is not None}
     return [
@@ -337,7 +205,7 @@ def _asked_and_out(session: _Session, asked: KernelConfig, chosen: Mapping[Kind,
     ]
 
 
-def _look(session: _Session) -> None:
+def _look(session: Session) -> None:
     """Run every workload, and see how long it takes and what its layers take of it."""
     for workload in session.workloads:
         session.progress(f"where the time goes: {workload.name}", 0.0)
@@ -353,7 +221,7 @@ def _look(session: _Session) -> None:
 # ----------------------------------------------------------------------------------------------------------------- trials
 
 
-def _try_all(session: _Session, refs: Mapping[Kind, Sequence[KernelRef]], prover: _prove.Prover) -> None:
+def _try_all(session: Session, refs: Mapping[Kind, Sequence[KernelRef]], prover: _prove.Prover) -> None:
     """Try every candidate: those that are quick to check before all others, and of these what matters most first."""
     kinds = _worth_tuning(session)
     tasks = [(kind, ref) for kind in kinds for ref in refs[kind]]
@@ -396,7 +264,7 @@ def _turn(task: tuple[Kind, KernelRef]) -> tuple[int, bool]:
     return builtin if ref.scheme == "builtin" else 2, kind.mode.endswith(AND_COMPILED)
 
 
-def _worth_tuning(session: _Session) -> list[Kind]:
+def _worth_tuning(session: Session) -> list[Kind]:
     """The kinds of layers whose time could be seen in the whole, the most time first; the others are noted."""
     weights: dict[Kind, float] = {}
     idle, small = [], []
@@ -426,7 +294,7 @@ def _listed(kinds: Sequence[Kind]) -> str:
 # --------------------------------------------------------------------------------------------------------------- evidence
 
 
-def _goes_in(session: _Session, tuned: KernelConfig) -> dict[tuple[str, str | None, str], str]:
+def _goes_in(session: Session, tuned: KernelConfig) -> dict[tuple[str, str | None, str], str]:
     """Return the kernel that really goes into each layer in each mode."""
     found: dict[tuple[str, str | None, str], str] = {}
     for mode in session.modes:
@@ -439,7 +307,7 @@ def _goes_in(session: _Session, tuned: KernelConfig) -> dict[tuple[str, str | No
     return found
 
 
-def _evidence(session: _Session, found: Confirmation, reasons: Mapping[Kind, str], tuned: KernelConfig) -> Tuning:
+def _evidence(session: Session, found: Confirmation, reasons: Mapping[Kind, str], tuned: KernelConfig) -> Tuning:
     choices = []
     goes_in = _goes_in(session, tuned)
     kinds = sorted(dict.fromkeys([*session.tried, *found.chosen]), key=lambda kind: session.modes.index(kind.mode))
