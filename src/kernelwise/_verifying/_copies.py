@@ -13,11 +13,15 @@ from torch import nn
 from kernelwise._discover import OURS
 
 
+class CannotTryError(Exception):
+    """This machine cannot do what a case asks for."""
+
+
 def bare_copy(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]) -> nn.Module:
     """Return a copy of a module tree with converted parameters and buffers, without hooks and without replaced forwards."""
     memo: dict[int, nn.Module] = {}
 
-    def copied(found: nn.Module) -> nn.Module:
+    def copy_of(found: nn.Module) -> nn.Module:
         if id(found) in memo:
             return memo[id(found)]
         new = memo[id(found)] = found.__class__.__new__(found.__class__)
@@ -30,17 +34,18 @@ def bare_copy(module: nn.Module, convert: Callable[[torch.Tensor], torch.Tensor]
             for name, p in found._parameters.items()
         }
         new.__dict__["_buffers"] = {n: None if b is None else convert(b.detach()) for n, b in found._buffers.items()}
-        new.__dict__["_modules"] = {n: None if m is None else copied(m) for n, m in found._modules.items()}
+        new.__dict__["_modules"] = {n: None if m is None else copy_of(m) for n, m in found._modules.items()}
         return new
 
-    return copied(module)
+    return copy_of(module)
 
 
-def _again(value: Any) -> Any:
+def with_tensors_of(value: Any) -> Any:
+    """Return an argument that has the same tensors, and copies of all else."""
     if type(value) in (tuple, list):
-        return type(value)(_again(item) for item in value)
+        return type(value)(with_tensors_of(item) for item in value)
     if isinstance(value, dict):
-        return {name: _again(item) for name, item in value.items()}
+        return {name: with_tensors_of(item) for name, item in value.items()}
     return value if isinstance(value, torch.Tensor) else copied(value)
 
 
@@ -54,11 +59,7 @@ def copied(value: Any) -> Any:
         return value
 
 
-class CannotTryError(Exception):
-    """This machine cannot do what a case asks for."""
-
-
-def _laid_out(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
+def laid_out(tensor: torch.Tensor, strides: tuple[int, ...]) -> torch.Tensor:
     """Copy a tensor to memory with other strides. On the CPU, memory between the elements is never touched: it costs none."""
     needed = tensor.element_size() * (1 + sum((n - 1) * s for n, s in zip(tensor.shape, strides, strict=True)))
     if tensor.is_cuda and needed > 0.8 * torch.cuda.mem_get_info(tensor.device)[0]:
@@ -91,8 +92,9 @@ def clone_with_gaps(tensor: torch.Tensor) -> torch.Tensor:
     return memory_of(tensor).clone().as_strided(tensor.shape, tensor.stride(), lead_of(tensor))
 
 
-def _elsewhere(tensor: torch.Tensor) -> torch.Tensor:
-    copied = clone_with_gaps(tensor)
-    if copied.is_floating_point():
-        copied.mul_(-0.5)
-    return copied.requires_grad_(tensor.requires_grad)
+def other_values_of(tensor: torch.Tensor) -> torch.Tensor:
+    """Return a tensor of the same form with other values, in memory of its own."""
+    other = clone_with_gaps(tensor)
+    if other.is_floating_point():
+        other.mul_(-0.5)
+    return other.requires_grad_(tensor.requires_grad)

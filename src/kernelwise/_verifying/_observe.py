@@ -20,12 +20,12 @@ from kernelwise._verifying._calls import Call
 from kernelwise._verifying._circumstances import bytes_in_use, filled_memory, in_cuda_graph, in_inference_mode
 from kernelwise._verifying._copies import (
     CannotTryError,
-    _again,
-    _elsewhere,
-    _laid_out,
     bare_copy,
+    laid_out,
     lead_of,
     memory_of,
+    other_values_of,
+    with_tensors_of,
 )
 from kernelwise._verifying._exact import NARROW_DTYPES, float64_mode
 
@@ -116,7 +116,7 @@ class _Given:
         if not isinstance(value, torch.Tensor):
             return value
         if name in case.strides and not wide:
-            tensor = _laid_out(value, case.strides[name])
+            tensor = laid_out(value, case.strides[name])
             if case.grad in ("all", "inputs"):
                 self.leaves[name] = tensor.requires_grad_()
             self.memories[name] = (tensor, value)
@@ -131,12 +131,12 @@ class _Given:
 
     def for_call(self) -> dict[str, Any]:
         """The arguments for one call: the same tensors, and copies of all else."""
-        return {name: _again(value) for name, value in self.arguments.items()}
+        return {name: with_tensors_of(value) for name, value in self.arguments.items()}
 
     def elsewhere(self) -> dict[str, Any]:
         """The arguments for another call: tensors with other values and memory of their own."""
         return {
-            name: tree_map(lambda v: _elsewhere(v) if isinstance(v, torch.Tensor) else v, _again(value))
+            name: tree_map(lambda v: other_values_of(v) if isinstance(v, torch.Tensor) else v, with_tensors_of(value))
             for name, value in self.arguments.items()
         }
 
@@ -201,13 +201,17 @@ def observe(call: Call, case: Case, *, wide: bool = False, natively: bool = Fals
     with _device_of(case), _surroundings(case):
         states, found = random_states(), settings()
         changed: list[str] = []
+
+        def run() -> Observed:
+            return _observe_tiled(call, case) if case.tiled else _observe(call, case, wide, natively)
+
         try:
-            seen = _observe_tiled(call, case) if case.tiled else _observe(call, case, wide, natively)
+            seen = run()
             if drew_since(states):
                 left = random_states()
                 _seed()
                 begun = random_states()
-                seen = _observe_tiled(call, case) if case.tiled else _observe(call, case, wide, natively)
+                seen = run()
                 seen.draws = True
                 if not _same_states(states, begun) and not drew_since(left):  # it ends in one state wherever it begins
                     changed.append("the seed of the random numbers")
