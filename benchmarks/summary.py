@@ -26,6 +26,7 @@ GPU = {
 RACES = {  # of tunings, where torch.compile decodes too
     ("Llama-3-8B shape", "decode"): "gpu_tune_h100_llama*.json",
     ("Qwen3-8B shape", "decode"): "gpu_tune_h100_qwen3*.json",
+    ("Gemma-3-4B shape", "decode"): "gpu_tune_h100_gemma3*.json",
 }
 CPU = ("cpu_e2e_avx2_two_threads.json", "cpu_e2e_avx2_two_threads_train_bfloat16.json")
 WORK = {"prefill": "prefill_ms", "decode": "decode_dynamic_ms", "training": "train_ms"}
@@ -87,12 +88,12 @@ def table() -> str:
         lines.append(f"| {model}, {where} | {work} | {' | '.join(cells)} |")
     cores, limit = cpu["machine"]["cores"], cpu["machine"]["limits"].get("ATEN_CPU_CAPABILITY", "").upper()
     on = f"{cores} cores{f' limited to {limit}' if limit else ''}"
-    decode = " and ".join(f"{_raced(*raced)['tuned']:.2f}" for raced in RACES)
+    decode = ", ".join(f"{_raced(*raced)['tuned']:.2f}" for raced in RACES)
     note = (
         f"bfloat16; bold is the best, or within 3 % of it; an empty cell was not run. GPU: one {gpu['device']}, torch "
-        f"{gpu['torch']}, {gpu['date'][:10]}; 8 layers with random weights, prefill and training 1 x 4096, decoding with a "
-        "dynamic cache. Training there is the faster of with and without the head and its loss in one, for Kernelwise "
-        "(where a rule asks for it) and Liger. Decoding of the Llama and Qwen3 shapes is the median of the races of tunings, "
+        f"{gpu['torch']}, {gpu['date'][:10]}; 8 layers with random weights, prefill and training 1 x 4096. "
+        "Training there is the faster of with and without the head and its loss in one, for Kernelwise "
+        "(where a rule asks for it) and Liger. Decoding is the median of the races of tunings, "
         "with 2,048 tokens: torch.compile has a static cache there, and Kernelwise is the faster of tuned and tuned for "
         f"torch.compile (equal figures: tuning left all to it); without it {decode}. CPU: {on}, "
         f"torch {cpu['machine']['torch']}, {dates}; prefill of 512 tokens, "
