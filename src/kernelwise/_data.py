@@ -106,6 +106,11 @@ class Recognition:
     modes: tuple[str, ...] = ()
     of_class: tuple[str, ...] = ()
 
+    @property
+    def holds_layers(self) -> bool:
+        """Whether it is a layer of layers, which hands arguments of its own on to them."""
+        return any(name == "passing" for name, _ in self.options)
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
@@ -145,6 +150,11 @@ class Layer:
     def computes(self, mode: str) -> Recognition | None:
         """Return what the layer computes in a mode; a dropout makes training something else than inference."""
         return self.recognition_in_training if mode.startswith("training") else self.recognition
+
+    @property
+    def places(self) -> tuple[str, ...]:
+        """Every path at which the model has it."""
+        return self.paths or (self.path,)
 
     def at(self, paths: tuple[str, ...]) -> Layer:
         """Return an alike layer at these places, of which there is at least one; `dataclasses.replace` is six times as slow."""

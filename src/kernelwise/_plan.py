@@ -38,7 +38,7 @@ def choose_rule(layer: Layer, rules: Iterable[Rule], *, device: str, mode: str) 
         and not rule.fuses
         and rule.device in (None, device)
         and rule.mode in (None, mode)
-        and (rule.path is None or any(fnmatchcase(path, rule.path) for path in layer.paths or (layer.path,)))
+        and (rule.path is None or any(fnmatchcase(path, rule.path) for path in layer.places))
     ]
     if not claims:
         return None

@@ -55,7 +55,7 @@ def passing_of(module: nn.Module, layer: Layer, kernel: Kernel, mode: str) -> Pa
         ApplyError: the layer calls them in a way that cannot be written down again.
     """
     found = layer.computes(mode)
-    if found is None or "passing" not in dict(found.options):
+    if found is None or not found.holds_layers:
         return None
     calls, refused = record_calls(module, training=mode.startswith("training"))
     if not calls or dict(found.options)["passing"] != "plain":

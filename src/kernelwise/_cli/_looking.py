@@ -219,9 +219,7 @@ def _decisions_at(decided: Plan, path: str) -> tuple[Decision, ...]:
         decision
         for decision in decided.decisions
         if decision.layer.name == path
-        or any(
-            place == path or fnmatchcase(place, path) or place.startswith(below) for place in _places(decision.layer)
-        )
+        or any(place == path or fnmatchcase(place, path) or place.startswith(below) for place in decision.layer.places)
     )
     if not found:
         known = {name for decision in decided.decisions for name in (decision.layer.path, decision.layer.name)}
@@ -230,10 +228,6 @@ def _decisions_at(decided: Plan, path: str) -> tuple[Decision, ...]:
             "  go on      kernelwise layers MODEL lists all layers; with --explain PATH it says what one computes"
         )
     return found
-
-
-def _places(layer: Layer) -> tuple[str, ...]:
-    return layer.paths or (layer.path,)
 
 
 def _explanation(decided: Plan) -> str:

@@ -93,7 +93,7 @@ def is_whole(layer: Layer, mode: str) -> bool:
     computes = layer.computes(mode)
     if layer.function is not None and not layer.function.isidentifier():
         return True
-    return computes is not None and "passing" in dict(computes.options)
+    return computes is not None and computes.holds_layers
 
 
 def looks(layer: Layer, mode: str) -> tuple[Any, ...]:
@@ -108,12 +108,8 @@ def kind_of(alike: Sequence[Layer], mode: str, traits: str) -> Kind:
         tuple(dict.fromkeys(layer.path for layer in alike)),
         mode,
         traits,
-        tuple(dict.fromkeys(place for layer in alike for place in _places(layer))),
+        tuple(dict.fromkeys(place for layer in alike for place in layer.places)),
     )
-
-
-def _places(layer: Layer) -> tuple[str, ...]:
-    return layer.paths or (layer.path,)
 
 
 def offered(
@@ -231,7 +227,7 @@ def mapping_of(chosen: Mapping[Kind, str | None], layers: Sequence[Layer], modes
             places.setdefault(kind.layer.name, {}).setdefault(path, {})[kind.mode] = ref or "none"
     mapping: dict[str, Any] = {}
     for name, by_path in places.items():
-        named = {layer.path: _places(layer) for layer in layers if layer.name == name}
+        named = {layer.path: layer.places for layer in layers if layer.name == name}
         alike: dict[tuple[tuple[str, str], ...], list[str]] = {}
         for path, by_mode in by_path.items():
             alike.setdefault(tuple(sorted(by_mode.items())), []).append(path)

@@ -106,7 +106,7 @@ def _roles(decision: Decision) -> Sequence[tuple[str, Any]]:
 def holds_others(decision: Decision) -> bool:
     """Return whether a decision is about a layer whose kernel calls the children of that layer with its own arguments."""
     found = decision.layer.computes(decision.mode)
-    return found is not None and "passing" in dict(found.options)
+    return found is not None and found.holds_layers
 
 
 def module_of(model: nn.Module, layer: Layer) -> nn.Module:

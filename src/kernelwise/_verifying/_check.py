@@ -19,16 +19,14 @@ from kernelwise._data import Check, Decision, Kernel, Layer, Status
 from kernelwise._errors import said
 from kernelwise._forwards import globals_called, own_forward
 from kernelwise._verifying._calls import Call, kernel_call, own_call
-from kernelwise._verifying._capture import (
-    MEMORY,
-    holds_others,
-)
+from kernelwise._verifying._capture import MEMORY as CAPTURED
+from kernelwise._verifying._capture import holds_others
 from kernelwise._verifying._cases import batch_slice, beyond, cases
 from kernelwise._verifying._copies import bare_copy
 from kernelwise._verifying._inputs import Sample, with_defaults
 from kernelwise._verifying._judge import compare_calls, judge
 from kernelwise._verifying._observe import Case, Observed, growth, observe
-from kernelwise._verifying._worker import SECONDS, Worker, WorkerError, failure_of
+from kernelwise._verifying._worker import MEMORY, SECONDS, Worker, WorkerError, failure_of
 
 _FREE_TO_REFUSE = ("inputs with gaps", "transposed inputs", "inputs of ", "rows 2^31", "width ")
 """Cases that the model at hand does not have. A kernel may refuse them aloud; it may not compute them wrongly."""
@@ -93,9 +91,9 @@ class Options:
     compile: bool = False
     isolate: bool | None = None  # None: all but builtin kernels
     seconds: float = SECONDS
-    memory: int = 8 << 30
+    memory: int = MEMORY
     seed: int = 0
-    capture_memory: int = MEMORY  # bytes of the model's tensors that are kept at a time
+    capture_memory: int = CAPTURED  # bytes of the model's tensors that are kept at a time
     as_given: bool = False  # only the case "as given": of inputs for which all others would take too long
 
 
@@ -216,8 +214,8 @@ def all_cases(
         case = Case(how, sample.arguments, sample.module, grad="none", how=how)  # type: ignore[arg-type]
         check = _one_case(runner, call, case, base)
         if check.status in ("raised", "wrong_values"):
-            said: Status = "does_not_compile" if how == "compile" else "no_cuda_graph"
-            check = replace(check, status=said)
+            status: Status = "does_not_compile" if how == "compile" else "no_cuda_graph"
+            check = replace(check, status=status)
         yield check
 
 
