@@ -11,7 +11,7 @@ from torch import nn
 
 import kernelwise as kw
 from kernelwise._data import KernelRef
-from kernelwise._evidence import COMPILED, EAGER, Candidate, Comparison, Run, Timing
+from kernelwise._evidence import COMPILED, EAGER, LIGER, Candidate, Comparison, Run, Timing
 from kernelwise._tuning import _choose, _confirm, _races, _session
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
@@ -166,6 +166,57 @@ def test_under_compile_what_nobody_could_see_is_not_raced(compiled_course):
     assert tuned_and_compiled(found) == {"prefill": 1.5, "training": 1.2}
 
 
+def test_under_compile_what_there_is_no_time_to_compile_is_left_to_the_compiler(compiled_course, monkeypatch):
+    """Compiling with the choices takes as long as it took without them: 20 s in inference, nothing that counts in training."""
+    course, kinds, found, raced = compiled_course
+    planted = _confirm.race_all
+
+    def race_all(course, contenders, least_s):
+        return [
+            replace(run, comparison=replace(run.comparison, first_s=20.0 if run.workload == "prefill" else 0.5))
+            for run in planted(course, contenders, least_s)
+        ]
+
+    monkeypatch.setattr(_confirm, "race_all", race_all)
+    course = replace(course, until=time.monotonic() + 15, seconds={"prefill": 0.01, "training": 0.02})
+    _confirm.confirm_compiled(course, found, {})
+    assert raced == [
+        ("prefill", EAGER, COMPILED),
+        ("training", EAGER, COMPILED),
+        ("training", EAGER, COMPILED, "tuned+compile"),
+    ]
+    assert "no time was left" in found.taken_back[kinds["inference+compile"]]
+    assert "takes about 20" in found.taken_back[kinds["inference+compile"]]
+    assert found.chosen[kinds["inference+compile"]] is None
+    assert found.chosen[kinds["training+compile"]] is not None
+    assert tuned_and_compiled(found) == {"prefill": 1.5, "training": 1.4}
+
+
+def test_races_with_rivals_keep_their_time(course_and_choices):
+    """Two contenders take 9 x 2 x 0.4 s of 10, three do not fit."""
+    course = replace(course_and_choices[0], workloads=[], until=time.monotonic() + 10, seconds={"forward": 0.4})
+    assert _confirm._too_late(course, []) is None
+    assert _confirm._too_late(replace(course, others=(COMPILED,)), []) is None, "that was raced already"
+    assert _confirm._too_late(replace(course, others=(LIGER,)), []) is not None
+
+
+def test_what_was_compiled_for_one_race_is_in_the_next(course_and_choices, monkeypatch):
+    course, chosen = course_and_choices
+    seen = []
+
+    def race(contenders, workload, **options):
+        seen.append(dict(contenders))
+        return tuple(Run(name, workload.name, ratio(1.2)) for name in contenders)
+
+    monkeypatch.setattr(_races, "race", race)
+    _races.race_all(course, {EAGER: None, COMPILED: None})
+    _races.race_all(course, {EAGER: None, COMPILED: None, "tuned+compile": course.config(chosen)})
+    first, second = seen
+    assert second[COMPILED] is first[COMPILED]
+    assert second[EAGER] is not first[EAGER]
+    assert second["tuned+compile"].call is not first[COMPILED].call
+
+
 def test_under_compile_what_the_user_asks_for_stays_and_is_raced(compiled_course):
     course, kinds, found, raced = compiled_course
     course = replace(course, asked=kw.KernelConfig({"GeLU": "builtin:GeLU"}))
@@ -202,14 +253,17 @@ def test_what_choices_save_under_compile_is_added_up(course_and_choices):
         gelu: [timed("gelu", 10, 7, 20, gelu.mode)],
     }
 
-    def saved(chosen, tried=tried):
-        found = _choose.saved_under_compile(chosen, tried)
+    def saved(chosen, tried=tried, with_kernel=()):
+        found = _choose.saved_under_compile(chosen, tried, with_kernel)
         return {mode: pytest.approx(by["forward"] * 1e6) for mode, by in found.items()}
 
     assert saved({norm: "fast", gelu: "gelu"}) == {"inference+compile": 120}
     assert saved({norm: "fast", gelu: None}) == {"inference+compile": 60}
     assert saved({norm: "faster", gelu: None}) == {"inference+compile": 270}
-    assert saved({norm: "fast"}, {norm: tried[norm], gelu: []}) == {}  # nothing was tried in time: who knows
+    gets_one = {(gelu.layer.path, gelu.layer.function, gelu.mode)}
+    untried = {norm: tried[norm], gelu: []}
+    assert saved({norm: "fast"}, untried, gets_one) == {}  # what it gets by default was not tried in time: who knows
+    assert saved({norm: "fast"}, untried) == {"inference+compile": 60}, "it has its own code, which saves nothing"
     assert saved({norm: "fast"}, {norm: tried[norm], gelu: [Candidate("gelu", out="wrong")]}) == {
         "inference+compile": 60
     }

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 
 from kernelwise._evidence import AND_COMPILED, Candidate, Comparison, Objective
 from kernelwise._tuning._candidates import Kind
@@ -36,17 +36,24 @@ def choose_all(
 
 
 def saved_under_compile(
-    chosen: Mapping[Kind, str | None], tried: Mapping[Kind, Sequence[Candidate]]
+    chosen: Mapping[Kind, str | None],
+    tried: Mapping[Kind, Sequence[Candidate]],
+    with_kernel: Container[tuple[str, str | None, str]],
 ) -> dict[str, dict[str, float]]:
     """Return how many seconds of each workload the choices for each mode under torch.compile save, added up.
 
     That is by the times of compiled layers alone. In a compiled model a layer is fused with what stands around it, so it is
-    at least as fast there. Modes in which nothing of a kind was tried are left out: what it gets by default is not known.
+    at least as fast there. Modes in which a kind gets a kernel by default that was not tried are left out: what that saves is
+    not known.
+
+    Args:
+        with_kernel: path, function and mode of each layer that gets a kernel, chosen or not.
     """
     found: dict[str, dict[str, float]] = {}
     for mode in dict.fromkeys(kind.mode for kind in tried if kind.mode.endswith(AND_COMPILED)):
         mine = {kind: candidates for kind, candidates in tried.items() if kind.mode == mode}
-        if any(not any(c.timings or c.out for c in candidates) for candidates in mine.values()):
+        untried = [kind for kind, candidates in mine.items() if not any(c.timings or c.out for c in candidates)]
+        if any((kind.layer.path, kind.layer.function, mode) in with_kernel for kind in untried):
             continue
         saved = found.setdefault(mode, {})
         for kind, candidates in mine.items():

@@ -18,6 +18,7 @@ from kernelwise._data import Layer
 from kernelwise._decide import decide
 from kernelwise._errors import KernelwiseError
 from kernelwise._evidence import AND_COMPILED, BUILTIN, COMPILED, EAGER, TUNED, Run
+from kernelwise._measuring._contenders import is_compiled
 from kernelwise._tuning._candidates import Kind
 from kernelwise._tuning._races import (
     TURNS,
@@ -32,6 +33,7 @@ from kernelwise._tuning._races import (
     score,
     seems_better,
 )
+from kernelwise._units import duration
 
 _EAGER = ("inference", "training")
 _TUNED_AND_COMPILED = TUNED + AND_COMPILED
@@ -190,7 +192,7 @@ def confirm_compiled(course: Course, found: Confirmation, saved: Mapping[str, Ma
         here = replace(course, workloads=[w for w in course.workloads if w.training == mode.startswith("training")])
         runs = alone = _race_compiled(here, None)
         if _goes_in(course, found, mode):
-            why = _invisible(alone, saved.get(mode))
+            why = _invisible(alone, saved.get(mode)) or _too_late(here, alone)
             if why is None:
                 runs = _race_compiled(here, course.config(found.chosen))
                 why = _why_not_compiled(course, runs)
@@ -229,6 +231,24 @@ def _invisible(runs: Sequence[Run], saved: Mapping[str, float] | None) -> str | 
     if most >= WORTH_A_LOOK:
         return None
     return f"all choices together save at most {max(0.0, most):.1%} of a compiled run, which nobody could see"
+
+
+def _too_late(course: Course, alone: Sequence[Run]) -> str | None:
+    """Say why there is no time to compile the model with the choices as well, or None. It takes as long as it took alone."""
+    took = sum(run.comparison.first_s or 0.0 for run in alone if run.contender == COMPILED and run.comparison)
+    need = took + len(course.workloads) * _LEAST_COMPILED_S + _for_rivals(course)
+    if need <= course.until - time.monotonic():
+        return None
+    return (
+        f"no time was left to compile the model with it, which takes about {duration(took * 1e6)}; tuning again goes on "
+        "from here"
+    )
+
+
+def _for_rivals(course: Course) -> float:
+    """How many seconds the races with rivals take that need not be compiled."""
+    names = [EAGER, TUNED, *(name for name in course.others if not is_compiled(name))]
+    return TURNS * len(names) * sum(course.seconds.values())
 
 
 def _why_not_compiled(course: Course, runs: Sequence[Run]) -> str | None:

@@ -68,6 +68,8 @@ class Course:
     asked: KernelConfig = field(default_factory=KernelConfig)
     trusted: Mapping[str, KernelRef] = field(default_factory=dict)  # by their strings, which do not say so
     others: tuple[str, ...] = ()  # of `OTHERS`: what the result is raced with
+    compiled: dict[tuple[str, str], tuple[Contender, list[Any]]] = field(default_factory=dict)
+    """What was compiled with the model's own code, by name and workload: another race of it need not compile it again."""
 
     def config(self, chosen: Mapping[Kind, str | None]) -> KernelConfig:
         """Write choices as a config, over the user's own. Layers of which neither speaks get what they get by default."""
@@ -113,7 +115,11 @@ def race_all(
         kernels: dict[str, list[Any]] = {}
         for name, config in contenders.items():
             try:
-                made[name], kernels[name] = _contender(course.model, name, config, training=workload.training)
+                kept = course.compiled.get((name, workload.name))
+                found = kept or _contender(course.model, name, config, training=workload.training)
+                made[name], kernels[name] = found
+                if name == COMPILED:
+                    course.compiled[name, workload.name] = found
             except KernelwiseError as error:
                 runs.append(Run(name, workload.name, None, workload.tokens, said(error)))
         if own not in made:

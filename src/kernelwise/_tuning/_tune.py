@@ -44,6 +44,9 @@ from kernelwise._verifying._worker import SECONDS as CASE_S
 FOR_TRIALS = 0.6
 """Which part of the time goes to candidates in their layers; the rest is for the whole model."""
 
+TO_COMPILE = 0.6
+"""Which part of the time may be kept for compiling the whole model. What is left of it when that was quick is not used."""
+
 NEGLIGIBLE = 0.002
 """Layers that take a smaller part of every workload are not tuned: no kernel for them could be seen in the whole."""
 
@@ -148,7 +151,8 @@ def _tuned(
         found = confirm(course, chosen | wholes.chosen)
         course = replace(course, until=until)
         by_time = session.objective != "memory"
-        confirm_compiled(course, found, saved_under_compile(chosen, session.tried) if by_time else {})
+        with_kernel = _goes_in(session, course.config(found.chosen))
+        confirm_compiled(course, found, saved_under_compile(chosen, session.tried, with_kernel) if by_time else {})
         face_rivals(course, found)
     session.progress("done", 1.0)
     tuned = course.config(found.chosen)
@@ -157,14 +161,14 @@ def _tuned(
 
 
 def _to_compile(session: Session) -> float:
-    """How many seconds are kept for compiling the whole model, which cannot be interrupted: at most half of all.
+    """How many seconds are kept for compiling the whole model, which cannot be interrupted: at most `TO_COMPILE` of all.
 
     It is compiled with its own code, and with the choices.
     """
     if not session.request.compile:
         return 0.0
     wanted = 2 * sum(compile_seconds(session.model, workload) for workload in session.workloads)
-    return min(wanted, session.request.seconds / 2)
+    return min(wanted, TO_COMPILE * session.request.seconds)
 
 
 def _tune_together(model: nn.Module, inputs: Any, request: Request, progress: Progress) -> KernelConfig:
@@ -337,7 +341,7 @@ def _evidence(session: Session, found: Confirmation, reasons: Mapping[Kind, str]
         choices=tuple(choices),
         runs=tuple(found.runs),
         environment=session.environment,
-        notes=(*session.notes, *found.notes, *caveats(found.runs)),
+        notes=tuple(dict.fromkeys((*session.notes, *found.notes, *caveats(found.runs)))),
         config=tomli_w.dumps(tuned.to_dict()),
         date=datetime.now(timezone.utc).isoformat(timespec="seconds"),
         seconds=time.monotonic() - session.began,
