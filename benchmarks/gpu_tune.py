@@ -1,6 +1,6 @@
 """Tune models of given shapes on one GPU, several times.
 
-    python benchmarks/gpu_tune.py [--shapes llama qwen3 gemma3] [--runs 3] [--seconds 300]
+    python benchmarks/gpu_tune.py [--shapes llama qwen3 gemma3] [--runs 3] [--first 0] [--seconds 300]
 
 The models of gpu_e2e.py (8 layers, random bfloat16 weights). For each, and for each of `--runs` runs with an empty cache:
 `kernelwise.tune` on 1 x 2048 tokens for prefill, decoding and a training step, eager and under torch.compile, raced with
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--first", type=int, default=0, help="number of the first run, where others were made before")
     parser.add_argument("--seconds", type=float, default=300, help="for each tuning")
     parser.add_argument(
         "--eager", action="store_true", help="do not tune for torch.compile, which takes most of the time"
@@ -49,7 +50,7 @@ def main() -> None:
         model = build(shape, options.layers)
         ids = torch.randint(0, model.config.vocab_size, (1, options.tokens), device=model.device)
         found = []
-        for number in range(options.runs):
+        for number in range(options.first, options.first + options.runs):
             found.append(one_run(model, ids, f"{shape}, run {number}", options))
             name = shape if number == 0 else f"{shape}_{number}"
             path = options.out / f"gpu_tune_h100_{name}.json"
