@@ -34,7 +34,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_ops import command, versions
+from gpu_about import about, in_a_line
 from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Qwen3Config, StaticCache
 from transformers.models.gemma3 import modeling_gemma3 as gemma3
 from transformers.models.llama import modeling_llama as llama
@@ -266,8 +266,8 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=400, help="stop starting new variants after this long")
     parser.add_argument("--out", type=Path, default=None, help="folder for gpu_e2e.json and gpu_e2e.txt")
     arguments = parser.parse_args()
-    about = {**versions(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "command": command(sys.argv)}
-    lines = [", ".join(f"{k} {v}" for k, v in about.items())]
+    said = about()
+    lines = [in_a_line(said)]
     print(lines[0], flush=True)
     reference: dict[str, Any] = {}
     results: dict[str, dict[str, Any]] = {}
@@ -287,7 +287,7 @@ def main() -> None:
         torch.cuda.empty_cache()
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
-        (arguments.out / "gpu_e2e.json").write_text(json.dumps({**about, "variants": results}, indent=1) + "\n")
+        (arguments.out / "gpu_e2e.json").write_text(json.dumps({**said, "variants": results}, indent=1) + "\n")
         (arguments.out / "gpu_e2e.txt").write_text("\n".join(lines) + "\n")
 
 

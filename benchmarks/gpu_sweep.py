@@ -29,24 +29,9 @@ import torch._functorch.config
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
-from gpu_ops import (
-    Case,
-    add_norm_case,
-    as_tuple,
-    backward_calls,
-    command,
-    copy_bandwidth,
-    error_of,
-    exact_of,
-    forward_calls,
-    gpu_time_us,
-    layer_norm_case,
-    norm_case,
-    qk_case,
-    relative_error,
-    rotary_case,
-    versions,
-)
+from gpu_about import about, in_a_line
+from gpu_cases import Case, add_norm_case, exact_of, layer_norm_case, norm_case, qk_case, rotary_case
+from gpu_ops import as_tuple, backward_calls, copy_bandwidth, error_of, forward_calls, gpu_time_us, relative_error
 
 from kernelwise.kernels.triton import _head_configs as heads
 from kernelwise.kernels.triton import _norm_configs as norms
@@ -329,8 +314,8 @@ def main() -> None:
         lines.append(line)
         print(line, flush=True)
 
-    about = {**versions(), "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()), "command": command(sys.argv)}
-    show(", ".join(f"{k} {v}" for k, v in about.items()))
+    said = about()
+    show(in_a_line(said))
     bandwidth = copy_bandwidth()
     torch.cuda.empty_cache()
     show(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s; times in microseconds, medians of three")
@@ -373,7 +358,7 @@ def main() -> None:
         torch.cuda.empty_cache()
         if arguments.out:
             arguments.out.mkdir(parents=True, exist_ok=True)
-            written = {**about, "copy_bytes_per_second": bandwidth, "works": results}
+            written = {**said, "copy_bytes_per_second": bandwidth, "works": results}
             (arguments.out / "gpu_sweep.json").write_text(json.dumps(written, indent=1) + "\n")
             (arguments.out / "gpu_sweep.txt").write_text("\n".join(lines) + "\n")
     show(f"{time.time() - START:.0f} s")

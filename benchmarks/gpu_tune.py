@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu_about import command
 from gpu_e2e import MODULES, build
-from gpu_ops import command
 from gpu_tables import RESULTS, tuned
 
 import kernelwise
