@@ -8,9 +8,6 @@ take the cores, `--cpu-time` counts the processor time of one thread instead of 
 A kernel's function leaves to plain PyTorch what that does as fast; such calls are marked (`kernel_ran`). The mean at the end
 counts the operations that `kernelize` puts in unasked (`PUT_IN`), with and without those calls.
 
-`--smallest` runs one row of the least width that each operation takes: what is left of a call when there is nothing to
-compute (the least of the rounds, `contender_least_us`, is what other processes disturb least).
-
 To see what another processor would gain, limit what torch, oneDNN and MKL may use:
     ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 MKL_ENABLE_INSTRUCTIONS=AVX2 python benchmarks/cpu_ops.py linear
 """
@@ -378,7 +375,6 @@ def main() -> None:
     parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread instead of seconds")
-    parser.add_argument("--smallest", action="store_true", help="one row of the least width: the cost of a call alone")
     parser.add_argument("--compile", action="store_true", help="race torch.compile too (compiles every case first)")
     parser.add_argument("--seconds", type=float, default=0.5, help="at most, for each case")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_ops.json")
@@ -386,11 +382,6 @@ def main() -> None:
     if options.threads or options.cpu_time:
         torch.set_num_threads(1 if options.cpu_time else options.threads)
 
-    if options.smallest:
-        globals().update(
-            HIDDEN=2, INNER=2, HEADS=1, KV_HEADS=1, HEAD_DIM=2, VOCABULARY=2, LINEAR_SHAPES=((2, 2),), PROMPT=1
-        )
-        options.rows = [1]
     about = machine() | {"clock": "processor time" if options.cpu_time else "seconds"}
     clock = time.process_time if options.cpu_time else time.perf_counter
     results = []

@@ -32,6 +32,14 @@ def operations(results: list[dict[str, Any]]) -> Iterator[str]:
         yield f"| {op} {variant} | {dtype} | " + " | ".join(found.get(c, "") for c in columns) + " |"
 
 
+def calls(results: list[dict[str, Any]]) -> Iterator[str]:
+    yield "| a call, µs | nothing to compute | one token | one token, without its arithmetic |"
+    yield "|---|---|---|---|"
+    for r in results:
+        over = "" if r["over_us"] is None else f"{r['over_us']:.1f}"
+        yield f"| {r['op']} | {r['nothing_us']:.1f} | {r['one_us']:.1f} | {over} |"
+
+
 def limits(results: list[dict[str, Any]]) -> Iterator[str]:
     for kind in ("work", "shape"):
         rows = [r for r in results if kind in r]
@@ -50,8 +58,9 @@ def main() -> None:
     for file in sys.argv[1:]:
         results = json.loads(Path(file).read_text())["results"]
         table = end_to_end if "work" in results[0] and "contender" in results[0] else limits
-        print(f"\n{Path(file).name}\n")
-        print(*(operations if "op" in results[0] else table)(results), sep="\n")
+        if "op" in results[0]:
+            table = calls if "over_us" in results[0] else operations
+        print(f"\n{Path(file).name}\n", *table(results), sep="\n")
 
 
 if __name__ == "__main__":

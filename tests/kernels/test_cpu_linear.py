@@ -205,10 +205,20 @@ def test_a_row_in_float32_does_not_see_the_others(wide, rows):
 
 
 @pytest.mark.parametrize(
-    ("rows", "width", "out", "is_ours"),
-    [(1, 576, 1536, True), (1, 576, 192, False), (2, 128, 128, True), (2, 64, 64, False), (2, 100, 1000, False)],
+    ("most", "rows", "width", "out", "is_ours"),
+    [
+        (8, 1, 576, 1536, True),
+        (8, 1, 576, 192, False),
+        (8, 2, 128, 128, True),
+        (8, 2, 64, 64, False),
+        (8, 2, 100, 1000, False),
+        (1, 1, 576, 1536, True),
+        (1, 1, 576, 192, False),
+        (1, 2, 576, 1536, False),
+    ],
 )
-def test_small_float32_weights_and_odd_widths_are_torchs(rows, width, out, is_ours, wide, monkeypatch):
+def test_small_float32_weights_and_odd_widths_are_torchs(most, rows, width, out, is_ours, wide, monkeypatch):
+    monkeypatch.setitem(cpu._chosen, torch.float32, cpu._Choice(most=most, training=1 << 62))
     for name, value in LEAST.items():
         monkeypatch.setattr(cpu, name, value)
     cpu.linear(**given(torch.float32, rows=(rows,), width=width, out=out))
