@@ -110,6 +110,12 @@ def copy_bandwidth() -> float:
     return max(2 * source.nbytes / (gpu_time_us([way]) * 1e-6) for way in ways)
 
 
+def least_us() -> float:
+    """Microseconds of a kernel for one number: what none can go below, and what small shapes are beside it."""
+    one = torch.ones(1, device="cuda")
+    return gpu_time_us([functools.partial(torch.neg, one, out=one)])
+
+
 # ---------------------------------------------------------------- one case
 
 
@@ -319,7 +325,8 @@ def main() -> None:
     said = about()
     show(in_a_line(said))
     bandwidth = copy_bandwidth()
-    show(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s (read and written); times in microseconds")
+    least = least_us()
+    show(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s (read and written); times in microseconds, of one number {least:.2f}")
     hosts = host_costs() if not only or "host" in only else {}
     for what, us in hosts.items():
         show(f"host cost, one token: {what:40s} {us:.1f}")
@@ -344,6 +351,7 @@ def main() -> None:
         result = {
             **said,
             "copy_bytes_per_second": bandwidth,
+            "least_us": least,
             "host_us": hosts,
             "rows": [vars(row) for row in rows],
             "problems": problems,
