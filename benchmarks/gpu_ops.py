@@ -326,7 +326,9 @@ def main() -> None:
     show(in_a_line(said))
     bandwidth = copy_bandwidth()
     least = least_us()
-    show(f"copy bandwidth {bandwidth / 1e9:.0f} GB/s (read and written); times in microseconds, of one number {least:.2f}")
+    show(
+        f"copy bandwidth {bandwidth / 1e9:.0f} GB/s (read and written); times in microseconds, of one number {least:.2f}"
+    )
     hosts = host_costs() if not only or "host" in only else {}
     for what, us in hosts.items():
         show(f"host cost, one token: {what:40s} {us:.1f}")
