@@ -13,9 +13,9 @@ from proving import LAYERS, another_process
 from torch import nn
 
 import kernelwise as kw
-from kernelwise._data import from_json
+from kernelwise._data import Check, Kernel, KernelRef, from_json
 from kernelwise._reporting._report import Report
-from kernelwise._verifying import _prove, _worker
+from kernelwise._verifying import _prove, _verify, _worker
 
 pytestmark = pytest.mark.usefixtures("empty_cache", "few_sizes")
 
@@ -195,3 +195,36 @@ def test_a_layer_of_layers_with_a_kernel_of_others_is_not_said_to_be_right(repos
     assert {check.status for check in checks.checks} == {"skipped"}
     with pytest.raises(kw.PlanError, match="could not be checked"):
         kw.kernelize(model, config)
+
+
+@pytest.mark.parametrize(
+    ("statuses", "each_s", "taken", "done"),
+    [
+        (["passed", "passed"], 0, 2, True),
+        (["passed", "wrong_values", "passed"], 0, 2, True),  # one that failed is enough
+        (["passed", "timed_out", "passed"], 0, 2, True),  # the time of one case was up
+        (["passed", "passed", "passed"], 3, 2, False),  # the time of all is up after the second
+        (["passed", "timed_out"], 5, 1, False),  # it was that of all that was up: nothing is known of this case
+    ],
+)
+def test_checks_are_taken_until_one_is_enough_or_the_time_is_up(statuses, each_s, taken, done, monkeypatch):
+    now, seen = 0.0, []
+    worker = _worker.Worker(Kernel(KernelRef("path", "/somewhere", "Layer")), "cpu")
+    monkeypatch.setattr(_verify.time, "monotonic", lambda: now)
+
+    def running():
+        nonlocal now
+        try:
+            for status in statuses:
+                seen.append(worker.until)
+                now += each_s
+                yield Check("0", ("0",), "", ("inference",), "a case", status)
+        finally:
+            seen.append("closed")
+
+    going = running()
+    checks, was_done = _verify.checks_within(going, worker, 5.0, lambda check: check.failed)
+    assert ([check.status for check in checks], was_done) == (statuses[:taken], done)
+    assert set(seen[:-1]) == {5.0}
+    assert seen[-1] == "closed"
+    assert worker.until is None

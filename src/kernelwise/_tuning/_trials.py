@@ -32,7 +32,7 @@ from kernelwise._verifying import _prove
 from kernelwise._verifying._capture import Group, capture
 from kernelwise._verifying._check import Options
 from kernelwise._verifying._inputs import Sample
-from kernelwise._verifying._verify import check_group
+from kernelwise._verifying._verify import check_group, checks_within
 
 CHECK_S = 120.0
 """How long the checks of one candidate on one kind of layer may take in all."""
@@ -217,28 +217,14 @@ class Trials:
         self, kind: Kind, kernel: Kernel, modes: tuple[str, ...], sample: Sample | None, options: Options
     ) -> _Checked:
         foreign = _prove.needs_proof(kernel.ref)
-        began = time.monotonic()
-        end = began + (CHECK_S if foreign else BUILTIN_CHECK_S)
+        end = time.monotonic() + (CHECK_S if foreign else BUILTIN_CHECK_S)
         worker = self.prover.worker(kernel, kind.layer.device)
-        worker.until = min(end, self.until)
         found = Group(Decision(kind.layer, kind.mode, kernel, "tune"), kind.paths, modes)
-        checks: list[Check] = []
         running = check_group(self.model, found, sample, options, worker)
-        try:
-            for check in running:
-                if check.status == "timed_out" and time.monotonic() >= worker.until:
-                    self._in_time()
-                    return _Checked(tuple(checks), False)
-                checks.append(check)
-                if check.failed:
-                    return _Checked(tuple(checks), True)
-                self._in_time()
-                if time.monotonic() > end:
-                    return _Checked(tuple(checks), False)
-        finally:
-            running.close()
-            worker.until = None
-        return _Checked(tuple(checks), True)
+        checks, done = checks_within(running, worker, min(end, self.until), lambda check: check.failed)
+        if not done:
+            self._in_time()
+        return _Checked(tuple(checks), done)
 
     def _remember(self, kind: Kind, kernel: Kernel, checks: Sequence[Check]) -> None:
         """Let what was shown here count when the kernel is put in: as proof, or against it.

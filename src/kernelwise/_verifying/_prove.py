@@ -33,7 +33,7 @@ from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Recogniti
 from kernelwise._errors import KernelLoadError, PlanError
 from kernelwise._verifying._capture import Group
 from kernelwise._verifying._check import AT_DEFAULTS, Options, own_code
-from kernelwise._verifying._verify import check_group
+from kernelwise._verifying._verify import check_group, checks_within
 from kernelwise._verifying._worker import MEMORY, Worker, WorkerError, WorkerStartError
 from kernelwise._verifying._worker import SECONDS as LIMIT
 
@@ -170,24 +170,10 @@ class Prover:
         paths = tuple(dict.fromkeys(decision.layer.path for decision in decisions))
         found = Group(decisions[0], paths, tuple(dict.fromkeys(decision.mode for decision in decisions)))
         _log.info("checking %s on %s (%s), once on this machine", kernel.ref, layer.path, layer.class_name)
-        checks: list[Check] = []
         end = time.monotonic() + SECONDS
         worker = self.worker(kernel, layer.device)
-        worker.until = end
         running = check_group(model, found, None, Options(), worker)
-        try:
-            for check in running:
-                if check.status == "timed_out" and time.monotonic() >= end:
-                    return checks, False
-                checks.append(check)
-                if check.failed or _left_at_defaults([check]):
-                    return checks, True
-                if time.monotonic() > end:
-                    return checks, False
-        finally:
-            running.close()
-            worker.until = None
-        return checks, True
+        return checks_within(running, worker, end, lambda check: check.failed or bool(_left_at_defaults([check])))
 
 
 def needs_proof(ref: KernelRef) -> bool:

@@ -7,6 +7,7 @@ kernels are checked as a whole.
 from __future__ import annotations
 
 import functools
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
@@ -162,6 +163,27 @@ def check_group(
         yield from _check_whole(found, own, sample, options)
     else:
         yield _not_checked(decision, found.paths, found.modes, _OF_OTHERS)
+
+
+def checks_within(
+    running: Generator[Check, None, None], worker: Worker, end: float, enough: Callable[[Check], bool]
+) -> tuple[list[Check], bool]:
+    """Take checks until one is enough, or until `end` of `time.monotonic`; say whether nothing was left for lack of time."""
+    checks: list[Check] = []
+    worker.until = end
+    try:
+        for check in running:
+            if check.status == "timed_out" and time.monotonic() >= end:
+                return checks, False  # what was over is the time for all
+            checks.append(check)
+            if enough(check):
+                return checks, True
+            if time.monotonic() > end:
+                return checks, False
+    finally:
+        running.close()
+        worker.until = None
+    return checks, True
 
 
 def _not_checked(decision: Decision, paths: tuple[str, ...], modes: tuple[str, ...], why: str) -> Check:
