@@ -24,8 +24,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 import kernelwise as kw
 from kernelwise._verifying import _prove
-from kernelwise._verifying._capture import group
 from kernelwise._verifying._check import Options
+from kernelwise._verifying._groups import group
 from kernelwise._verifying._verify import verify_plan
 
 KERNEL = """

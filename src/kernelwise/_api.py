@@ -22,7 +22,7 @@ from kernelwise._reporting._progress import OnCheck, progress_of
 from kernelwise._reporting._report import Report, make_row
 from kernelwise._tuning._tune import tune as tune
 from kernelwise._verifying import _check, _prove, _verify
-from kernelwise._verifying._capture import group
+from kernelwise._verifying._groups import group
 from kernelwise.sources.registered import is_registered
 
 Model = TypeVar("Model", bound=nn.Module)

@@ -23,8 +23,8 @@ from kernelwise._errors import KernelwiseError
 from kernelwise._models import load_model
 from kernelwise._plan import reasons_against
 from kernelwise._reporting._progress import progress_of
-from kernelwise._verifying._capture import Group, group
 from kernelwise._verifying._check import Options
+from kernelwise._verifying._groups import Group, group
 from kernelwise._verifying._prove import ImportFailedError, Prover, remember
 from kernelwise._verifying._verify import check_group, verify_plan
 

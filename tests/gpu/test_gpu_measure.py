@@ -14,7 +14,8 @@ from kernelwise._evidence import Comparison, Timing
 from kernelwise._measuring._compare import compare
 from kernelwise._measuring._environment import environment
 from kernelwise._measuring._measure import measure_group
-from kernelwise._verifying._capture import capture, group
+from kernelwise._verifying._capture import capture
+from kernelwise._verifying._groups import group
 
 pytestmark = pytest.mark.gpu
 

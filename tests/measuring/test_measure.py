@@ -17,7 +17,8 @@ from kernelwise._evidence import Timing
 from kernelwise._measuring import _compare, _measure
 from kernelwise._measuring._environment import environment
 from kernelwise._measuring._measure import measure_group
-from kernelwise._verifying._capture import Group, capture, group
+from kernelwise._verifying._capture import capture
+from kernelwise._verifying._groups import Group, group
 from kernelwise._verifying._inputs import Sample
 from kernelwise.sources._layer_class import kernel_of
 

@@ -19,8 +19,9 @@ from transformers import LlamaConfig, LlamaForCausalLM
 import kernelwise as kw
 from kernelwise._data import Check, Plan
 from kernelwise._verifying import _cases, _judge, _verify
-from kernelwise._verifying._capture import capture, capture_in_passes, group, group_wholes
+from kernelwise._verifying._capture import capture, capture_in_passes
 from kernelwise._verifying._check import Options, check_kernel, own_code
+from kernelwise._verifying._groups import group, group_wholes
 from kernelwise._verifying._inputs import Sample
 from kernelwise._verifying._verify import check_group
 

@@ -24,9 +24,10 @@ from kernelwise._plan import reasons_against
 from kernelwise._process import settings
 from kernelwise._verifying import _cases
 from kernelwise._verifying._calls import own_call
-from kernelwise._verifying._capture import capture, group
+from kernelwise._verifying._capture import capture
 from kernelwise._verifying._cases import beyond, cases
 from kernelwise._verifying._check import Here, Options, _one_case, check_kernel, own_code
+from kernelwise._verifying._groups import group
 from kernelwise._verifying._inputs import Sample
 from kernelwise._verifying._observe import growth, observe
 from kernelwise._verifying._verify import _made

@@ -25,9 +25,9 @@ from kernelwise._measuring._compare import on_device
 from kernelwise._measuring._environment import environment as environment
 from kernelwise._process import user_random_state
 from kernelwise._verifying._calls import Call, kernel_call, own_call
-from kernelwise._verifying._capture import Group, module_of
 from kernelwise._verifying._check import defaults_of, own_code
 from kernelwise._verifying._copies import bare_copy, clone_with_gaps, copied, memory_of
+from kernelwise._verifying._groups import Group, module_of
 from kernelwise._verifying._inputs import Sample, with_defaults
 from kernelwise.ops import OPERATIONS
 

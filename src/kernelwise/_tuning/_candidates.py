@@ -22,8 +22,8 @@ from kernelwise._data import Decision, Kernel, KernelRef, Layer
 from kernelwise._errors import KernelConfigError, KernelLoadError, Problem
 from kernelwise._mapping import Rule
 from kernelwise._reference import read_metadata, read_reference, show
-from kernelwise._verifying._capture import Group, module_of
 from kernelwise._verifying._check import own_code
+from kernelwise._verifying._groups import Group, module_of
 
 PACKAGES: dict[str, tuple[str, ...]] = {
     "rms_norm": ("package:liger_kernel.transformers.rms_norm:LigerRMSNorm",),

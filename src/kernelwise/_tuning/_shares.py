@@ -16,7 +16,7 @@ from torch import nn
 
 from kernelwise._measuring._workload import Workload
 from kernelwise._tuning._candidates import Kind
-from kernelwise._verifying._capture import module_of
+from kernelwise._verifying._groups import module_of
 
 
 @dataclass(slots=True)

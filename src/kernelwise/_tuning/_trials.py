@@ -29,8 +29,9 @@ from kernelwise._tuning._candidates import Kind
 from kernelwise._tuning._shares import Share
 from kernelwise._units import size
 from kernelwise._verifying import _prove
-from kernelwise._verifying._capture import Group, capture
+from kernelwise._verifying._capture import capture
 from kernelwise._verifying._check import Options
+from kernelwise._verifying._groups import Group
 from kernelwise._verifying._inputs import Sample
 from kernelwise._verifying._verify import check_group, checks_within
 

@@ -11,107 +11,26 @@ always does. One on the meta device runs there, which takes neither memory nor t
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import nn
 from torch.utils._pytree import tree_leaves
 
-from kernelwise._alike import traits_of
 from kernelwise._applying import _apply
-from kernelwise._data import Decision, Kernel, KernelRef, Layer, Plan, Target
-from kernelwise._discover import JOINED
+from kernelwise._data import Kernel, KernelRef, Layer, Plan, Target
 from kernelwise._forwards import globals_called, own_forward
 from kernelwise._process import user_random_state
 from kernelwise._verifying._copies import clone_with_gaps, copied, lead_of, memory_of
+from kernelwise._verifying._groups import Group, holds_others, module_of
 from kernelwise._verifying._inputs import Sample, axes
 
 MEMORY = 256 << 20
 ROWS = 32
 NOT_CALLED = "the model does not call it on these inputs"
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """Decisions that one check can speak for: the first one, with all its paths and modes.
-
-    `inside` are those for the children of a layer of layers that its kernel takes in.
-    """
-
-    decision: Decision
-    paths: tuple[str, ...]
-    modes: tuple[str, ...]
-    inside: tuple[Decision, ...] = ()
-
-
-def group(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
-    """Put together decisions of alike layers that have the same kernel; decisions without a kernel are left out.
-
-    So are layers that hold others: what they are called with (caches, masks) belongs together and cannot be made or cut;
-    and heads with their loss, which are no function that is called.
-    """
-    found: dict[tuple[Any, ...], list[Decision]] = {}
-    shapes: dict[str, tuple[Any, ...]] = {}
-    for decision in plan.decisions:
-        if decision.kernel is not None and not holds_others(decision) and decision.layer.function != JOINED:
-            layer = decision.layer
-            if layer.path not in shapes:
-                shapes[layer.path] = () if layer.function else traits_of(module_of(model, layer), None, {})
-            found.setdefault(
-                (layer.class_name, layer.function, layer.computes(decision.mode), decision.kernel, shapes[layer.path]),
-                [],
-            ).append(decision)
-    return tuple(
-        Group(
-            decisions[0],
-            tuple(dict.fromkeys(decision.layer.path for decision in decisions)),
-            tuple(dict.fromkeys(decision.mode for decision in decisions)),
-        )
-        for decisions in found.values()
-    )
-
-
-def group_wholes(model: nn.Module, plan: Plan) -> tuple[Group, ...]:
-    """Put together builtin decisions for layers that hold others, alike ones with one kernel and the norm that it takes in.
-
-    They can only be checked on what the model gives them.
-    """
-    by_place = {(d.layer.path, d.mode): d for d in plan.decisions if d.layer.function is None}
-    found: dict[tuple[Any, ...], list[Decision]] = {}
-    for decision in plan.decisions:
-        if decision.kernel is not None and holds_others(decision) and decision.kernel.ref.scheme == "builtin":
-            layer, computes = decision.layer, decision.layer.computes(decision.mode)
-            traits = traits_of(module_of(model, layer), None, {})
-            alike = tuple(trait for trait in traits if trait[0] != "layer_idx")  # which only a cache is asked for
-            key = (layer.class_name, computes, decision.kernel, alike)
-            found.setdefault(key, []).append(decision)
-    groups = []
-    for decisions in found.values():
-        first = decisions[0]
-        norms = [f"{first.layer.path}.{b.value}" for role, b in _roles(first) if role.endswith("norm")]
-        inside = tuple(by_place[path, first.mode] for path in norms if (path, first.mode) in by_place)
-        paths, modes = {d.layer.path: None for d in decisions}, {d.mode: None for d in decisions}
-        groups.append(Group(first, tuple(paths), tuple(modes), inside))
-    return tuple(groups)
-
-
-def _roles(decision: Decision) -> Sequence[tuple[str, Any]]:
-    computes = decision.layer.computes(decision.mode)
-    return () if computes is None else [(r, b) for r, b in computes.roles if b.kind == "child"]
-
-
-def holds_others(decision: Decision) -> bool:
-    """Return whether a decision is about a layer whose kernel calls the children of that layer with its own arguments."""
-    found = decision.layer.computes(decision.mode)
-    return found is not None and found.holds_layers
-
-
-def module_of(model: nn.Module, layer: Layer) -> nn.Module:
-    """Return the module that a layer is, or whose forward calls it."""
-    return model.get_submodule(layer.path.rpartition(".")[0] if layer.function is not None else layer.path)
 
 
 @contextmanager
@@ -171,49 +90,10 @@ def _capture(
     model: nn.Module, groups: Sequence[Group], inputs: Any, memory: int, rows: int | None
 ) -> tuple[dict[str, Sample], set[str], dict[str, str]]:
     """Return the samples that fit, the paths of layers for which there was no room left, and why others never fit."""
-    later: set[str] = set()
-    never: dict[str, str] = {}
     wholes = {found.decision.layer.path for found in groups if holds_others(found.decision)}
-    samples: dict[str, Sample] = {}
-    left = memory
-
-    def record(layer: Layer, module: nn.Module | None, own: Callable[..., Any], args: Any, kwargs: Any) -> None:
-        nonlocal left
-        known = samples.get(layer.path)
-        if known is not None and (outputs is None or known.with_grad is not None):
-            return
-        bound = inspect.signature(own).bind(*(args if layer.function or module is None else (module, *args)), **kwargs)
-        bound.apply_defaults()
-        names = {parameter.name for parameter in layer.signature}
-        arguments = {name: value for name, value in bound.arguments.items() if name in names}
-        if known is not None:
-            samples[layer.path] = replace(known, with_grad=tuple(n for n, v in arguments.items() if _needs_grad(v)))
-            return
-        if layer.path in later or layer.path in never:
-            return
-        cut, size = _cut_to(arguments, layer, None if layer.path in wholes else rows, memory)
-        if size > memory:
-            never[layer.path] = f"its inputs take {size} bytes, more than the {memory} that may be kept"
-        elif size > left:
-            later.add(layer.path)
-        else:
-            left -= size
-            samples[layer.path] = Sample({n: _kept(value) for n, value in cut.items()}, module, captured=True)
-
-    outputs: dict[str, list[torch.Tensor]] | None = None  # of the layers that were captured, in the second run
-
-    def watch(layer: Layer, result: Any) -> None:
-        if outputs is not None and layer.path in samples and layer.path not in outputs:
-            outputs[layer.path] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
-
-    def forget() -> None:
-        """Let go of what was seen: the code that is compiled for a function that records is kept, with that function."""
-        nonlocal outputs
-        samples.clear()
-        outputs = None
-
+    recorder = _Recorder(wholes, memory, rows)
     with ExitStack() as stack:
-        stack.callback(forget)
+        stack.callback(recorder.forget)
         stack.enter_context(user_random_state())
         functions = []
         for found in groups:
@@ -222,21 +102,109 @@ def _capture(
                 functions.append(found)
                 continue
             module = module_of(model, layer)
-            hook = _hook(record, layer, own_forward(module))
-            stack.callback(module.register_forward_pre_hook(hook, with_kwargs=True).remove)
-            stack.callback(module.register_forward_hook(_after(watch, layer)).remove)
+            before, after = recorder.hooks(layer, own_forward(module))
+            stack.callback(module.register_forward_pre_hook(before, with_kwargs=True).remove)
+            stack.callback(module.register_forward_hook(after).remove)
         if functions:
-            stack.enter_context(_recording(model, functions, record, watch))
+            stack.enter_context(_recording(model, functions, recorder))
         stack.enter_context(as_they_were(model))
         with torch.no_grad():
             result = _run(model, inputs)
         if _loss_of(result) is not None and any(parameter.requires_grad for parameter in model.parameters()):
             del result
-            outputs = {}
+            recorder.outputs = {}
             with torch.enable_grad():
                 loss = _loss_of(_run(model, inputs))
-            _add_gradients(samples, outputs, loss, rows)
-        return dict(samples), later, never
+            _add_gradients(recorder.samples, recorder.outputs, loss, rows)
+        return dict(recorder.samples), recorder.later, recorder.never
+
+
+class _Recorder:
+    """Keeps what layers are given when the model runs, within a bound; when it runs again with gradients, what they give.
+
+    `wholes` are the layers that are kept uncut, `memory` is the bound in bytes, `rows` as `capture` takes it.
+    """
+
+    def __init__(self, wholes: Set[str], memory: int, rows: int | None) -> None:
+        self.samples: dict[str, Sample] = {}
+        self.later: set[str] = set()  # layers for which there was no room left
+        self.never: dict[str, str] = {}  # layers that alone are too large, and what that means
+        self.outputs: dict[str, list[torch.Tensor]] | None = None  # of the layers that were captured, in the second run
+        self._wholes, self._rows, self._memory, self._left = wholes, rows, memory, memory
+
+    def before(self, layer: Layer, module: nn.Module | None, own: Callable[..., Any], args: Any, kwargs: Any) -> None:
+        """Note what a layer is called with: its arguments, or in the second run which of them carry a gradient."""
+        known = self.samples.get(layer.path)
+        if known is not None and (self.outputs is None or known.with_grad is not None):
+            return
+        bound = inspect.signature(own).bind(*(args if layer.function or module is None else (module, *args)), **kwargs)
+        bound.apply_defaults()
+        names = {parameter.name for parameter in layer.signature}
+        arguments = {name: value for name, value in bound.arguments.items() if name in names}
+        if known is not None:
+            with_grad = tuple(name for name, value in arguments.items() if _needs_grad(value))
+            self.samples[layer.path] = replace(known, with_grad=with_grad)
+            return
+        if layer.path in self.later or layer.path in self.never:
+            return
+        cut, size = _cut_to(arguments, layer, None if layer.path in self._wholes else self._rows, self._memory)
+        if size > self._memory:
+            self.never[layer.path] = f"its inputs take {size} bytes, more than the {self._memory} that may be kept"
+        elif size > self._left:
+            self.later.add(layer.path)
+        else:
+            self._left -= size
+            self.samples[layer.path] = Sample({n: _kept(value) for n, value in cut.items()}, module, captured=True)
+
+    def after(self, layer: Layer, result: Any) -> None:
+        """Note what a layer gives, in the second run."""
+        if self.outputs is not None and layer.path in self.samples and layer.path not in self.outputs:
+            self.outputs[layer.path] = [leaf for leaf in tree_leaves(result) if isinstance(leaf, torch.Tensor)]
+
+    def hooks(self, layer: Layer, own: Callable[..., Any]) -> tuple[Callable[..., None], Callable[..., None]]:
+        """Return the hooks of a module that is this layer, with the forward `own`."""
+
+        def before(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.before(layer, module, own, args, kwargs)
+
+        def after(module: nn.Module, args: Any, result: Any) -> None:
+            self.after(layer, result)
+
+        return before, after
+
+    def forget(self) -> None:
+        """Let go of what was seen: the code that is compiled for a function that records is kept, with that function."""
+        self.samples.clear()
+        self.outputs = None
+
+
+@contextmanager
+def _recording(model: nn.Module, groups: Sequence[Group], recorder: _Recorder) -> Iterator[None]:
+    """Put functions that record and then call the layer's own into the forwards that call them, as kernels are put in."""
+    decisions = []
+    for found in groups:
+        layer = found.decision.layer
+        original = globals_called(own_forward(module_of(model, layer)))[layer.function or ""]
+        plain = type(original).forward.__get__(original) if isinstance(original, nn.Module) else original
+
+        def recorded(
+            self: Any, *args: Any, _layer: Layer = layer, _own: Any = plain, _original: Any = original, **kwargs: Any
+        ) -> Any:
+            recorder.before(_layer, None, _own, args, kwargs)
+            result = _original(*args, **kwargs)
+            recorder.after(_layer, result)
+            return result
+
+        kernel = Kernel(
+            KernelRef("builtin", "", "recorder"), signature=layer.signature, can_torch_compile=True, function=recorded
+        )
+        mode = "training" if model.training else "inference"
+        decisions.append(replace(found.decision, kernel=kernel, mode=mode, asked_by="capture", rejected=()))
+    token = _apply.apply(model, Plan(Target(groups[0].decision.layer.device), tuple(decisions)))
+    try:
+        yield
+    finally:
+        _apply.remove(model, token=token)
 
 
 @contextmanager
@@ -320,51 +288,6 @@ def _cut_like(sample: Sample, gradient: torch.Tensor) -> torch.Tensor:
 
 def _needs_grad(value: Any) -> bool:
     return any(isinstance(leaf, torch.Tensor) and leaf.requires_grad for leaf in tree_leaves(value))
-
-
-def _hook(record: Callable[..., None], layer: Layer, own: Callable[..., Any]) -> Callable[..., None]:
-    def before(module: nn.Module, args: Any, kwargs: Any) -> None:
-        record(layer, module, own, args, kwargs)
-
-    return before
-
-
-def _after(watch: Callable[[Layer, Any], None], layer: Layer) -> Callable[..., None]:
-    def after(module: nn.Module, args: Any, result: Any) -> None:
-        watch(layer, result)
-
-    return after
-
-
-@contextmanager
-def _recording(
-    model: nn.Module, groups: Sequence[Group], record: Callable[..., None], watch: Callable[[Layer, Any], None]
-) -> Iterator[None]:
-    """Put functions that record and then call the layer's own into the forwards that call them, as kernels are put in."""
-    decisions = []
-    for found in groups:
-        layer = found.decision.layer
-        original = globals_called(own_forward(module_of(model, layer)))[layer.function or ""]
-        plain = type(original).forward.__get__(original) if isinstance(original, nn.Module) else original
-
-        def recorder(
-            self: Any, *args: Any, _layer: Layer = layer, _own: Any = plain, _original: Any = original, **kwargs: Any
-        ) -> Any:
-            record(_layer, None, _own, args, kwargs)
-            result = _original(*args, **kwargs)
-            watch(_layer, result)
-            return result
-
-        kernel = Kernel(
-            KernelRef("builtin", "", "recorder"), signature=layer.signature, can_torch_compile=True, function=recorder
-        )
-        mode = "training" if model.training else "inference"
-        decisions.append(replace(found.decision, kernel=kernel, mode=mode, asked_by="capture", rejected=()))
-    token = _apply.apply(model, Plan(Target(groups[0].decision.layer.device), tuple(decisions)))
-    try:
-        yield
-    finally:
-        _apply.remove(model, token=token)
 
 
 def _cut_rows(arguments: dict[str, Any], layer: Layer, rows: int) -> dict[str, Any]:

@@ -20,9 +20,9 @@ from kernelwise._errors import said
 from kernelwise._forwards import globals_called, own_forward
 from kernelwise._verifying._calls import Call, kernel_call, own_call
 from kernelwise._verifying._capture import MEMORY as CAPTURED
-from kernelwise._verifying._capture import holds_others
 from kernelwise._verifying._cases import batch_slice, beyond, cases
 from kernelwise._verifying._copies import bare_copy
+from kernelwise._verifying._groups import holds_others
 from kernelwise._verifying._inputs import Sample, with_defaults
 from kernelwise._verifying._judge import compare_calls, judge
 from kernelwise._verifying._observe import Case, Observed, growth, observe

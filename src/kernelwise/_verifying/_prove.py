@@ -31,8 +31,8 @@ from kernelwise._alike import function_code, traits_of
 from kernelwise._cache import cache_directory
 from kernelwise._data import Check, Decision, Kernel, KernelRef, Plan, Recognition, from_json, to_json
 from kernelwise._errors import KernelLoadError, PlanError
-from kernelwise._verifying._capture import Group
 from kernelwise._verifying._check import AT_DEFAULTS, Options, own_code
+from kernelwise._verifying._groups import Group
 from kernelwise._verifying._verify import check_group, checks_within
 from kernelwise._verifying._worker import MEMORY, Worker, WorkerError, WorkerStartError
 from kernelwise._verifying._worker import SECONDS as LIMIT

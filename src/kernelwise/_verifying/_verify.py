@@ -23,19 +23,10 @@ from kernelwise._data import Check, Checks, Decision, Kernel, Layer, Plan, Targe
 from kernelwise._discover import JOINED
 from kernelwise._errors import PlanError, said
 from kernelwise._verifying._calls import own_call
-from kernelwise._verifying._capture import (
-    NOT_CALLED,
-    Group,
-    capture,
-    capture_in_passes,
-    group,
-    group_wholes,
-    holds_others,
-    module_of,
-    with_weights,
-)
+from kernelwise._verifying._capture import NOT_CALLED, capture, capture_in_passes, with_weights
 from kernelwise._verifying._check import USUAL, Here, Options, all_cases, check_kernel, defaults_of, own_code
 from kernelwise._verifying._copies import CannotTryError, bare_copy
+from kernelwise._verifying._groups import Group, group, group_wholes, holds_others, module_of
 from kernelwise._verifying._inputs import Sample, made_real, make_sample, random_weight, with_defaults
 from kernelwise._verifying._worker import Worker
 
