@@ -13,8 +13,8 @@ import torch
 
 from kernelwise._data import Layer, Recognition
 from kernelwise._verifying._copies import bare_copy
+from kernelwise._verifying._given import Case
 from kernelwise._verifying._inputs import Sample, argument_roles, axes, random_weight, resize
-from kernelwise._verifying._observe import Case
 
 NAN = float("nan")
 SCALES = (1e-3, 1e-2, 1e2)

@@ -22,10 +22,11 @@ from kernelwise._verifying._calls import Call, kernel_call, own_call
 from kernelwise._verifying._capture import MEMORY as CAPTURED
 from kernelwise._verifying._cases import batch_slice, beyond, cases
 from kernelwise._verifying._copies import bare_copy
+from kernelwise._verifying._given import Case
 from kernelwise._verifying._groups import holds_others
 from kernelwise._verifying._inputs import Sample, with_defaults
 from kernelwise._verifying._judge import compare_calls, judge
-from kernelwise._verifying._observe import Case, Observed, growth, observe
+from kernelwise._verifying._observe import Observed, growth, observe
 from kernelwise._verifying._worker import MEMORY, SECONDS, Worker, WorkerError, failure_of
 
 _FREE_TO_REFUSE = ("inputs with gaps", "transposed inputs", "inputs of ", "rows 2^31", "width ")

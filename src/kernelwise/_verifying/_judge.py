@@ -11,7 +11,8 @@ import torch
 
 from kernelwise._data import Check, Status
 from kernelwise._verifying._exact import Deviation, deviation
-from kernelwise._verifying._observe import Case, Observed
+from kernelwise._verifying._given import Case
+from kernelwise._verifying._observe import Observed
 
 _OTHER_STRIDES = ("contiguous inputs", "inputs with gaps", "transposed inputs", "rows 2^31 elements apart")
 """Cases in which an output may be strided where the layer's own is contiguous: no user of it counts on that."""

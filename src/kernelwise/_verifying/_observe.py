@@ -1,7 +1,7 @@
 """Observe: run a layer's own code or a kernel once on a case and note everything that can be seen from outside.
 
 The same function observes the layer's own code, that code in float64, and the kernel, here or in the worker. It judges
-nothing; `_verify` compares what was noted.
+nothing; `_judge` compares what was noted.
 """
 
 from __future__ import annotations
@@ -9,56 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any
 
 import torch
-from torch import nn
-from torch.utils._pytree import tree_flatten, tree_leaves, tree_map
+from torch.utils._pytree import tree_flatten, tree_leaves
 
 from kernelwise._process import draw_from, drew_since, put_back, random_states, settings, user_random_state
 from kernelwise._verifying._calls import Call
 from kernelwise._verifying._circumstances import bytes_in_use, filled_memory, in_cuda_graph, in_inference_mode
-from kernelwise._verifying._copies import (
-    CannotTryError,
-    bare_copy,
-    laid_out,
-    lead_of,
-    memory_of,
-    other_values_of,
-    with_tensors_of,
-)
-from kernelwise._verifying._exact import NARROW_DTYPES, float64_mode
-
-
-@dataclass(frozen=True, slots=True, eq=False)
-class Case:
-    """What a kernel is tried on: the arguments of the forward by name, and the module whose weights it reads.
-
-    `grad` says which leaves need a gradient. `repeat` runs forward and backward once more without clearing the gradients,
-    `retain` runs backward twice over one graph, `second` takes second gradients, `fill` is what new memory holds (NaN or 0;
-    None: whatever it held), `how` wraps the call. `upstream` are gradients of the outputs, for those whose shape fits;
-    `strides` are those that an argument gets in place of its own. `tiled` names arguments that are repeated, and along which
-    dimension; `copies` is how often. `reused` lets a call on other values in the same memory come first, as the next batch
-    finds memory that the last one has left. `between` lets another call come between a call and its backward, as the next
-    layer's does. `handed` says how the gradients of the outputs lie in memory.
-    """
-
-    name: str
-    arguments: dict[str, Any]
-    module: nn.Module | None
-    grad: Literal["all", "inputs", "weights", "none"] = "all"
-    repeat: bool = False
-    retain: bool = False
-    second: bool = False
-    fill: float | None = None
-    how: Literal["eager", "compile", "cuda graph", "inference mode"] = "eager"
-    tiled: dict[str, int] = field(default_factory=dict)
-    copies: int = 1
-    upstream: tuple[torch.Tensor | None, ...] = ()
-    strides: dict[str, tuple[int, ...]] = field(default_factory=dict)
-    reused: bool = False
-    between: bool = False
-    handed: Literal["contiguous", "transposed", "expanded"] = "contiguous"
+from kernelwise._verifying._copies import CannotTryError
+from kernelwise._verifying._exact import float64_mode
+from kernelwise._verifying._given import Case, Given, same_bits
 
 
 @dataclass(slots=True)
@@ -84,111 +45,6 @@ class Observed:
         """The bytes of all tensors."""
         found = [*self.outputs, *self.gradients.values(), *self.second.values()]
         return sum(tensor.nbytes for tensor in found if tensor is not None)
-
-
-class _Given:
-    """The tensors of a case, copied with their strides and the memory between their elements; sees writes to either."""
-
-    def __init__(self, case: Case, *, wide: bool) -> None:
-        self.memories: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
-        self.leaves: dict[str, torch.Tensor] = {}
-        self.arguments = {name: self._value(name, value, case, wide) for name, value in case.arguments.items()}
-        self.inputs = [now for now, _ in self.memories.values()]  # without weights: those do tell
-        self.module: nn.Module | None = None
-        self.held: dict[str, Any] = {}
-        if case.module is not None:
-            self.module = bare_copy(case.module, lambda tensor: _wide(tensor) if wide else tensor.clone())
-            originals = dict(case.module.named_parameters()) | dict(case.module.named_buffers())
-            for name, parameter in self.module.named_parameters():
-                floating = parameter.is_floating_point()
-                parameter.requires_grad_(floating and case.grad in ("all", "weights"))
-                if parameter.requires_grad:
-                    self.leaves[name] = parameter
-                self.memories[name] = (parameter.detach(), originals[name].detach())
-            self.memories |= {n: (b, originals[n]) for n, b in self.module.named_buffers()}
-            self.held = _held(self.module)
-
-    def _value(self, name: str, value: Any, case: Case, wide: bool) -> Any:
-        if isinstance(value, (tuple, list)):
-            return type(value)(self._value(f"{name}.{index}", item, case, wide) for index, item in enumerate(value))
-        if isinstance(value, dict):
-            return {key: self._value(f"{name}.{key}", item, case, wide) for key, item in value.items()}
-        if not isinstance(value, torch.Tensor):
-            return value
-        if name in case.strides and not wide:
-            tensor = laid_out(value, case.strides[name])
-            if case.grad in ("all", "inputs"):
-                self.leaves[name] = tensor.requires_grad_()
-            self.memories[name] = (tensor, value)
-            return tensor
-        before = memory_of(value)
-        memory = _wide(before) if wide else before.clone()
-        tensor = memory.as_strided(value.shape, value.stride(), lead_of(value))
-        if case.grad in ("all", "inputs") and (tensor.is_floating_point() or tensor.is_complex()):
-            self.leaves[name] = tensor.requires_grad_()
-        self.memories[name] = (memory, before)
-        return tensor
-
-    def for_call(self) -> dict[str, Any]:
-        """The arguments for one call: the same tensors, and copies of all else."""
-        return {name: with_tensors_of(value) for name, value in self.arguments.items()}
-
-    def elsewhere(self) -> dict[str, Any]:
-        """The arguments for another call: tensors with other values and memory of their own."""
-        return {
-            name: tree_map(lambda v: other_values_of(v) if isinstance(v, torch.Tensor) else v, with_tensors_of(value))
-            for name, value in self.arguments.items()
-        }
-
-    @contextmanager
-    def other_values(self) -> Iterator[None]:
-        """Let the arguments hold other values, which their version counters do not tell: new tensors have none to tell."""
-        memories = [memory for memory in self.inputs if memory.is_floating_point()]
-        kept = [memory.detach().clone() for memory in memories]
-        try:
-            for memory in memories:
-                memory.data.mul_(-0.5)
-            yield
-        finally:
-            for memory, values in zip(memories, kept, strict=True):
-                memory.data.copy_(values)
-
-    def overwritten(self) -> list[str]:
-        found = [name for name, (now, before) in self.memories.items() if not _same_bits(now.detach(), before)]
-        now = {} if self.module is None else _held(self.module)
-        return found + [f"self.{name}" for name, value in self.held.items() if now.get(name, self) != value]
-
-    def aliased(self, output: torch.Tensor) -> str | None:
-        if output.numel() == 0:
-            return None
-        where = output.untyped_storage().data_ptr()
-        return next((n for n, (m, _) in self.memories.items() if m.untyped_storage().data_ptr() == where), None)
-
-
-def _held(module: nn.Module) -> dict[str, Any]:
-    """What a module and its children hold besides the values of tensors: numbers, names, and which parameters they have."""
-    found: dict[str, Any] = {}
-    for path, part in module.named_modules():
-        above = f"{path}." if path else ""
-        plain = (bool, int, float, str, type(None))
-        found |= {above + name: repr(value) for name, value in part.__dict__.items() if type(value) in plain}
-        found |= {above + n: (id(p), p is not None and p.requires_grad) for n, p in part._parameters.items()}
-    return found
-
-
-def _wide(tensor: torch.Tensor) -> torch.Tensor:
-    if tensor.is_complex():
-        return tensor.to(torch.complex128)
-    return tensor.to(torch.float64) if tensor.dtype in NARROW_DTYPES else tensor.clone()
-
-
-_BITS = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def _same_bits(one: torch.Tensor, other: torch.Tensor) -> bool:
-    one, other = one.contiguous().reshape(-1), other.contiguous().reshape(-1)
-    bits = _BITS.get(one.element_size(), torch.uint8)
-    return torch.equal(one.view(bits), other.view(bits))
 
 
 def observe(call: Call, case: Case, *, wide: bool = False, natively: bool = False) -> Observed:
@@ -258,7 +114,7 @@ def _surroundings(case: Case) -> Iterator[None]:
 
 
 def _observe(call: Call, case: Case, wide: bool, natively: bool) -> Observed:
-    given = _Given(case, wide=wide)
+    given = Given(case, wide=wide)
     if case.how == "compile":
         call = torch.compile(call, fullgraph=True)
     elif case.how == "cuda graph":
@@ -283,7 +139,7 @@ def _dtype_of(case: Case) -> torch.dtype:
     return tensors[0].dtype if tensors else torch.float32
 
 
-def _run(call: Call, case: Case, given: _Given) -> Observed:
+def _run(call: Call, case: Case, given: Given) -> Observed:
     grad = case.grad != "none"
     if case.reused:
         states = random_states()  # what the first call draws, the second is to draw again
@@ -319,7 +175,7 @@ def _run(call: Call, case: Case, given: _Given) -> Observed:
         seen.overwritten = [
             f"the gradient of output {index}"
             for index, (output, handed) in enumerate(zip(roots, upstream, strict=True))
-            if not _same_bits(handed, _upstream(output, index, case))
+            if not same_bits(handed, _upstream(output, index, case))
         ]
         if case.retain:
             torch.autograd.backward(roots, [_upstream(output, index, case) for index, output in enumerate(roots)])
@@ -346,7 +202,7 @@ def _observe_tiled(call: Call, case: Case) -> Observed:
     free = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else needed
     if needed > free:
         raise CannotTryError(f"it needs {needed / 1e9:.0f} GB of the GPU's memory")
-    given = _Given(_plain(case), wide=False)
+    given = Given(_plain(case), wide=False)
     arguments = given.for_call()
     for name, at in case.tiled.items():
         times = [1] * arguments[name].dim()
@@ -419,7 +275,7 @@ def _upstream(output: torch.Tensor, seed: int, case: Case | None = None) -> torc
     return gradient.mT.contiguous().mT if handed == "transposed" else gradient
 
 
-def _layout(output: torch.Tensor, given: _Given) -> str:
+def _layout(output: torch.Tensor, given: Given) -> str:
     """Name what users of an output may rely on: contiguous, no two elements in one place, memory of its own."""
     alias = given.aliased(output)
     if alias is not None:
@@ -436,7 +292,7 @@ def growth(call: Call, case: Case) -> tuple[int, int]:
     grows once is a cache, what grows every time is a leak.
     """
     with _device_of(case), user_random_state(), _surroundings(case):
-        given = _Given(case, wide=False)
+        given = Given(case, wide=False)
 
         def once() -> list[torch.Tensor]:
             outputs = [v for v in tree_leaves(call(given.module, **given.for_call())) if isinstance(v, torch.Tensor)]

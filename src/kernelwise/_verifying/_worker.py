@@ -31,7 +31,8 @@ from kernelwise._process import changed_by_imports
 from kernelwise._verifying._calls import kernel_call
 from kernelwise._verifying._copies import CannotTryError
 from kernelwise._verifying._description import describe, rebuild
-from kernelwise._verifying._observe import Case, Observed, growth, observe
+from kernelwise._verifying._given import Case
+from kernelwise._verifying._observe import Observed, growth, observe
 
 SECONDS = 60.0
 MEMORY = 8 << 30
