@@ -9,6 +9,7 @@ import os
 import subprocess
 import sys
 import weakref
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -349,6 +350,21 @@ def _activation() -> None:
             assert_as_exact(ACTIVATIONS[name][0], kernel, (x,), scales=(1e-2, 1.0, 10.0))
 
 
+def _defaults_of_heads() -> None:
+    """Of heads of any number: what a thread of the backward pass holds fits its registers, and all programs the processor."""
+    from kernelwise.kernels.triton import _head_configs as heads
+    from kernelwise.kernels.triton._launch import power_of_2
+
+    for q_heads, k_heads, width in product((1, 4, 5, 16, 32, 64, 128), (1, 4, 8, 16, 128), (2, 64, 80, 128, 256, 1024)):
+        config = heads.qk_norm_rotary_backward_config(0, q_heads, k_heads, width, 1024)
+        assert config.warps in (1, 2, 4, 8, 16)
+        assert 1 <= config.programs * config.warps <= 16
+        elements = (power_of_2(q_heads) + power_of_2(k_heads)) * power_of_2(width // 2)
+        assert config.warps == 16 or elements <= 24 * 32 * config.warps
+        turned = heads.rotary_config(0, q_heads, k_heads, width, 1024, True, False)
+        assert turned.warps in (1, 2, 4, 8, 16)
+
+
 def _configurations() -> None:
     """What the tables may say changes no result: forms that no default has."""
     from exact import assert_as_exact
@@ -360,6 +376,7 @@ def _configurations() -> None:
     from kernelwise.kernels.triton.qk_norm_rotary import qk_norm_rotary
     from kernelwise.kernels.triton.rotary import _plain, rotary
 
+    _defaults_of_heads()
     layer._FEW_ROWS = 0
     any_number = 1 << 62
     here = ""  # the architecture of the interpreter

@@ -32,6 +32,7 @@ _WARPS = 8  # of the backward pass with norms, on each multiprocessor
 
 ROTARY: Table = {
     "sm_90": [
+        (1024, 16, HeadConfig(8, 1)),
         (1024, 128, HeadConfig(2, 4)),
         (1024, _ANY, HeadConfig(2, 1)),
         (4096, 16, HeadConfig(8, 4)),
@@ -78,7 +79,7 @@ def rotary_config(
         return found
     shares = 1 if many else min(_SHARES_FEW, power_of_2(max(q_heads, k_heads)))
     elements = power_of_2(-(-q_heads // shares)) * power_of_2(width // 2)  # of each half of the queries
-    return HeadConfig(shares, max(1, min(4, elements // 256), min(32, elements // 1024)))
+    return HeadConfig(shares, max(1, min(4, elements // 256), min(16, elements // 1024)))
 
 
 @functools.cache
@@ -87,5 +88,8 @@ def qk_norm_rotary_backward_config(device: int, q_heads: int, k_heads: int, widt
     found = _find(QK_NORM_ROTARY_BACKWARD, device_name(device), width, size)
     if found is not None:
         return found
-    warps = max(1, min(16, power_of_2(max(q_heads, k_heads)) * power_of_2(width // 2) // 512))
+    elements = (power_of_2(q_heads) + power_of_2(k_heads)) * power_of_2(
+        width // 2
+    )  # of one half, and so of each gradient
+    warps = min(16, power_of_2(max(1, elements // 512) + 1) // 2)  # rounded down
     return HeadConfig(1, warps, programs=max(1, _WARPS // warps), stages=3)

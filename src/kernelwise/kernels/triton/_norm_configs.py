@@ -34,7 +34,7 @@ _ANY = 1 << 62
 _SIZES = (1024, 8192, _ANY)  # configurations of the backward pass change at these numbers of rows
 
 FORWARD: dict[str, Table] = {
-    "rms_norm": {"sm_90": [(2880, _ANY, NormConfig(2, 4))]},
+    "rms_norm": {},
     "add_rms_norm": {},
     "layer_norm": {"sm_90": [(1024, _ANY, NormConfig(4, 4)), (8192, _ANY, NormConfig(1, 8))]},
     "add_layer_norm": {},
@@ -66,9 +66,7 @@ BACKWARD: dict[str, Table] = {
     "layer_norm": {  # what is not found here is looked up for RMS norm
         "sm_90": [
             (768, 8192, NormConfig(2, 4, 2, 4, columns=16)),
-            (768, _ANY, NormConfig(2, 4, 3, 3, columns=16)),
             (1024, _ANY, NormConfig(2, 4, 2, 4, columns=16)),
-            (4096, 8192, NormConfig(1, 8, 1, 4)),
         ]
     },
 }

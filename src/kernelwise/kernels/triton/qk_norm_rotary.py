@@ -438,6 +438,7 @@ def _backward(
     if launcher is None:
         block = power_of_2(width // 2)
         q_all, k_all = power_of_2(q_heads), power_of_2(k_heads)
+        stage_bytes = (q_all + k_all) * 2 * block * (dq.element_size() + q.element_size())
         launcher = _backward_launchers[key] = Launcher(
             _backward_kernel,
             1,
@@ -450,7 +451,7 @@ def _backward(
             BLOCK=block,
             HALF=width // 2,
             UNIT=unit,
-            STAGES=stages(config.stages, device, (q_all + k_all) * 2 * block * (dq.element_size() + q.element_size())),
+            STAGES=stages(config.stages, device, config.programs * stage_bytes),
             num_warps=config.warps,
         )
     grid = min(config.programs * num_processors(device), total)
