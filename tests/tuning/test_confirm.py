@@ -166,18 +166,26 @@ def test_under_compile_what_nobody_could_see_is_not_raced(compiled_course):
     assert tuned_and_compiled(found) == {"prefill": 1.5, "training": 1.2}
 
 
-def test_under_compile_what_there_is_no_time_to_compile_is_left_to_the_compiler(compiled_course, monkeypatch):
-    """Compiling with the choices takes as long as it took without them: 20 s in inference, nothing that counts in training."""
-    course, kinds, found, raced = compiled_course
-    planted = _confirm.race_all
+@pytest.fixture
+def first_calls(compiled_course, monkeypatch):
+    """The first call of the compiled model takes 20 s in prefill and half a second in training; later it is compiled."""
+    planted, estimates = _confirm.race_all, {"prefill": 8.0, "training": 3.0}
 
     def race_all(course, contenders, least_s):
+        took = {"prefill": 20.0, "training": 0.5}
+        again = "tuned+compile" in contenders
         return [
-            replace(run, comparison=replace(run.comparison, first_s=20.0 if run.workload == "prefill" else 0.5))
+            replace(run, comparison=replace(run.comparison, first_s=0.1 if again else took[run.workload]))
             for run in planted(course, contenders, least_s)
         ]
 
     monkeypatch.setattr(_confirm, "race_all", race_all)
+    monkeypatch.setattr(_confirm, "compile_seconds", lambda model, workload: estimates[workload.name])
+
+
+@pytest.mark.usefixtures("first_calls")
+def test_under_compile_what_there_is_no_time_to_compile_is_left_to_the_compiler(compiled_course):
+    course, kinds, found, raced = compiled_course
     course = replace(course, until=time.monotonic() + 15, seconds={"prefill": 0.01, "training": 0.02})
     _confirm.confirm_compiled(course, found, {})
     assert raced == [
@@ -186,35 +194,50 @@ def test_under_compile_what_there_is_no_time_to_compile_is_left_to_the_compiler(
         ("training", EAGER, COMPILED, "tuned+compile"),
     ]
     assert "no time was left" in found.taken_back[kinds["inference+compile"]]
-    assert "takes about 20" in found.taken_back[kinds["inference+compile"]]
     assert found.chosen[kinds["inference+compile"]] is None
     assert found.chosen[kinds["training+compile"]] is not None
     assert tuned_and_compiled(found) == {"prefill": 1.5, "training": 1.4}
+    first = {run.workload: run.comparison.first_s for run in found.runs if run.contender == COMPILED}
+    assert first == {"prefill": 20.0, "training": 0.5}, "of the race in which it was compiled"
 
 
-def test_races_with_rivals_keep_their_time(course_and_choices):
-    """Two contenders take 9 x 2 x 0.4 s of 10, three do not fit."""
-    course = replace(course_and_choices[0], workloads=[], until=time.monotonic() + 10, seconds={"forward": 0.4})
-    assert _confirm._too_late(course, []) is None
-    assert _confirm._too_late(replace(course, others=(COMPILED,)), []) is None, "that was raced already"
-    assert _confirm._too_late(replace(course, others=(LIGER,)), []) is not None
+def test_the_time_that_compiling_with_choices_takes(compiled_course, monkeypatch):
+    """Prefill takes 8 s by the estimate, training 3; both of a race are compiled where the first was recalled."""
+    course, _, _, _ = compiled_course
+    prefill, training = (replace(course, workloads=[one], seconds={"prefill": 0.4}) for one in course.workloads)
+    nothing = replace(course, workloads=[])
+    estimates = {"prefill": 8.0, "training": 3.0}
+    monkeypatch.setattr(_confirm, "compile_seconds", lambda model, workload: estimates[workload.name])
+    alone = [Run(COMPILED, "prefill", replace(ratio(1.5), first_s=6.0))]
+
+    def late(seconds, alone, course=prefill, later=nothing, *, recalled=False):
+        course = replace(course, until=time.monotonic() + seconds)
+        return _confirm._too_late(course, alone, later, recalled=recalled) is not None
+
+    assert late(9.9, alone)  # 6 s and a race of 4
+    assert not late(10.5, alone)
+    assert late(15.9, alone, recalled=True)
+    assert not late(16.5, alone, recalled=True)
+    warm = [replace(alone[0], comparison=replace(alone[0].comparison, first_s=0.1))]
+    assert late(7.9, warm), "half of the estimate, as the choices may not be warm"
+    assert not late(8.5, warm)
+    assert late(12.9, alone, later=training), "training is compiled alone, whatever is chosen for inference"
+    assert not late(13.5, alone, later=training)
+    compiled = replace(prefill, others=(COMPILED,))
+    assert not late(10.5, alone, compiled), "that was raced already"
+    with_liger = replace(prefill, others=(COMPILED, LIGER))
+    assert late(10.5 + 9 * 3 * 0.4 - 1, alone, with_liger)
+    assert not late(10.5 + 9 * 3 * 0.4, alone, with_liger)
 
 
-def test_what_was_compiled_for_one_race_is_in_the_next(course_and_choices, monkeypatch):
-    course, chosen = course_and_choices
+def test_what_was_recalled_is_compiled_again(compiled_course, monkeypatch):
+    """A race that took less than its first call had said: both are compiled in the next one."""
+    course, _, found, _ = compiled_course
     seen = []
-
-    def race(contenders, workload, **options):
-        seen.append(dict(contenders))
-        return tuple(Run(name, workload.name, ratio(1.2)) for name in contenders)
-
-    monkeypatch.setattr(_races, "race", race)
-    _races.race_all(course, {EAGER: None, COMPILED: None})
-    _races.race_all(course, {EAGER: None, COMPILED: None, "tuned+compile": course.config(chosen)})
-    first, second = seen
-    assert second[COMPILED] is first[COMPILED]
-    assert second[EAGER] is not first[EAGER]
-    assert second["tuned+compile"].call is not first[COMPILED].call
+    monkeypatch.setattr(_confirm, "_first_s", lambda runs: 1e-9 if runs[0].workload == "training" else 5.0)
+    monkeypatch.setattr(_confirm, "_too_late", lambda course, alone, later, *, recalled: seen.append(recalled))
+    _confirm.confirm_compiled(course, found, {})
+    assert seen == [True, False]
 
 
 def test_under_compile_what_the_user_asks_for_stays_and_is_raced(compiled_course):

@@ -28,7 +28,7 @@ class _Slow(nn.Module):
         return self.norm(self.norm(x))
 
 
-@pytest.mark.parametrize("long_s", [10.0, 0.1])
+@pytest.mark.parametrize("long_s", [2.0, 0.1])
 def test_what_is_set_up_in_the_first_run_is_no_part_of_the_time(monkeypatch: pytest.MonkeyPatch, long_s: float) -> None:
     """Also where that alone takes so long that the first run passes for a usual one."""
     monkeypatch.setattr(_shares, "LONG_S", long_s)
@@ -41,3 +41,18 @@ def test_what_is_set_up_in_the_first_run_is_no_part_of_the_time(monkeypatch: pyt
     assert share.calls == 2
     assert share.part is not None
     assert 0 < share.part < 0.9
+
+
+@pytest.mark.parametrize("long_s", [2.0, 0.1])
+def test_what_a_run_waits_for_is_seen_in_one_that_sets_nothing_up(
+    monkeypatch: pytest.MonkeyPatch, long_s: float
+) -> None:
+    """A device that works for 20 ms after all was given to it, whose first run takes 300 ms to be given."""
+    monkeypatch.setattr(_shares, "LONG_S", long_s)
+    monkeypatch.setattr(torch.accelerator, "synchronize", lambda: time.sleep(0.02))
+    first = [0.3]
+    look = _shares.shares_of(
+        nn.Identity(), [], Workload("prefill", {}, 2), lambda: time.sleep(first.pop() if first else 0.001), "cuda"
+    )
+    assert look.device_bound
+    assert 0.02 <= look.seconds < 0.2

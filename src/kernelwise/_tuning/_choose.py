@@ -53,7 +53,7 @@ def saved_under_compile(
     for mode in dict.fromkeys(kind.mode for kind in tried if kind.mode.endswith(AND_COMPILED)):
         mine = {kind: candidates for kind, candidates in tried.items() if kind.mode == mode}
         untried = [kind for kind, candidates in mine.items() if not any(c.timings or c.out for c in candidates)]
-        if any((kind.layer.path, kind.layer.function, mode) in with_kernel for kind in untried):
+        if any((path, kind.layer.function, mode) in with_kernel for kind in untried for path in kind.paths):
             continue
         saved = found.setdefault(mode, {})
         for kind, candidates in mine.items():

@@ -19,6 +19,7 @@ from kernelwise._decide import decide
 from kernelwise._errors import KernelwiseError
 from kernelwise._evidence import AND_COMPILED, BUILTIN, COMPILED, EAGER, TUNED, Run
 from kernelwise._measuring._contenders import is_compiled
+from kernelwise._measuring._workload import Workload
 from kernelwise._tuning._candidates import Kind
 from kernelwise._tuning._races import (
     TURNS,
@@ -26,6 +27,7 @@ from kernelwise._tuning._races import (
     Chosen,
     Course,
     clear_lead,
+    compile_seconds,
     failed,
     figures,
     race_all,
@@ -188,23 +190,48 @@ def confirm_compiled(course: Course, found: Confirmation, saved: Mapping[str, Ma
         saved: how many seconds of each workload the choices for a mode save together, where that is known. What is too little
             of a compiled run is not raced.
     """
-    for mode in (mode for mode in course.modes if mode.endswith(AND_COMPILED)):
-        here = replace(course, workloads=[w for w in course.workloads if w.training == mode.startswith("training")])
+    modes = [mode for mode in course.modes if mode.endswith(AND_COMPILED)]
+    for index, mode in enumerate(modes):
+        here, later = (
+            replace(course, workloads=_of(course, some)) for some in (modes[index : index + 1], modes[index + 1 :])
+        )
+        began = time.monotonic()
         runs = alone = _race_compiled(here, None)
         if _goes_in(course, found, mode):
-            why = _invisible(alone, saved.get(mode)) or _too_late(here, alone)
+            recalled = time.monotonic() - began < _first_s(alone)  # so nothing of it is compiled in this process
+            why = _invisible(alone, saved.get(mode)) or _too_late(here, alone, later, recalled=recalled)
             if why is None:
-                runs = _race_compiled(here, course.config(found.chosen))
+                runs = _with_first_calls(_race_compiled(here, course.config(found.chosen)), alone)
                 why = _why_not_compiled(course, runs)
             if why is not None:
                 _take_back(found, [kind for kind in found.chosen if kind.mode == mode], f"taken back: {why}")
                 _turn_off(course, found, (mode,), why)
                 # What the user asks for stays, and is what has to be raced.
                 rest = _goes_in(course, found, mode)
-                runs = _race_compiled(here, course.config(found.chosen)) if rest else alone
+                runs = _with_first_calls(_race_compiled(here, course.config(found.chosen)), alone) if rest else alone
         found.runs += [run for run in runs if run.contender != EAGER]
         if not any(run.contender == _TUNED_AND_COMPILED for run in runs):
             found.runs += [replace(run, contender=_TUNED_AND_COMPILED) for run in runs if run.contender == COMPILED]
+
+
+def _of(course: Course, modes: Sequence[str]) -> list[Workload]:
+    return [one for one in course.workloads if any(one.training == mode.startswith("training") for mode in modes)]
+
+
+def _first_s(runs: Sequence[Run]) -> float:
+    """How long the first calls of the compiled model took in all."""
+    return sum(run.comparison.first_s or 0.0 for run in runs if run.contender == COMPILED and run.comparison)
+
+
+def _with_first_calls(runs: Sequence[Run], alone: Sequence[Run]) -> list[Run]:
+    """Say of the compiled model how long its first call took in the race alone: in a later one it was compiled already."""
+    first = {one.workload: one.comparison.first_s for one in alone if one.contender == COMPILED and one.comparison}
+    return [
+        replace(run, comparison=replace(run.comparison, first_s=first[run.workload]))
+        if run.contender == COMPILED and run.comparison and run.workload in first
+        else run
+        for run in runs
+    ]
 
 
 def _race_compiled(course: Course, config: KernelConfig | None) -> list[Run]:
@@ -233,22 +260,28 @@ def _invisible(runs: Sequence[Run], saved: Mapping[str, float] | None) -> str | 
     return f"all choices together save at most {max(0.0, most):.1%} of a compiled run, which nobody could see"
 
 
-def _too_late(course: Course, alone: Sequence[Run]) -> str | None:
-    """Say why there is no time to compile the model with the choices as well, or None. It takes as long as it took alone."""
-    took = sum(run.comparison.first_s or 0.0 for run in alone if run.contender == COMPILED and run.comparison)
-    need = took + len(course.workloads) * _LEAST_COMPILED_S + _for_rivals(course)
+def _too_late(course: Course, alone: Sequence[Run], later: Course, *, recalled: bool) -> str | None:
+    """Say why there is no time to compile the model with the choices as well, or None.
+
+    It takes as long as it took alone, and twice that where the race alone was recalled, as both are compiled then. A first call
+    that found all compiled by an earlier tuning says nothing, so it counts as half of the estimate at least.
+    """
+    estimated = sum(compile_seconds(course.model, workload) for workload in course.workloads)
+    takes = max(_first_s(alone), estimated / 2) * (2 if recalled else 1)
+    others = sum(compile_seconds(later.model, workload) for workload in later.workloads)
+    need = takes + len(course.workloads) * _LEAST_COMPILED_S + others + _for_rivals(course)
     if need <= course.until - time.monotonic():
         return None
     return (
-        f"no time was left to compile the model with it, which takes about {duration(took * 1e6)}; tuning again goes on "
+        f"no time was left to compile the model with it, which takes about {duration(takes * 1e6)}; tuning again goes on "
         "from here"
     )
 
 
 def _for_rivals(course: Course) -> float:
     """How many seconds the races with rivals take that need not be compiled."""
-    names = [EAGER, TUNED, *(name for name in course.others if not is_compiled(name))]
-    return TURNS * len(names) * sum(course.seconds.values())
+    names = [name for name in course.others if not is_compiled(name)]
+    return TURNS * (len(names) + 2) * sum(course.seconds.values()) if names else 0.0
 
 
 def _why_not_compiled(course: Course, runs: Sequence[Run]) -> str | None:

@@ -47,6 +47,9 @@ MOST_S = 20.0
 TURNS = 9
 """About how many times a race runs each contender: first calls, warming up, and the fewest rounds."""
 
+COMPILE_S, COMPILE_LAYER_S = 10.0, 0.25
+"""About how long torch.compile takes for a model: to begin with, and for each layer without parts. It cannot be interrupted."""
+
 Chosen = dict[Kind, str | None]
 """For each kind of layers the kernel that was chosen, or None for its own code."""
 
@@ -68,8 +71,6 @@ class Course:
     asked: KernelConfig = field(default_factory=KernelConfig)
     trusted: Mapping[str, KernelRef] = field(default_factory=dict)  # by their strings, which do not say so
     others: tuple[str, ...] = ()  # of `OTHERS`: what the result is raced with
-    compiled: dict[tuple[str, str], tuple[Contender, list[Any]]] = field(default_factory=dict)
-    """What was compiled with the model's own code, by name and workload: another race of it need not compile it again."""
 
     def config(self, chosen: Mapping[Kind, str | None]) -> KernelConfig:
         """Write choices as a config, over the user's own. Layers of which neither speaks get what they get by default."""
@@ -115,11 +116,7 @@ def race_all(
         kernels: dict[str, list[Any]] = {}
         for name, config in contenders.items():
             try:
-                kept = course.compiled.get((name, workload.name))
-                found = kept or _contender(course.model, name, config, training=workload.training)
-                made[name], kernels[name] = found
-                if name == COMPILED:
-                    course.compiled[name, workload.name] = found
+                made[name], kernels[name] = _contender(course.model, name, config, training=workload.training)
             except KernelwiseError as error:
                 runs.append(Run(name, workload.name, None, workload.tokens, said(error)))
         if own not in made:
@@ -138,6 +135,12 @@ def race_all(
             raced = stored.runs
         runs += raced
     return runs
+
+
+def compile_seconds(model: nn.Module, workload: Workload) -> float:
+    """About how many seconds it takes to compile a model for a workload; a backward pass takes as long again."""
+    layers = sum(not any(module.children()) for module in model.modules())
+    return (COMPILE_S + COMPILE_LAYER_S * layers) * (2 if workload.training else 1)
 
 
 @dataclass(frozen=True, slots=True)

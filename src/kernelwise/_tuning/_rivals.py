@@ -9,17 +9,12 @@ from __future__ import annotations
 import time
 from dataclasses import replace
 
-from torch import nn
-
 from kernelwise._evidence import AND_COMPILED, BUILTIN, COMPILED, EAGER, TUNED, Run
 from kernelwise._measuring._contenders import is_compiled
 from kernelwise._measuring._workload import Workload
 from kernelwise._tuning._confirm import Confirmation
-from kernelwise._tuning._races import OTHERS, TURNS, Course, failed, race_all, rank, seems_better
+from kernelwise._tuning._races import OTHERS, TURNS, Course, compile_seconds, failed, race_all, rank, seems_better
 from kernelwise._units import duration
-
-COMPILE_S, COMPILE_LAYER_S = 10.0, 0.25
-"""About how long torch.compile takes for a model: to begin with, and for each layer without parts. It cannot be interrupted."""
 
 
 def face_rivals(course: Course, found: Confirmation) -> None:
@@ -59,9 +54,3 @@ def _too_late(course: Course, name: str, workload: Workload) -> str | None:
         f"no time was left to compile it, which takes about {duration(compiling * 1e6)}: tuning again goes on from here, or "
         f"kernelwise bench MODEL --contender {COMPILED} runs it"
     )
-
-
-def compile_seconds(model: nn.Module, workload: Workload) -> float:
-    """About how many seconds it takes to compile a model for a workload; a backward pass takes as long again."""
-    layers = sum(not any(module.children()) for module in model.modules())
-    return (COMPILE_S + COMPILE_LAYER_S * layers) * (2 if workload.training else 1)

@@ -27,7 +27,7 @@ class Share:
     part: float | None = None  # None for a function, which no hook can time
 
 
-LONG_S = 10.0
+LONG_S = 2.0
 """A first run that takes longer is as good as a second one: what is set up on first use is small beside it."""
 
 DEVICE_BOUND = 0.8
@@ -57,22 +57,27 @@ def shares_of(
     The model must be in the mode of the workload. Of training only forward passes are seen.
     """
     wait: Callable[[], object] = (lambda: None) if device == "cpu" else torch.accelerator.synchronize
-    total = started = 0.0
-    for _ in range(2):
-        if total < LONG_S:
-            wait()
-            began = time.perf_counter()
-            run()
-            started = time.perf_counter() - began
-            wait()
-            total = max(time.perf_counter() - began, 1e-9)
+
+    def timed() -> tuple[float, float]:
+        """How long a run took, and how long until all its work was given to the device."""
+        wait()
+        began = time.perf_counter()
+        run()
+        given = time.perf_counter() - began
+        wait()
+        return max(time.perf_counter() - began, 1e-9), given
+
+    total, started = timed()
+    if total < LONG_S:
+        total, started = timed()
     mode = "training" if workload.training else "inference"
     there = [kind for kind in kinds if kind.mode.partition("+")[0] == mode]
     began = time.perf_counter()
     with _watched(model, there, wait) as seen:
         run()
     wait()
-    total = min(total, time.perf_counter() - began)  # a long first run may have been one that set things up after all
+    if time.perf_counter() - began < total / 2:  # the long first run was one that set things up after all
+        total, started = timed()
     shares = {
         (workload.name, kind.key): Share(seen[kind.key][0], None if kind.layer.function else seen[kind.key][1] / total)
         for kind in there

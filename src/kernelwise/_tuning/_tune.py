@@ -31,8 +31,8 @@ from kernelwise._tuning import _ranks
 from kernelwise._tuning._candidates import Given, Kind, offered, read_given, spread_out
 from kernelwise._tuning._choose import choose_all, saved_under_compile
 from kernelwise._tuning._confirm import Confirmation, confirm, confirm_compiled
-from kernelwise._tuning._races import Course
-from kernelwise._tuning._rivals import compile_seconds, face_rivals
+from kernelwise._tuning._races import Course, compile_seconds
+from kernelwise._tuning._rivals import face_rivals
 from kernelwise._tuning._session import Progress, Request, Session, begin
 from kernelwise._tuning._shares import shares_of
 from kernelwise._tuning._surroundings import by_name, hash_of, is_split
@@ -230,6 +230,7 @@ def _try_all(session: Session, refs: Mapping[Kind, Sequence[KernelRef]], prover:
     kinds = _worth_tuning(session)
     tasks = [(kind, ref) for kind in kinds for ref in refs[kind]]
     tasks.sort(key=_turn)
+    seconds = FOR_TRIALS * (session.request.seconds - _to_compile(session))
     trials = Trials(
         session.model,
         session.target,
@@ -237,7 +238,7 @@ def _try_all(session: Session, refs: Mapping[Kind, Sequence[KernelRef]], prover:
         session.kinds,
         prover,
         session.about[0],
-        session.began + FOR_TRIALS * (session.request.seconds - _to_compile(session)),
+        session.began + seconds,
         session.shares,
         session.device_bound,
     )
@@ -254,7 +255,8 @@ def _try_all(session: Session, refs: Mapping[Kind, Sequence[KernelRef]], prover:
     if left:
         shown = ", ".join(left[:5]) + (f" and {len(left) - 5} more" if len(left) > 5 else "")
         session.notes.append(
-            f"not tried within {session.request.seconds:.0f} s: {shown}; tune again to go on from here"
+            f"not tried within the {seconds:.0f} of {session.request.seconds:.0f} s that are for layers: {shown}; tune again "
+            "to go on from here"
         )
 
 
