@@ -146,7 +146,7 @@ def test_times_of_races_on_a_machine_that_changed_are_said_not_to_compare():
 
 def test_there_must_be_time_to_compile(course, monkeypatch):
     seen = planted(monkeypatch, {"prefill": {}, "decode": {}})
-    late = replace(course, until=time.monotonic() + _rivals.COMPILE_S)
+    late = replace(course, until=time.monotonic() + _races.COMPILE_S)
     found, _ = faced(late, {"prefill": 1.2, "decode": 1.3})
     assert seen == []
     assert found.best == "tuned"
@@ -154,9 +154,9 @@ def test_there_must_be_time_to_compile(course, monkeypatch):
     assert [run.workload for run in rivals] == ["prefill", "decode"]
     assert all("kernelwise bench MODEL --contender torch.compile" in (run.error or "") for run in rivals)
     training = replace(course.workloads[0], name="training")
-    once = _rivals.compile_seconds(course.model, course.workloads[0])
-    assert once == _rivals.COMPILE_S + 2 * _rivals.COMPILE_LAYER_S, "for each layer without parts"
-    assert _rivals.compile_seconds(course.model, training) == 2 * once
+    once = _races.compile_seconds(course.model, course.workloads[0])
+    assert once == _races.COMPILE_S + 2 * _races.COMPILE_LAYER_S, "for each layer without parts"
+    assert _races.compile_seconds(course.model, training) == 2 * once
 
 
 def test_a_rival_that_cannot_be_had_says_why(course, monkeypatch):

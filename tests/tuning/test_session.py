@@ -91,7 +91,7 @@ def test_time_for_compiling_the_model_is_set_aside(monkeypatch):
     monkeypatch.setattr(_tune, "compile_seconds", lambda model, workload: 20.0)
     assert _tune._to_compile(session) == 40  # with its own code, and with what was chosen
     session.request = replace(session.request, seconds=60)
-    assert _tune._to_compile(session) == 30
+    assert _tune._to_compile(session) == 36
 
 
 def test_notes_say_for_which_mode_layers_were_not_tuned():
