@@ -88,13 +88,15 @@ def table() -> str:
         lines.append(f"| {model}, {where} | {work} | {' | '.join(cells)} |")
     cores, limit = cpu["machine"]["cores"], cpu["machine"]["limits"].get("ATEN_CPU_CAPABILITY", "").upper()
     on = f"{cores} cores{f' limited to {limit}' if limit else ''}"
+    tuned_on = max(_read(path.name)["date"] for glob in RACES.values() for path in (HERE / "results").glob(glob))[:10]
     decode = ", ".join(f"{_raced(*raced)['tuned']:.2f}" for raced in RACES)
     note = (
         f"bfloat16; bold is the best, or within 3 % of it; an empty cell was not run. GPU: one {gpu['device']}, torch "
         f"{gpu['torch']}, {gpu['date'][:10]}; 8 layers with random weights, prefill and training 1 x 4096. "
         "Training there is the faster of with and without the head and its loss in one, for Kernelwise "
-        "(where a rule asks for it) and Liger. Decoding is the median of the races of tunings, "
-        "with 2,048 tokens: torch.compile has a static cache there, and Kernelwise is the faster of tuned and tuned for "
+        "(where a rule asks for it) and Liger. Decoding is the median of the tunings of "
+        f"{tuned_on}, with 2,048 tokens, each contender beside eager, in races between which the host's speed may change: "
+        "torch.compile has a static cache there, and Kernelwise is the faster of tuned and tuned for "
         f"torch.compile (equal figures: tuning left all to it); without it {decode}. CPU: {on}, "
         f"torch {cpu['machine']['torch']}, {dates}; prefill of 512 tokens, "
         f"decoding of one row, a training step of 2 x 256 with {_read(CPU[1])['machine']['layers']} of its 30 layers."
