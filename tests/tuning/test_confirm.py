@@ -16,6 +16,9 @@ from kernelwise._tuning import _choose, _confirm, _races, _session
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
+BESIDE = (EAGER, "builtin", "tuned", COMPILED)
+"""What is raced with a model that is compiled with choices."""
+
 
 @pytest.fixture
 def course_and_choices(repository):
@@ -135,8 +138,9 @@ def compiled_course(course_and_choices, monkeypatch):
 def test_under_compile_kernels_stay_in_the_modes_in_which_the_compiled_model_is_better(compiled_course):
     course, kinds, found, raced = compiled_course
     before = dict(found.chosen)
+    found.runs = [Run("tuned", "prefill", ratio(9.0)), Run("GeLU", "prefill", ratio(1.1))]
     _confirm.confirm_compiled(course, found, {})
-    both = [(EAGER, COMPILED), (EAGER, COMPILED, "tuned+compile")]
+    both = [BESIDE, (*BESIDE, "tuned+compile")]
     assert raced == [(name, *contenders) for name in ("prefill", "training") for contenders in both]
     assert found.chosen[kinds["training+compile"]] == before[kinds["training+compile"]]
     assert found.chosen[kinds["inference+compile"]] is None
@@ -144,6 +148,15 @@ def test_under_compile_kernels_stay_in_the_modes_in_which_the_compiled_model_is_
     off = {(kind.layer.name, kind.mode) for kind, why in found.taken_back.items() if why.startswith("turned off")}
     assert off == {("GeLU", "inference+compile")}  # what it gets by default
     assert tuned_and_compiled(found) == {"prefill": 1.5, "training": 1.4}  # without kernels it is torch.compile
+    there = [(run.contender, run.workload) for run in found.runs]
+    assert sorted(there) == sorted(
+        [
+            ("GeLU", "prefill"),
+            *((name, work) for name in (*BESIDE, "tuned+compile") for work in ("prefill", "training")),
+        ]
+    )
+    tuned = next(run for run in found.runs if (run.contender, run.workload) == ("tuned", "prefill"))
+    assert tuned.comparison.speedup == 1.0, "of the race beside torch.compile"
 
 
 def tuned_and_compiled(found: _confirm.Confirmation) -> dict[str, float]:
@@ -156,9 +169,9 @@ def test_under_compile_what_nobody_could_see_is_not_raced(compiled_course):
     saved = {"inference+compile": {"prefill": 0.9e-6}, "training+compile": {"training": 0.8e-6}}
     _confirm.confirm_compiled(course, found, saved)
     assert raced == [
-        ("prefill", EAGER, COMPILED),
-        ("prefill", EAGER, COMPILED, "tuned+compile"),
-        ("training", EAGER, COMPILED),
+        ("prefill", *BESIDE),
+        ("prefill", *BESIDE, "tuned+compile"),
+        ("training", *BESIDE),
     ]
     assert "save at most 1.0% of a compiled run" in found.taken_back[kinds["training+compile"]]
     off = {(kind.layer.name, kind.mode) for kind, why in found.taken_back.items() if why.startswith("turned off")}
@@ -189,9 +202,9 @@ def test_under_compile_what_there_is_no_time_to_compile_is_left_to_the_compiler(
     course = replace(course, until=time.monotonic() + 15, seconds={"prefill": 0.01, "training": 0.02})
     _confirm.confirm_compiled(course, found, {})
     assert raced == [
-        ("prefill", EAGER, COMPILED),
-        ("training", EAGER, COMPILED),
-        ("training", EAGER, COMPILED, "tuned+compile"),
+        ("prefill", *BESIDE),
+        ("training", *BESIDE),
+        ("training", *BESIDE, "tuned+compile"),
     ]
     assert "no time was left" in found.taken_back[kinds["inference+compile"]]
     assert found.chosen[kinds["inference+compile"]] is None
@@ -245,8 +258,8 @@ def test_under_compile_what_the_user_asks_for_stays_and_is_raced(compiled_course
     course = replace(course, asked=kw.KernelConfig({"GeLU": "builtin:GeLU"}))
     _confirm.confirm_compiled(course, found, {mode: {} for mode in kinds})
     assert [names[1:] for names in raced if names[0] == "training"] == [
-        (EAGER, COMPILED),
-        (EAGER, COMPILED, "tuned+compile"),
+        BESIDE,
+        (*BESIDE, "tuned+compile"),
     ]
     assert found.chosen == dict.fromkeys(kinds.values())
     assert tuned_and_compiled(found) == {"prefill": 1.4, "training": 1.4}, (
@@ -259,7 +272,7 @@ def test_a_model_without_kernels_is_compiled_once(compiled_course):
     course = replace(course, asked=kw.KernelConfig(inherit_mapping=False))
     found = _confirm.Confirmation({})
     _confirm.confirm_compiled(course, found, {})
-    assert raced == [("prefill", EAGER, COMPILED), ("training", EAGER, COMPILED)]
+    assert raced == [("prefill", *BESIDE), ("training", *BESIDE)]
     assert tuned_and_compiled(found) == {"prefill": 1.5, "training": 1.2}
 
 

@@ -196,20 +196,21 @@ def confirm_compiled(course: Course, found: Confirmation, saved: Mapping[str, Ma
             replace(course, workloads=_of(course, some)) for some in (modes[index : index + 1], modes[index + 1 :])
         )
         began = time.monotonic()
-        runs = alone = _race_compiled(here, None)
+        runs = alone = _race_compiled(here, found, with_choices=False)
         if _goes_in(course, found, mode):
             recalled = time.monotonic() - began < _first_s(alone)  # so nothing of it is compiled in this process
             why = _invisible(alone, saved.get(mode)) or _too_late(here, alone, later, recalled=recalled)
             if why is None:
-                runs = _with_first_calls(_race_compiled(here, course.config(found.chosen)), alone)
+                runs = _with_first_calls(_race_compiled(here, found, with_choices=True), alone)
                 why = _why_not_compiled(course, runs)
             if why is not None:
                 _take_back(found, [kind for kind in found.chosen if kind.mode == mode], f"taken back: {why}")
                 _turn_off(course, found, (mode,), why)
                 # What the user asks for stays, and is what has to be raced.
                 rest = _goes_in(course, found, mode)
-                runs = _with_first_calls(_race_compiled(here, course.config(found.chosen)), alone) if rest else alone
-        found.runs += [run for run in runs if run.contender != EAGER]
+                runs = _with_first_calls(_race_compiled(here, found, with_choices=True), alone) if rest else alone
+        raced = {(run.contender, run.workload) for run in runs}
+        found.runs = [run for run in found.runs if (run.contender, run.workload) not in raced] + list(runs)
         if not any(run.contender == _TUNED_AND_COMPILED for run in runs):
             found.runs += [replace(run, contender=_TUNED_AND_COMPILED) for run in runs if run.contender == COMPILED]
 
@@ -234,8 +235,12 @@ def _with_first_calls(runs: Sequence[Run], alone: Sequence[Run]) -> list[Run]:
     ]
 
 
-def _race_compiled(course: Course, config: KernelConfig | None) -> list[Run]:
-    contenders = {EAGER: None, COMPILED: None} | ({} if config is None else {_TUNED_AND_COMPILED: config})
+def _race_compiled(course: Course, found: Confirmation, *, with_choices: bool) -> list[Run]:
+    """Race what was confirmed in eager code once more beside torch.compile: in another race the host may not be as fast."""
+    config = course.config(found.chosen)
+    contenders = {EAGER: None, BUILTIN: KernelConfig(), TUNED: config, COMPILED: None}
+    if with_choices:
+        contenders[_TUNED_AND_COMPILED] = config
     return race_all(course, contenders, least_s=_LEAST_COMPILED_S)
 
 
