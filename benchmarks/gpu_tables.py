@@ -65,9 +65,9 @@ def main() -> None:
         print("\n".join(tuned(shape, tunings(shape))))
 
 
-def tunings(shape: str) -> list[Tuning]:
+def tunings(shape: str, folder: Path = RESULTS) -> list[Tuning]:
     """Return the evidence of each tuning of a shape."""
-    return [load(path) for path in sorted(RESULTS.glob(f"gpu_tune_h100_{shape}*.json"), key=lambda path: path.stem)]
+    return [load(path) for path in sorted(folder.glob(f"gpu_tune_h100_{shape}*.json"), key=lambda path: path.stem)]
 
 
 def tuned(shape: str, found: Sequence[Tuning]) -> Iterator[str]:

@@ -2,7 +2,8 @@
 
     python benchmarks/gpu_tune.py [--shapes llama qwen3 gemma3] [--runs 3] [--first 0] [--seconds 300]
 
-The models of gpu_e2e.py (8 layers, random bfloat16 weights). For each, and for each of `--runs` runs with an empty cache:
+The models of gpu_e2e.py (8 layers, random bfloat16 weights). For each, and for each of `--runs` runs with an empty cache of
+Kernelwise (what PyTorch and Triton have compiled for an earlier run is there, as it is for a user who tunes again):
 `kernelwise.tune` on 1 x 2048 tokens for prefill, decoding and a training step, eager and under torch.compile, raced with
 torch.compile and Liger. Written are the evidence of each tuning as JSON, the report page of the first, and as text what
 `gpu_tables.py` says of all: how fast the tuned model is as a part of the best other contender in each workload and run (1.00
@@ -23,7 +24,7 @@ from typing import Any
 import torch
 from gpu_about import command
 from gpu_e2e import MODULES, build
-from gpu_tables import RESULTS, tuned
+from gpu_tables import RESULTS, tuned, tunings
 
 import kernelwise
 from kernelwise._evidence import COMPILED, LIGER, Tuning
@@ -38,7 +39,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--runs", type=int, default=3)
-    parser.add_argument("--first", type=int, default=0, help="number of the first run, where others were made before")
+    parser.add_argument("--first", type=int, default=0, help="number of the first run, where --out has those before it")
     parser.add_argument("--seconds", type=float, default=300, help="for each tuning")
     parser.add_argument(
         "--eager", action="store_true", help="do not tune for torch.compile, which takes most of the time"
@@ -49,7 +50,10 @@ def main() -> None:
     for shape in options.shapes:
         model = build(shape, options.layers)
         ids = torch.randint(0, model.config.vocab_size, (1, options.tokens), device=model.device)
-        found = []
+        text = options.out / f"gpu_tune_h100_{shape}.txt"
+        found = tunings(shape, options.out)[: options.first]
+        said = text.read_text().splitlines() if found and text.exists() else []
+        commands = [*(line for line in said if line.startswith("command ")), f"command {command(sys.argv)}"]
         for number in range(options.first, options.first + options.runs):
             found.append(one_run(model, ids, f"{shape}, run {number}", options))
             name = shape if number == 0 else f"{shape}_{number}"
@@ -57,9 +61,9 @@ def main() -> None:
             path.write_text(json.dumps(found[-1].to_json(), indent=1) + "\n")
             if number == 0:
                 save(found[0], path.with_suffix(".html"))
-            said = "\n".join([f"command {command(sys.argv)}", *tuned(shape, found)])
-            (options.out / f"gpu_tune_h100_{shape}.txt").write_text(said + "\n")
-        print(said, flush=True)
+            said = [*commands, *tuned(shape, found)]
+            text.write_text("\n".join(said) + "\n")
+        print(*said, sep="\n", flush=True)
         del model
         torch.cuda.empty_cache()
 
