@@ -173,6 +173,19 @@ def test_a_decorated_function_held_as_a_submodule_is_blocked() -> None:
         kw.kernelize(model, only({"double": kernel(fakes.MarkedDouble)}), device="cpu")
 
 
+def test_each_layer_has_its_own_size() -> None:
+    model = nn.Sequential(
+        nn.Linear(4, 8),
+        nn.Linear(8, 8, bias=False),
+        nn.Linear(4, 8),
+        nn.LayerNorm(8, elementwise_affine=False),
+    )
+    found = {layer.path: layer.numel for layer in kw.discover(model) if layer.name in ("Linear", "LayerNorm")}
+    assert found["0"] == found["2"] == 4 * 8 + 8
+    assert found["1"] == 8 * 8
+    assert found["3"] == 0
+
+
 def test_shared_modules_are_one_layer() -> None:
     model = models.Stack(*[models.Norm()] * 3)
     (layer,) = named(model, "RMSNorm")

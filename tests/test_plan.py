@@ -204,6 +204,23 @@ def test_the_first_default_that_can_run_is_taken_and_the_ones_before_it_keep_the
     assert plan.decisions[0].rejected == (("builtin:A", ("no",)),)
 
 
+def test_a_layer_too_small_to_gain_gets_a_kernel_only_where_a_rule_asks() -> None:
+    ref = KernelRef("builtin", "", "A")
+    limits = Limits(gains_from=(("float32", 100),))
+    kernels = {(ref, "cpu"): loaded(ref, op="rms_norm", limits=limits, signature=ROLES)}
+    known = {"recognition": NORM, "recognition_in_training": NORM}
+    sizes = {"none": 0, "small": 99, "large": 100}
+    layers = [layer(path, numel=numel, **known) for path, numel in sizes.items()]
+    layers.append(layer("half", numel=99, **known | {"dtypes": ("bfloat16",)}))
+    defaults = {("rms_norm", "cpu"): (ref,)}
+    plan = decide(layers, {}, kernels=kernels, defaults=defaults, modes=("inference",))
+    assert {path for (path, _), kernel in chosen(plan).items() if kernel} == {"large", "half"}
+    reason = next(d.reason for d in plan.decisions if d.layer.path == "small")
+    assert reason == "is not always faster in float32 with fewer than 100 numbers; the layer has 99"
+    asked = decide(layers, {"RMSNorm": A}, kernels=kernels, modes=("inference",))
+    assert set(chosen(asked).values()) == {"A"}
+
+
 def test_a_rule_that_no_layer_matches_is_an_unmet_demand() -> None:
     with pytest.raises(PlanError, match=r"nowhere\.\*"):
         decide([layer("a")], {"RMSNorm@nowhere.*": A})

@@ -130,6 +130,7 @@ class Layer:
     with its loss has `"self.loss_function"` there.
     `attributes` are the names a kernel may read from the module. `blocked` says why no kernel can go here; `excluded` says
     that the author of the layer wants none here (`kernel_condition`), which is no failure of whoever asks for one.
+    `numel` is how many numbers its own parameters hold, its children's left out.
     """
 
     path: str
@@ -146,6 +147,7 @@ class Layer:
     blocked: str | None = None
     excluded: str | None = None
     recognition_in_training: Recognition | None = None
+    numel: int = 0
 
     def computes(self, mode: str) -> Recognition | None:
         """Return what the layer computes in a mode; a dropout makes training something else than inference."""
@@ -156,12 +158,17 @@ class Layer:
         """Every path at which the model has it."""
         return self.paths or (self.path,)
 
-    def at(self, paths: tuple[str, ...]) -> Layer:
-        """Return an alike layer at these places, of which there is at least one; `dataclasses.replace` is six times as slow."""
+    def at(self, paths: tuple[str, ...], numel: int | None = None) -> Layer:
+        """Return an alike layer at these places, of which there is at least one, of this size or of the same.
+
+        `dataclasses.replace` is six times as slow.
+        """
         alike = object.__new__(Layer)
         values = alike.__dict__
         values.update(self.__dict__)
         values["path"], values["paths"] = paths[0], paths
+        if numel is not None:
+            values["numel"] = numel
         return alike
 
 
@@ -171,7 +178,8 @@ class Limits:
 
     `min_arch` is a CUDA compute capability (`"sm_80"`). `options` lists, for each option of the operation that the kernel
     does not support in full, the values it does support. `inference_only` are those of the dtypes for which training keeps the
-    layer's own code.
+    layer's own code. `gains_from` says for a dtype how many numbers a layer's own parameters must hold for the kernel to be put
+    in unasked: with fewer there are inputs with which it gains nothing.
     """
 
     devices: tuple[str, ...] = ()
@@ -180,6 +188,7 @@ class Limits:
     options: tuple[tuple[str, tuple[Scalar, ...]], ...] = ()
     requires: tuple[str, ...] = ()
     inference_only: tuple[str, ...] = ()
+    gains_from: tuple[tuple[str, int], ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

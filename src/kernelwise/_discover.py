@@ -207,7 +207,7 @@ class _Look:
         else:
             layer = self._alike(module, facts)
         if layer is not None:
-            self.layers.append(layer.at(paths))
+            self.layers.append(layer.at(paths, _numel(module)))
         if facts.functions or "_kernel_funcs" in d or "_hidden_kernels" in d:
             self._add_functions(module, facts, paths, replaced)
         if facts.takes_labels:
@@ -321,7 +321,7 @@ class _Look:
                 recognition=recognition,
                 recognition_in_training=recognition,
                 blocked=blocked,
-            ).at(tuple(f"{path}.{its_name}" if path else its_name for path in paths))
+            ).at(tuple(f"{path}.{its_name}" if path else its_name for path in paths), _numel(head))
         )
 
 
@@ -435,6 +435,15 @@ def _function_signature(value: Any) -> tuple[Parameter, ...]:
     if isinstance(value, nn.Module):
         return signature(type(value).forward)
     return parameters_of(value) if callable(value) else ()
+
+
+def _numel(module: nn.Module) -> int:
+    """Return how many numbers a module's own parameters hold."""
+    found = 0
+    for parameter in module._parameters.values():
+        if parameter is not None:
+            found += parameter.numel()
+    return found
 
 
 def _names(module: nn.Module) -> tuple[str, ...]:

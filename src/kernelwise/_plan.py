@@ -87,6 +87,15 @@ def reasons_against(layer: Layer, kernel: Kernel, target: Target, mode: str) -> 
     return tuple(reasons)
 
 
+def _too_small(layer: Layer, kernel: Kernel) -> tuple[str, ...]:
+    """Return why nobody would gain by a kernel that a rule may ask for nevertheless."""
+    return tuple(
+        f"is not always faster in {dtype} with fewer than {least:,} numbers; the layer has {layer.numel:,}"
+        for dtype, least in kernel.limits.gains_from
+        if dtype in layer.dtypes and layer.numel < least and not (layer.blocked or layer.excluded)
+    )
+
+
 def _role_reasons(layer: Layer, kernel: Kernel, mode: str) -> list[str]:
     found = layer.computes(mode)
     if found is None:
@@ -206,6 +215,7 @@ def _what_decides(layer: Layer, by_place: set[str]) -> tuple[Any, ...]:
         layer.blocked,
         layer.excluded,
         layer.function,
+        layer.numel,
         id(layer.signature),
         id(layer.attributes),
         id(layer.recognition),
@@ -231,7 +241,12 @@ def _decide(
     rejected: list[tuple[str, tuple[str, ...]]] = []
     for ref in refs:
         kernel = kernels[ref, layer.device]
-        reasons = (kernel,) if isinstance(kernel, str) else reasons_against(layer, kernel, target, mode)
+        if isinstance(kernel, str):
+            reasons: tuple[str, ...] = (kernel,)
+        elif rule is None and (too_small := _too_small(layer, kernel)):
+            reasons = too_small
+        else:
+            reasons = reasons_against(layer, kernel, target, mode)
         if not reasons and isinstance(kernel, Kernel):
             return kernel, tuple(rejected), None, asked_by, is_demand
         rejected.append((str(ref), reasons))

@@ -124,6 +124,7 @@ def test_linear_is_loaded_for_the_dtypes_that_this_processor_is_slow_in(
     kernel = load(of("Linear"), device="cpu")
     assert kernel.limits.dtypes == ("float32", "bfloat16", "float16")
     assert kernel.limits.inference_only == ("float32",)
+    assert kernel.limits.gains_from == (("float32", linear.gains_from(torch.float32)),)
     assert [p.name for p in kernel.signature] == ["x", "weight", "bias"]
 
 

@@ -35,6 +35,7 @@ class _Entry:
     options: tuple[tuple[str, tuple[Scalar, ...]], ...] = ()
     dtypes: tuple[str, ...] = ("float32", "bfloat16", "float16")
     inference_only: tuple[str, ...] = ()  # dtypes with which it would gain nothing in training
+    gains_from: tuple[tuple[str, int], ...] = ()  # dtypes with which it would gain nothing in smaller layers
     compiles: bool = True
     unasked: bool = True  # whether it is offered to a layer of which no rule speaks
 
@@ -154,7 +155,10 @@ def load(ref: KernelRef, *, device: str) -> Kernel:
 
 
 def _worthwhile(ref: KernelRef, entry: _Entry, module: ModuleType) -> _Entry:
-    """Leave out the dtypes for which a kernel's module says that PyTorch's own code is as good on this processor."""
+    """Leave out the dtypes for which a kernel's module says that PyTorch's own code is as good on this processor.
+
+    Where it says so of small layers alone, that becomes a limit.
+    """
     why_not: Callable[[torch.dtype], str | None] | None = getattr(module, "why_not_worthwhile", None)
     if why_not is None:
         return entry
@@ -165,7 +169,9 @@ def _worthwhile(ref: KernelRef, entry: _Entry, module: ModuleType) -> _Entry:
     if not dtypes:
         why = "; ".join(dict.fromkeys(reason for reason in reasons.values() if reason))
         raise failure(ref, f"it would gain nothing: {why}", fix="leave the layer its own code")
-    return replace(entry, dtypes=dtypes)
+    gains_from: Callable[[torch.dtype], int] = getattr(module, "gains_from", lambda dtype: 0)
+    sizes = ((dtype, gains_from(getattr(torch, dtype))) for dtype in dtypes)
+    return replace(entry, dtypes=dtypes, gains_from=tuple((dtype, size) for dtype, size in sizes if size))
 
 
 def _find(ref: KernelRef, device: str) -> _Entry | None:
@@ -184,6 +190,7 @@ def _kernel(ref: KernelRef, entry: _Entry, function: Callable[..., Any] | None =
             options=entry.options,
             requires=_REQUIRES[entry.backend],
             inference_only=entry.inference_only,
+            gains_from=entry.gains_from,
         ),
         has_backward=True,
         can_torch_compile=entry.compiles,

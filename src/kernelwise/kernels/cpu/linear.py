@@ -83,6 +83,11 @@ def why_not_worthwhile(dtype: torch.dtype) -> str | None:
     return f"it was not measured on processors without AVX2 (instruction set in use: {isa()})"
 
 
+def gains_from(dtype: torch.dtype) -> int:
+    """Return from how many numbers of weights on this is faster than torch's own product with one row; 0 where always."""
+    return _SMALL_FOR_ONE if dtype == torch.float32 else 0
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x weight^T + bias, computed in float32 and rounded once, as `torch.nn.functional.linear` gives it.
 
