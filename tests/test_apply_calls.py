@@ -17,6 +17,7 @@ from test_apply import ran
 from torch import Tensor, nn
 
 import kernelwise as kw
+from kernelwise._applying._guards import FORWARD_AD
 
 NORM = only({"RMSNorm": kernel(fakes.MarkedNorm)})
 X = torch.randn(2, 3, 8)
@@ -98,6 +99,19 @@ def test_function_kernels_never_lose_gradients(of_kernel: type[nn.Module]) -> No
         assert marked(model(x))
     counts = [row.fallbacks for row in kw.report(model).rows if row.kernel]
     assert [sum(count for _, count in fallbacks) for fallbacks in counts] == [1, 1]
+
+
+def test_derivatives_in_forward_mode_are_never_lost() -> None:
+    """Nothing requires a gradient there, so a kernel that knows no tangents would drop them in silence."""
+    model = models.Stack(models.Norm()).requires_grad_(False)
+    tangent = torch.randn_like(X)
+    output, derivative = torch.func.jvp(model, (X,), (tangent,))
+    kw.kernelize(model, NORM)
+    found = torch.func.jvp(model, (X,), (tangent,))
+    torch.testing.assert_close(found, (output, derivative), rtol=0, atol=0)
+    assert derivative.norm() > 0
+    assert kw.report(model).rows[0].fallbacks == ((FORWARD_AD, 1),)
+    assert marked(model(X))
 
 
 def test_a_layer_with_a_lying_kernel_and_clashing_names_keeps_its_arguments() -> None:

@@ -372,6 +372,10 @@ def test_what_is_missing_is_said(monkeypatch, tmp_path):
         monkeypatch.setitem(_library.SHAPES, "an operator of tomorrow", _library.SHAPES["rms_norm"])
         _library._loaded.cache_clear()
         assert "was built from other sources (it has no an operator of tomorrow)" in cpu.why_unavailable()
+        monkeypatch.undo()
+        monkeypatch.setitem(_library.SHAPES, "rms_norm", lambda x, weight, eps, offset=1.0, cast_after=False: x)
+        _library._loaded.cache_clear()
+        assert "was built from other sources (rms_norm takes other arguments)" in cpu.why_unavailable()
     finally:
         monkeypatch.undo()
         _library._loaded.cache_clear()
@@ -399,3 +403,15 @@ def test_second_derivatives_where_the_input_was_computed_from_the_weight(name):
     own = (lambda x, w: rms_norm(x, w, 1e-6)) if name == "rms_norm" else (lambda x, w: layer_norm(x, w, None, 1e-6))
     for a, b in zip(gradient(own), gradient(lambda x, w: wanted(x, (8,), w, eps=1e-6)), strict=True):
         assert_close(a, b, 1e-4)
+
+
+@pytest.mark.parametrize(
+    "statistics", [torch.empty(0, 2), torch.empty(()), torch.empty(3, 3), torch.empty(3, 2).double()]
+)
+def test_backward_of_the_loss_takes_only_statistics_of_its_rows(statistics: torch.Tensor) -> None:
+    _library.load()
+    logits, labels = torch.randn(3, 8), torch.tensor([1, -100, 7])
+    with pytest.raises(RuntimeError, match="statistics must be float32"):
+        torch.ops.kernelwise.cross_entropy_backward.default(
+            torch.randn(3), logits, labels, statistics, -100, 0.0, 30.0, 0.1
+        )

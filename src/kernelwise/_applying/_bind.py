@@ -15,6 +15,7 @@ from functools import lru_cache
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 from kernelwise._applying import _guards
 from kernelwise._applying._fuse import REFUSALS, Passing, first
@@ -137,6 +138,8 @@ def _compile(
         lines += ["    if _kw_more:", own("_kw_MORE", more)]
     if not can_torch_compile:
         lines += ["    if _kw_is_compiling():", own("None")]
+    if hasattr(forward_ad, "_current_level"):  # private to PyTorch, and the only thing that is quick to look at
+        lines += ["    if _kw_forward_ad._current_level >= 0:", own("_kw_FORWARD_AD")]
     if recognition is not None:
         arguments = ", ".join(_role_arguments(recognition, kernel, passing))
         if children or passing is not None or any(binding.kind == "child" for _, binding in recognition.roles):
@@ -218,6 +221,8 @@ _KNOWN: dict[str, Any] = {
     "_kw_INPUT": _guards.INPUT,
     "_kw_UNPROVEN": _guards.UNPROVEN,
     "_kw_MORE": _guards.MORE,
+    "_kw_FORWARD_AD": _guards.FORWARD_AD,
+    "_kw_forward_ad": forward_ad,
     "_kw_NO_BACKWARD": _guards.NO_BACKWARD,
     "_kw_LOST_GRADIENT": _guards.LOST_GRADIENT,
     "_kw_first": first,

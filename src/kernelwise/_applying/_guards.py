@@ -20,6 +20,7 @@ UNPROVEN = "its arguments do not fit together as those that the recognition was 
 MORE = "it was called with a keyword that only its decorator takes"
 CHANGED = "what decides the computation was replaced or hooked since the kernel went in; kernelize again"
 REFUSED = "the kernel refused the input"
+FORWARD_AD = "derivatives were computed in forward mode (torch.func.jvp), which kernels would drop"
 NO_BACKWARD = "a gradient was needed and the kernel has no backward"
 LOST_GRADIENT = "the kernel gave an output without gradient"
 

@@ -7,7 +7,9 @@ the shapes and dtypes of their results without data (`_shapes`), so that `torch.
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -61,6 +63,18 @@ def _loaded() -> str:
         return f"the C++ library of the CPU kernels does not load with torch {torch.__version__} ({error}): {_BUILD}"
     if missing := [name for name in SHAPES if not hasattr(torch.ops.kernelwise, name)]:
         return f"the C++ library of the CPU kernels was built from other sources (it has no {missing[0]}): {_BUILD}"
+    if other := [name for name, shapes in SHAPES.items() if _arguments(name) != _parameters(shapes)]:
+        return f"the C++ library of the CPU kernels was built from other sources ({other[0]} takes other arguments): {_BUILD}"
     for name, shapes in SHAPES.items():
         torch.library.register_fake(f"kernelwise::{name}", shapes)
     return ""
+
+
+def _arguments(name: str) -> list[tuple[str, Any]]:
+    """Return the names and defaults of what an operator takes."""
+    found = getattr(torch.ops.kernelwise, name).default._schema.arguments
+    return [(one.name, one.default_value if one.has_default_value() else inspect.Parameter.empty) for one in found]
+
+
+def _parameters(shapes: Callable[..., Any]) -> list[tuple[str, Any]]:
+    return [(one.name, one.default) for one in inspect.signature(shapes).parameters.values()]

@@ -48,6 +48,9 @@ void write_gradient(const Tensor& grad_losses, const Rows& rows, const Tensor& l
   const Labels l = labels_of(labels, num, rows.width, ignore_index);
   STD_TORCH_CHECK(grad_losses.scalar_type() == ScalarType::Float && grad_losses.dim() == 1 && grad_losses.size(0) == num,
                   "kernelwise::cross_entropy: grad must be [rows] in float32");
+  STD_TORCH_CHECK(statistics.scalar_type() == ScalarType::Float && statistics.dim() == 2 && statistics.size(0) == num &&
+                      statistics.size(1) == 2,
+                  "kernelwise::cross_entropy_backward: statistics must be float32 [rows, 2]");
   const Tensor grads = contiguous(grad_losses), kept = contiguous(statistics);
   const CrossEntropyArgs args{rows.data, l.data, rows.stride, rows.width, ignore_index,
                               float(smoothing), float(softcap), float(z_loss)};
