@@ -5,6 +5,9 @@ over the rounds of (time of the own code / time of the contender), with the quar
 SmolLM2-135M. Writes a JSON file that names hardware, versions, date and command, and prints a table. Where other processes
 take the cores, `--cpu-time` counts the processor time of one thread instead of seconds.
 
+"linear" calls one layer again and again, whose weight may lie in the cache; "linear_from_memory" calls layers in turn whose
+weights together take 512 MiB, as those of a model do that does not fit the cache.
+
 A kernel's function leaves to plain PyTorch what that does as fast; such calls are marked (`kernel_ran`). The mean at the end
 counts the operations that `kernelize` puts in unasked (`PUT_IN`), with and without those calls.
 
@@ -16,6 +19,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import itertools
 import json
 import math
 import os
@@ -49,12 +53,13 @@ from kernelwise.kernels.cpu.rotary import rotary
 HIDDEN, INNER, HEADS, KV_HEADS, HEAD_DIM = 576, 1536, 9, 3, 64
 LINEAR_SHAPES = ((576, 576), (576, 192), (576, 1536), (1536, 576))
 VOCABULARY = 49152
+MEMORY_BYTES = 256 << 20  # of the weights of each contender, which no cache holds beside those of the other
 PROMPT = 256  # keys that one row of attention sees
 MOST_ATTENTION_ROWS = 512  # the own code's backward pass in bfloat16 takes seconds with more
 MOST_LOSS_ROWS = 512  # the own code's float32 copies of more rows of logits take gigabytes
 EVERY = (
     "rms_norm", "add_rms_norm", "layer_norm", "add_layer_norm", "activation", "gated_activation", "rotary",
-    "qk_norm_rotary", "cross_entropy", "linear_cross_entropy", "linear", "attention",
+    "qk_norm_rotary", "cross_entropy", "linear_cross_entropy", "linear", "linear_from_memory", "attention",
 )  # fmt: skip
 # What `kernelize` puts in unasked, by operation and the first word of the variant (None: all). See docs/cpu.md.
 PUT_IN = {
@@ -156,7 +161,8 @@ def cases(ops: list[str], rows: list[int], dtypes: list[str]) -> Iterator[Case]:
             made = list(_made(ops, num, dtype))
             for training in (False, True):
                 for op, variant, own, kernel, tensors in made:
-                    if not (training and op == "linear" and variant.endswith(str(VOCABULARY))):
+                    vocabulary = op == "linear" and variant.endswith(str(VOCABULARY))
+                    if not (training and (vocabulary or op == "linear_from_memory")):
                         yield Case(op, variant, name, num, training, own, kernel, tensors)
 
 
@@ -270,6 +276,20 @@ def _made(ops, num, dtype):
                 F.linear,
                 linear,
                 (randn(num, width), randn(out, width) / math.sqrt(width)),
+            )
+    if "linear_from_memory" in ops:
+        pools = [randn(MEMORY_BYTES // dtype.itemsize) for _ in range(2)]
+        for width, out in LINEAR_SHAPES:
+            size = out * width
+            own, kernel = (
+                itertools.cycle(pool[: pool.numel() // size * size].view(-1, out, width).unbind()) for pool in pools
+            )
+            yield (
+                "linear_from_memory",
+                f"{width}->{out}",
+                lambda x, weights=own: F.linear(x, next(weights)),
+                lambda x, weights=kernel: linear(x, next(weights)),
+                (randn(num, width),),
             )
 
 

@@ -45,5 +45,8 @@ def test_a_linear_layer_in_float32_keeps_its_own_code_in_training(monkeypatch):
 
     monkeypatch.setattr(linear, "why_not_worthwhile", lambda dtype: None)
     for dtype, trained in ((torch.float32, False), (torch.bfloat16, True)):
-        decisions = kernelwise.plan(nn.Linear(8, 8, dtype=dtype)).decisions
+        decisions = kernelwise.plan(nn.Linear(128, 128, dtype=dtype)).decisions
         assert {d.mode: d.kernel is not None for d in decisions} == {"inference": True, "training": trained}
+    small = kernelwise.plan(nn.Linear(112, 112, bias=False)).decisions
+    assert not any(d.kernel for d in small)
+    assert "fewer than 16,384 numbers; the layer has 12,544" in str(small[0].reason)
