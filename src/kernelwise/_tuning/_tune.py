@@ -150,9 +150,10 @@ def _tuned(
         session.notes += wholes.notes
         found = confirm(course, chosen | wholes.chosen)
         course = replace(course, until=until)
-        by_time = session.objective != "memory"
-        with_kernel = _goes_in(session, course.config(found.chosen))
-        confirm_compiled(course, found, saved_under_compile(chosen, session.tried, with_kernel) if by_time else {})
+        saved: dict[str, dict[str, float]] = {}
+        if request.compile and session.objective != "memory":
+            saved = saved_under_compile(chosen, session.tried, _goes_in(session, course.config(found.chosen)))
+        confirm_compiled(course, found, saved)
         face_rivals(course, found)
     session.progress("done", 1.0)
     tuned = course.config(found.chosen)
