@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
+import pytest
+
 from kernelwise._evidence import Candidate, Comparison, Timing
 from kernelwise._tuning import _choose
+
+RUNS = {"prefill": 1.0, "decode": 0.001}
+"""Seconds of one run of the whole model."""
 
 
 def candidate(name: str, *found: tuple[str, float, int], peak: int | None = None, sure: bool = True) -> Candidate:
@@ -24,8 +29,11 @@ def candidate(name: str, *found: tuple[str, float, int], peak: int | None = None
 
 
 def choose(*tried: Candidate, objective: str = "latency", by_memory: bool = False) -> str | None:
-    runs = {"prefill": 1.0, "decode": 0.001}  # seconds of the whole model
-    return _choose.choose(tried, objective, runs, by_memory=by_memory)[0]  # type: ignore[arg-type]
+    return _choose.choose(tried, objective, RUNS, by_memory=by_memory)[0]  # type: ignore[arg-type]
+
+
+def reason(*tried: Candidate, objective: str) -> str:
+    return _choose.choose(tried, objective, RUNS)[1]  # type: ignore[arg-type]
 
 
 def test_own_code_stays_unless_something_is_clearly_faster():
@@ -37,10 +45,21 @@ def test_own_code_stays_unless_something_is_clearly_faster():
 
 
 def test_what_was_offered_first_stays_unless_another_is_better_by_a_margin():
-    first, second = candidate("a", ("prefill", 2.0, 1)), candidate("b", ("prefill", 2.02, 1))
+    first, second = candidate("a", ("decode", 2.0, 1)), candidate("b", ("decode", 2.02, 1))
     assert choose(first, second) == "a"
     assert choose(second, first) == "b"
-    assert choose(first, candidate("b", ("prefill", 2.5, 1))) == "b"
+    assert choose(first, candidate("b", ("decode", 2.5, 1))) == "b"
+
+
+@pytest.mark.parametrize("objective", ["latency", "throughput"])
+def test_what_was_offered_first_stays_unless_another_is_better_by_what_can_be_seen_in_the_whole(objective):
+    # Ten times as fast against five times saves a tenth of the layers' time: that is a hundredth of the run, or all of it.
+    first, second = candidate("a", ("prefill", 5.0, 100)), candidate("b", ("prefill", 10.0, 100))
+    assert choose(first, second, objective=objective) == "a"
+    assert "b would save" in reason(first, second, objective=objective)
+    first, second = candidate("a", ("prefill", 5.0, 10_000)), candidate("b", ("prefill", 10.0, 10_000))
+    assert choose(first, second, objective=objective) == "b"
+    assert "would save" not in reason(first, second, objective=objective)
 
 
 def test_the_objective_says_which_workload_counts_how_much():

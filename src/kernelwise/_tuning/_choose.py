@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 
-from kernelwise._evidence import AND_COMPILED, Candidate, Comparison, Objective
+from kernelwise._evidence import AND_COMPILED, Candidate, Comparison, Objective, Timing
 from kernelwise._tuning._candidates import Kind
 
 MARGIN = 0.02
 """By which part of the layer's own time a candidate must be better than one that was offered before it."""
+
+VISIBLE = 0.005
+"""And by which part of the whole runs: what is less nobody could see, and another tuning may find the opposite."""
 
 
 def choose_all(
@@ -74,19 +77,28 @@ def choose(
 ) -> tuple[str | None, str]:
     """Return the best of what was tried, or None for the own code, and why."""
     best: tuple[float, Candidate] | None = None
+    unseen: list[str] = []
     for candidate in tried:
         if not candidate.timings:
             continue
         gain = _memory_gain(candidate) if by_memory else _time_gain(candidate, objective, run_s)
-        if gain > (best[0] + MARGIN if best else 0.0):
-            best = gain, candidate
+        lead = gain - best[0] if best else gain
+        if lead <= (MARGIN if best else 0.0):
+            continue
+        if best and not by_memory and lead * _share(candidate, objective, run_s) <= VISIBLE:
+            unseen.append(candidate.kernel)
+            continue
+        best, unseen = (gain, candidate), []
     if best is None:
         if not tried:
             return None, "nothing was tried in time"
         if not any(candidate.timings for candidate in tried):
             return None, "every candidate is out" if all(c.out for c in tried) else "no candidate could be timed"
         return None, "no candidate needs less memory" if by_memory else "no candidate is clearly faster"
-    return best[1].kernel, ", ".join(f"{_words(t.comparison)} in {t.workload}" for t in best[1].timings)
+    why = ", ".join(f"{_words(t.comparison)} in {t.workload}" for t in best[1].timings)
+    if unseen:
+        why += f"; what {' or '.join(unseen)} would save besides is less than {VISIBLE:.1%} of a run"
+    return best[1].kernel, why
 
 
 def _time_gain(candidate: Candidate, objective: Objective, run_s: Mapping[str, float]) -> float:
@@ -94,16 +106,26 @@ def _time_gain(candidate: Candidate, objective: Objective, run_s: Mapping[str, f
 
     For latency each workload counts as much as another, for throughput as much as it takes.
     """
-    saved, own = 0.0, 0.0
-    for timing in candidate.timings:
-        found = timing.comparison
-        weight = timing.calls * found.own_us
-        if objective != "throughput":
-            weight /= run_s[timing.workload] * 1e6
-        own += weight
-        if found.verdict != "no clear difference":
-            saved += weight * (1 - 1 / found.speedup)
-    return saved / own if own else 0.0
+    weights = [_weight(timing, objective, run_s) for timing in candidate.timings]
+    saved = sum(
+        weight * (1 - 1 / timing.comparison.speedup)
+        for weight, timing in zip(weights, candidate.timings, strict=True)
+        if timing.comparison.verdict != "no clear difference"
+    )
+    return saved / sum(weights) if any(weights) else 0.0
+
+
+def _share(candidate: Candidate, objective: Objective, run_s: Mapping[str, float]) -> float:
+    """Which part of the runs the layers' own code takes in the workloads in which a candidate was timed."""
+    here = dict.fromkeys(timing.workload for timing in candidate.timings)
+    runs = sum(run_s[workload] if objective == "throughput" else 1.0 for workload in here)
+    return sum(_weight(timing, objective, run_s) for timing in candidate.timings) / runs if runs else 0.0
+
+
+def _weight(timing: Timing, objective: Objective, run_s: Mapping[str, float]) -> float:
+    """The seconds that the layers' own code takes in a run, for latency as a part of it."""
+    own_s = timing.calls * timing.comparison.own_us / 1e6
+    return own_s if objective == "throughput" else own_s / run_s[timing.workload]
 
 
 def _memory_gain(candidate: Candidate) -> float:

@@ -41,8 +41,8 @@ WORTH_A_LOOK = 0.01
 LEAST_S = 1.0
 """What the rounds of one race may take at least, however little time is left: without it there is no result."""
 
-MOST_S = 20.0
-"""What they may take at most: by then the differences are clear, or nobody can say."""
+MOST_S = 10.0
+"""What they may take at most: by then the differences are clear, or nobody can say. A tuning has a dozen races."""
 
 TURNS = 9
 """About how many times a race runs each contender: first calls, warming up, and the fewest rounds."""
