@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch._dynamo.utils
 from gpu_about import command
 from gpu_e2e import MODULES, build
 from gpu_tables import RESULTS, tuned, tunings
@@ -70,13 +71,15 @@ def main() -> None:
 
 def one_run(model: Any, ids: torch.Tensor, name: str, options: argparse.Namespace) -> Tuning:
     """Tune with an empty cache."""
-    began = last = time.perf_counter()
+    began = since = time.perf_counter()
+    doing = ""
 
     def told(what: str, part: float) -> None:
-        nonlocal last
-        if time.perf_counter() - last > 10:
-            last = time.perf_counter()
-            print(f"  {last - began:5.0f} s {part:.2f} {what}", flush=True)
+        nonlocal since, doing
+        now = time.perf_counter()
+        if now - since > 2:
+            print(f"  {since - began:5.0f} s, {now - since:4.1f} s long: {doing}", flush=True)
+        since, doing = now, what
 
     with tempfile.TemporaryDirectory() as cache:
         os.environ["KERNELWISE_CACHE"] = cache
@@ -92,6 +95,7 @@ def one_run(model: Any, ids: torch.Tensor, name: str, options: argparse.Namespac
     evidence = config.evidence
     assert evidence is not None
     print(f"== {name}: tuned in {time.perf_counter() - began:.0f} s\n{evidence}", flush=True)
+    print(torch._dynamo.utils.compile_times(repr="str", aggregate=True), flush=True)
     return evidence
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from exact import assert_as_exact
@@ -286,6 +288,31 @@ def test_more_rows_than_it_is_chosen_for_are_torchs(monkeypatch, rows, ours):
     monkeypatch.setattr(cpu, "_own", lambda *args: called.append(args) or torch.nn.functional.linear(*args))
     cpu.linear(**given(torch.bfloat16, rows=(rows,)))
     assert bool(called) != ours
+
+
+@pytest.mark.parametrize(
+    ("names", "isa", "unit"),
+    [
+        ("", "avx512", "none"),
+        ("avx512_bf16", "avx512", "vector"),
+        ("avx512_bf16", "avx2", "none"),
+        ("avx512_bf16 avx512_bf16_at_double_rate", "avx512", "fast vector"),
+        ("avx512_bf16 avx512_bf16_at_double_rate", "avx2", "none"),
+        ("avx512_bf16 avx512_fp16 amx_bf16", "avx512", "matrix"),
+        ("avx512_bf16 avx512_fp16 amx_bf16", "avx2", "matrix"),
+    ],
+)
+def test_what_a_processor_multiplies_bfloat16_with(monkeypatch, names, isa, unit):
+    monkeypatch.setattr(cpu, "_ops", SimpleNamespace(cpu_half_products=SimpleNamespace(default=lambda: names)))
+    monkeypatch.setattr(cpu, "isa", lambda: isa)
+    assert cpu.units(torch.bfloat16) == unit
+    assert cpu.units(torch.float32) == "none"
+
+
+def test_where_bfloat16_is_multiplied_at_double_rate_torch_does_it_for_all_but_a_few_rows():
+    choice = cpu._CHOICES["avx512", torch.bfloat16, "fast vector"]
+    assert 1 <= choice.most < 8
+    assert choice.training > 1 << 32
 
 
 def test_a_reason_where_it_is_not_worthwhile(monkeypatch):

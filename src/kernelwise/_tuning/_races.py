@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import product
 from typing import Any
 
@@ -41,7 +42,7 @@ WORTH_A_LOOK = 0.01
 LEAST_S = 1.0
 """What the rounds of one race may take at least, however little time is left: without it there is no result."""
 
-MOST_S = 10.0
+MOST_S = 8.0
 """What they may take at most: by then the differences are clear, or nobody can say. A tuning has a dozen races."""
 
 TURNS = 9
@@ -128,13 +129,24 @@ def race_all(
         stored = _results.recall(key, _Raced) if known else None
         if stored is None or stored.could_say_more(list(made), own, seconds):
             with on_device(course.device), compile_limits() if any(map(is_compiled, made)) else nullcontext():
-                raced = race(made, workload, device=course.device, seconds=seconds, own=own)
+                raced = race(
+                    made,
+                    workload,
+                    device=course.device,
+                    seconds=seconds,
+                    own=own,
+                    begin=partial(_tell, course, workload),
+                )
             if known and not any(run.error for run in raced):
                 _results.put(key, to_json(_Raced(raced, seconds)))
         else:
             raced = stored.runs
         runs += raced
     return runs
+
+
+def _tell(course: Course, workload: Workload, name: str) -> None:
+    course.step(f"the whole model: {workload.name}, {name}")
 
 
 def compile_seconds(model: nn.Module, workload: Workload) -> float:

@@ -16,6 +16,9 @@ from kernelwise._tuning._confirm import Confirmation
 from kernelwise._tuning._races import OTHERS, TURNS, Course, compile_seconds, failed, race_all, rank, seems_better
 from kernelwise._units import duration
 
+MOST_S = 5.0
+"""What the rounds of one race may take at most: how far behind a rival is matters less than whether it is."""
+
 
 def face_rivals(course: Course, found: Confirmation) -> None:
     """Race the result with each rival, workload by workload, and note in `found` who ran and who is best.
@@ -25,14 +28,12 @@ def face_rivals(course: Course, found: Confirmation) -> None:
     """
     there = {run.contender for run in found.runs}
     names = [name for name in course.others if name not in there]
-    result = course.config(found.chosen)
     for workload in course.workloads:
         late = {name: why for name in names if (why := _too_late(course, name, workload))}
         found.runs += [Run(name, workload.name, None, workload.tokens, why) for name, why in late.items()]
         ready = dict.fromkeys(name for name in names if name not in late)
         if ready:
-            course.step(f"the whole model with {', '.join(ready)}: {workload.name}")
-            raced = race_all(replace(course, workloads=(workload,)), {EAGER: None, TUNED: result, **ready})
+            raced = race_all(replace(course, workloads=(workload,)), {EAGER: None, **ready}, most_s=MOST_S)
             found.runs += [run for run in raced if run.contender in ready]
     # torch.compile was raced wherever the config was tuned for it, asked for or not.
     ran = [name for name in (TUNED + AND_COMPILED, *OTHERS) if not failed(found.runs, name)]

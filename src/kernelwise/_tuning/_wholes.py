@@ -20,7 +20,7 @@ from kernelwise._plan import choose_rule
 from kernelwise._tuning._candidates import Kind, is_whole, kind_of, looks
 from kernelwise._tuning._races import TURNS, Chosen, Course, failed, figures, race_all, rank, score
 
-MOST_S = 6.0
+MOST_S = 4.0
 """What the rounds of one race may take at most: a whole is one choice of many."""
 
 PART = 0.25

@@ -56,7 +56,9 @@ std::string half_products() {
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
     const unsigned leaves = eax, features = edx;
     const bool more = leaves >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx);
-    add(more && (eax >> 5 & 1), "avx512_bf16");
+    const bool bf16 = more && (eax >> 5 & 1);
+    add(bf16, "avx512_bf16");
+    add(bf16 && __builtin_cpu_is("amd"), "avx512_bf16_at_double_rate");
     add(features >> 23 & 1, "avx512_fp16");
     add(features >> 22 & 1, "amx_bf16");
     add(more && (eax >> 21 & 1), "amx_fp16");
