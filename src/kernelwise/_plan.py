@@ -68,7 +68,7 @@ def reasons_against(layer: Layer, kernel: Kernel, target: Target, mode: str) -> 
     foreign = [dtype for dtype in layer.dtypes if limits.dtypes and dtype not in dtypes]
     if foreign:
         where = " in training" if in_training and limits.inference_only else ""
-        reasons.append(f"takes {', '.join(dtypes)}{where}; the layer has {', '.join(foreign)}")
+        reasons.append(f"takes {', '.join(dtypes) or 'nothing'}{where}; the layer has {', '.join(foreign)}")
     if limits.min_arch and target.arch and _capability(target.arch) < _capability(limits.min_arch):
         reasons.append(f"needs {limits.min_arch} or newer; this is {target.arch}")
     if mode.endswith("+compile") and not kernel.can_torch_compile:

@@ -40,10 +40,18 @@ def test_what_an_activation_or_norm_gets(layer, kernel):
         assert torch.allclose(model(x), own, atol=1e-6)
 
 
-def test_a_linear_layer_in_float32_keeps_its_own_code_in_training(monkeypatch):
+def test_a_linear_layer_keeps_its_own_code_in_training_in_dtypes_that_gain_nothing(monkeypatch):
     from kernelwise.kernels.cpu import linear
 
     monkeypatch.setattr(linear, "why_not_worthwhile", lambda dtype: None)
+    monkeypatch.setattr(linear, "gains_in_training", lambda dtype: dtype != torch.float16)
+    half = kernelwise.plan(nn.Linear(128, 128, dtype=torch.float16)).decisions
+    assert {d.mode: d.kernel is not None for d in half} == {"inference": True, "training": False}
+    assert "takes bfloat16 in training; the layer has float16" in str([d.reason for d in half])
+    monkeypatch.setattr(linear, "gains_in_training", lambda dtype: False)
+    none = kernelwise.plan(nn.Linear(128, 128, dtype=torch.bfloat16)).decisions
+    assert "takes nothing in training; the layer has bfloat16" in str([d.reason for d in none])
+    monkeypatch.setattr(linear, "gains_in_training", lambda dtype: True)
     for dtype, trained in ((torch.float32, False), (torch.bfloat16, True)):
         decisions = kernelwise.plan(nn.Linear(128, 128, dtype=dtype)).decisions
         assert {d.mode: d.kernel is not None for d in decisions} == {"inference": True, "training": trained}

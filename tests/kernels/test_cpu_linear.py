@@ -309,10 +309,11 @@ def test_what_a_processor_multiplies_bfloat16_with(monkeypatch, names, isa, unit
     assert cpu.units(torch.float32) == "none"
 
 
-def test_where_bfloat16_is_multiplied_at_double_rate_torch_does_it_for_all_but_a_few_rows():
+def test_where_bfloat16_is_multiplied_at_double_rate_torch_does_it_for_all_but_a_few_rows(monkeypatch):
     choice = cpu._CHOICES["avx512", torch.bfloat16, "fast vector"]
     assert 1 <= choice.most < 8
-    assert choice.training > 1 << 32
+    monkeypatch.setitem(cpu._chosen, torch.bfloat16, choice)
+    assert not cpu.gains_in_training(torch.bfloat16)
 
 
 def test_a_reason_where_it_is_not_worthwhile(monkeypatch):

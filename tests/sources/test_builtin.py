@@ -121,9 +121,10 @@ def test_linear_is_loaded_for_the_dtypes_that_this_processor_is_slow_in(
     monkeypatch.setattr(linear, "why_not_worthwhile", lambda dtype: native)
     assert native in refused(of("Linear")).reason
     monkeypatch.setattr(linear, "why_not_worthwhile", lambda dtype: None)
+    monkeypatch.setattr(linear, "gains_in_training", lambda dtype: dtype != torch.bfloat16)
     kernel = load(of("Linear"), device="cpu")
     assert kernel.limits.dtypes == ("float32", "bfloat16", "float16")
-    assert kernel.limits.inference_only == ("float32",)
+    assert kernel.limits.inference_only == ("float32", "bfloat16")
     assert kernel.limits.gains_from == (("float32", linear.gains_from(torch.float32)),)
     assert [p.name for p in kernel.signature] == ["x", "weight", "bias"]
 

@@ -44,7 +44,7 @@ from kernelwise._verifying._worker import SECONDS as CASE_S
 FOR_TRIALS = 0.6
 """Which part of the time goes to candidates in their layers; the rest is for the whole model."""
 
-TO_COMPILE = 0.7
+TO_COMPILE = 0.6
 """Which part of the time may be kept for compiling the whole model. What is left of it when that was quick is not used."""
 
 NEGLIGIBLE = 0.002

@@ -157,7 +157,7 @@ def load(ref: KernelRef, *, device: str) -> Kernel:
 def _worthwhile(ref: KernelRef, entry: _Entry, module: ModuleType) -> _Entry:
     """Leave out the dtypes for which a kernel's module says that PyTorch's own code is as good on this processor.
 
-    Where it says so of small layers alone, that becomes a limit.
+    Where it says so of small layers or of training alone, that becomes a limit.
     """
     why_not: Callable[[torch.dtype], str | None] | None = getattr(module, "why_not_worthwhile", None)
     if why_not is None:
@@ -171,7 +171,15 @@ def _worthwhile(ref: KernelRef, entry: _Entry, module: ModuleType) -> _Entry:
         raise failure(ref, f"it would gain nothing: {why}", fix="leave the layer its own code")
     gains_from: Callable[[torch.dtype], int] = getattr(module, "gains_from", lambda dtype: 0)
     sizes = ((dtype, gains_from(getattr(torch, dtype))) for dtype in dtypes)
-    return replace(entry, dtypes=dtypes, gains_from=tuple((dtype, size) for dtype, size in sizes if size))
+    trains: Callable[[torch.dtype], bool] = getattr(module, "gains_in_training", lambda dtype: True)
+    return replace(
+        entry,
+        dtypes=dtypes,
+        inference_only=tuple(
+            dtype for dtype in dtypes if dtype in entry.inference_only or not trains(getattr(torch, dtype))
+        ),
+        gains_from=tuple((dtype, size) for dtype, size in sizes if size),
+    )
 
 
 def _find(ref: KernelRef, device: str) -> _Entry | None:

@@ -97,6 +97,12 @@ def gains_from(dtype: torch.dtype) -> int:
     return _SMALL if dtype == torch.float32 else 0
 
 
+def gains_in_training(dtype: torch.dtype) -> bool:
+    """Return whether anything is computed here where gradients are needed, or all of that is torch's."""
+    choice = _chosen.get(dtype)
+    return choice is not None and choice.training < _ALL
+
+
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x weight^T + bias, computed in float32 and rounded once, as `torch.nn.functional.linear` gives it.
 
