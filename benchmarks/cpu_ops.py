@@ -37,6 +37,7 @@ from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kernelwise.kernels import cpu
+from kernelwise.kernels.cpu import linear as linear_module
 from kernelwise.kernels.cpu.activation import activation
 from kernelwise.kernels.cpu.add_layer_norm import add_layer_norm
 from kernelwise.kernels.cpu.add_rms_norm import add_rms_norm
@@ -396,11 +397,16 @@ def main() -> None:
     parser.add_argument("--threads", type=int, help="threads of torch (default: torch's own choice)")
     parser.add_argument("--cpu-time", action="store_true", help="processor time of one thread instead of seconds")
     parser.add_argument("--compile", action="store_true", help="race torch.compile too (compiles every case first)")
+    parser.add_argument("--always", action="store_true", help="linear: the kernel where torch's product is chosen, too")
     parser.add_argument("--seconds", type=float, default=0.5, help="at most, for each case")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "cpu_ops.json")
     options = parser.parse_args()
     if options.threads or options.cpu_time:
         torch.set_num_threads(1 if options.cpu_time else options.threads)
+
+    if options.always:
+        halves = (torch.bfloat16, torch.float16)
+        linear_module._chosen.update(dict.fromkeys(halves, linear_module._Choice(most=1 << 62, training=0)))
 
     about = machine() | {"clock": "processor time" if options.cpu_time else "seconds"}
     clock = time.process_time if options.cpu_time else time.perf_counter

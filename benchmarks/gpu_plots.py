@@ -1,6 +1,4 @@
-"""Plots of the results of gpu_ops.py, as SVG files for the docs.
-
-    python benchmarks/gpu_plots.py [--results benchmarks/results/gpu_ops_h100.json] [--out docs]
+"""Plots of the results of gpu_ops.py, as SVG files for the docs: `python benchmarks/gpu_plots.py [--out docs]`.
 
 One figure for each direction: for each operation, how many times as long as ours every contender takes (the geometric
 mean over its shapes, large shapes alone where there are any); and one of the share of the copy bandwidth that ours reach.
@@ -10,44 +8,25 @@ from __future__ import annotations
 
 import argparse
 import json
-import statistics
-from collections import defaultdict
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import matplotlib
+from gpu_rows import RESULTS, Measured, means, measured
 
 matplotlib.use("svg")
 import matplotlib.pyplot as plt
 
-LARGE = 50_000_000
 CONTENDERS = {"torch": "#c44e52", "compile": "#dd8452", "liger": "#55a868", "quack": "#8172b3", "eager": "#937860"}
-NOT_PEERS = ("ours", "consume", "products", "two steps")
 
 
-def by_operation(rows: list[dict[str, Any]], direction: str) -> dict[str, list[dict[str, Any]]]:
-    found: dict[str, list[dict[str, Any]]] = defaultdict(list)
-    for row in rows:
-        if row["direction"].strip() == direction and "ours" in row["median_us"]:
-            found[row["name"]].append(row)
-    return found
-
-
-def ratios(group: list[dict[str, Any]]) -> dict[str, float]:
-    times: dict[str, list[float]] = defaultdict(list)
-    for row in group:
-        for who, us in row["median_us"].items():
-            if who not in NOT_PEERS:
-                times[who].append(us / row["median_us"]["ours"])
-    return {who: statistics.geometric_mean(values) for who, values in times.items()}
-
-
-def plot_ratios(rows: list[dict[str, Any]], directions: dict[str, str], title: str, file: Path) -> None:
-    groups = {
-        f"{name}\n{label}": ratios([row for row in group if row["num_bytes"] >= LARGE] or group)
-        for direction, label in directions.items()
-        for name, group in by_operation(rows, direction).items()
-    }
+def plot_ratios(found: Sequence[Measured], directions: dict[str, str], title: str, file: Path) -> None:
+    groups: dict[str, dict[str, float]] = {}
+    for direction, label in directions.items():
+        here = [one for one in found if one.direction == direction]
+        for name in dict.fromkeys(one.name for one in here):
+            some = [one for one in here if one.name == name]
+            groups[f"{name}\n{label}"] = means([one for one in some if one.size == "large"] or some)
     shown = [who for who in CONTENDERS if any(who in found for found in groups.values())]
     figure, axes = plt.subplots(figsize=(10, 0.6 * len(groups) + 1.2))
     height = 0.8 / len(shown)
@@ -69,19 +48,19 @@ def plot_ratios(rows: list[dict[str, Any]], directions: dict[str, str], title: s
     figure.savefig(file, metadata={"Date": None})
 
 
-def plot_bandwidth(rows: list[dict[str, Any]], bandwidth: float, title: str, file: Path) -> None:
+def plot_bandwidth(found: Sequence[Measured], title: str, file: Path) -> None:
     figure, axes = plt.subplots(figsize=(10, 4.5))
-    names = sorted(by_operation(rows, "forward"))
+    names = list(dict.fromkeys(one.name for one in found if one.direction == "forward"))
     for direction, marker in (("forward", "o"), ("backward", "s")):
-        for name, group in by_operation(rows, direction).items():
-            speeds = {row["num_bytes"] / 1e6: row["num_bytes"] / row["median_us"]["ours"] * 1e6 for row in group}
-            points = [(size, 100 * speed / bandwidth) for size, speed in speeds.items()]
+        for index, name in enumerate(names):
+            some = [one for one in found if (one.name, one.direction) == (name, direction)]
             axes.plot(
-                *zip(*points, strict=True),
+                [one.num_bytes / 1e6 for one in some],
+                [100 * one.share for one in some],
                 marker=marker,
                 markersize=4,
                 linestyle="none",
-                color=plt.get_cmap("tab20")(names.index(name)),
+                color=plt.get_cmap("tab20")(index),
                 label=name if direction == "forward" else None,
             )
     axes.set_xscale("log")
@@ -95,22 +74,21 @@ def plot_bandwidth(rows: list[dict[str, Any]], bandwidth: float, title: str, fil
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    here = Path(__file__).resolve().parent
-    parser.add_argument("--results", type=Path, default=here / "results" / "gpu_ops_h100.json")
-    parser.add_argument("--out", type=Path, default=here.parent / "docs")
+    parser.add_argument("--out", type=Path, default=Path(__file__).resolve().parent.parent / "docs")
     arguments = parser.parse_args()
-    found = json.loads(arguments.results.read_text())
-    rows = found["rows"]
-    about = f"{found['device']}, torch {found['torch']}, Triton {found['triton']}, bfloat16, {found['date'][:10]}"
+    found = measured()
+    runs = [json.loads(path.read_text()) for path in RESULTS.glob("gpu_ops_h100*.json")]
+    dates = sorted({run["date"][:10] for run in runs})
+    about = f"{runs[0]['device']}, torch {runs[0]['torch']}, Triton {runs[0]['triton']}, bfloat16, {', '.join(dates)}"
     plt.rcParams["svg.hashsalt"] = "kernelwise"
-    plot_ratios(rows, {"forward": "forward"}, about, arguments.out / "gpu_forward.svg")
+    plot_ratios(found, {"forward": "forward"}, about, arguments.out / "gpu_forward.svg")
     plot_ratios(
-        rows,
+        found,
         {"backward": "backward", "together": "forward and backward"},
         about,
         arguments.out / "gpu_backward.svg",
     )
-    plot_bandwidth(rows, found["copy_bytes_per_second"], about, arguments.out / "gpu_bandwidth.svg")
+    plot_bandwidth(found, about, arguments.out / "gpu_bandwidth.svg")
 
 
 if __name__ == "__main__":

@@ -1,11 +1,14 @@
-"""The end-to-end tables of docs/gpu.md, from the results of gpu_e2e.py and gpu_tune.py: `python benchmarks/gpu_tables.py`."""
+"""The tables of docs/gpu.md, from the results of gpu_ops.py, gpu_e2e.py and gpu_tune.py: `python benchmarks/gpu_tables.py`."""
 
 from __future__ import annotations
 
 import json
+import statistics
 from collections.abc import Iterator, Sequence
 from itertools import combinations
 from pathlib import Path
+
+from gpu_rows import PEERS, RESULTS, Measured, means, measured
 
 from kernelwise._evidence import (
     AND_COMPILED,
@@ -21,7 +24,6 @@ from kernelwise._evidence import (
     load,
 )
 
-RESULTS = Path(__file__).parent / "results"
 FILES = {
     "Llama-3-8B": "gpu_e2e_h100.json",
     "Qwen3-8B": "gpu_e2e_h100_qwen3.json",
@@ -46,6 +48,8 @@ NAMES = {
 
 
 def main() -> None:
+    found = measured()
+    print(*operations(found), *losses(found), sep="\n")
     for shape, name in FILES.items():
         variants = json.loads((RESULTS / name).read_text())["variants"]
         eager = variants["eager"]
@@ -63,6 +67,41 @@ def main() -> None:
             print(f"| {NAMES[variant]} | {' | '.join(cells)} |")
     for shape in ("llama", "qwen3", "gemma3"):
         print("\n".join(tuned(shape, tunings(shape))))
+
+
+def operations(found: Sequence[Measured]) -> Iterator[str]:
+    """Say how many times as long as ours every peer takes: the geometric means of large and of small shapes."""
+    yield f"| | {' | '.join(PEERS.values())} | % of copy bandwidth |\n|---|{'---|' * (len(PEERS) + 1)}"
+    for name, direction in dict.fromkeys((one.name, one.direction) for one in found):
+        for size in ("large", "small"):
+            some = [one for one in found if (one.name, one.direction, one.size) == (name, direction, size)]
+            if not some or name == "linear_cross_entropy":
+                continue
+            ratios = means(some)
+            cells = [_short(ratios[who]) if who in ratios else "" for who in PEERS]
+            share = f"{100 * statistics.mean(one.share for one in some):.0f}" if size == "large" else ""
+            both = "forward and backward" if direction == "together" else direction
+            yield f"| {name} {both}, {size} | {' | '.join(cells)} | {share} |"
+
+
+def losses(found: Sequence[Measured]) -> Iterator[str]:
+    """Say how long losses take with their gradients, and which memory."""
+    columns = {"ours": "ours", "consume": "ours, consuming", **PEERS, "products": "products"}
+    names = {who: columns[who] for who in columns if who != "quack"}
+    yield f"\n| ms (GB) | {' | '.join(names.values())} |\n|---|{'---|' * len(names)}"
+    for one in (one for one in found if one.direction == "together"):
+        cells = [
+            f"{one.times[who] / 1e3:.3g}" + (f" ({one.peaks[who] / 1e9:.2f})" if who != "products" else "")
+            if who in one.times
+            else ""
+            for who in names
+        ]
+        kind = "linear, " if one.name == "linear_cross_entropy" else ""
+        yield f"| {kind}{one.shape.replace('x', ' x ')} | {' | '.join(cells)} |"
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 5 else f"{ratio:.1f}"
 
 
 def tunings(shape: str, folder: Path = RESULTS) -> list[Tuning]:

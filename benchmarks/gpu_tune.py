@@ -95,6 +95,7 @@ def one_run(model: Any, ids: torch.Tensor, name: str, options: argparse.Namespac
     evidence = config.evidence
     assert evidence is not None
     print(f"== {name}: tuned in {time.perf_counter() - began:.0f} s\n{evidence}", flush=True)
+    print("compiling took, in this process so far:")
     print(torch._dynamo.utils.compile_times(repr="str", aggregate=True), flush=True)
     return evidence
 

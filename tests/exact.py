@@ -30,6 +30,7 @@ def assert_as_exact(
     grad: bool = True,
     scales: Sequence[float] = (1e-2, 1.0, 1e2),
     scaled: Sequence[str | int] | None = None,
+    terms: int = 1,
 ) -> None:
     """Raise AssertionError unless `kernel` is as exact as `own` on `inputs`.
 
@@ -37,7 +38,8 @@ def assert_as_exact(
     on. Strides and overlaps with other memory of one tensor are kept. Each scale multiplies the inputs named in
     `scaled` (names or positions; by default the first floating tensor). With `grad`, the gradients of every floating
     input are compared too. Dtype and shape of all outputs must be those of `own`, inputs must stay as they were, and
-    where the reference is NaN or infinite the kernel must give that or what `own` gives.
+    where the reference is NaN or infinite the kernel must give that or what `own` gives. `terms` is how many numbers are
+    added up for an element of a gradient: see `deviation`.
     """
     names: list[str | int] = list(inputs) if isinstance(inputs, Mapping) else list(range(len(inputs)))
     values = dict(zip(names, inputs.values() if isinstance(inputs, Mapping) else inputs, strict=True))
@@ -60,7 +62,7 @@ def assert_as_exact(
             expected = _run(own, given, keyword=keyword, grad=True)
             actual = _run(kernel, given, keyword=keyword, grad=True)
             reference = _run(own, given, keyword=keyword, grad=True, wide=True)
-            _compare(expected, actual, reference, where=where)
+            _compare(expected, actual, reference, where=where, terms=terms)
 
 
 class _Copy:
@@ -124,6 +126,7 @@ def _compare(
     reference: dict[str, torch.Tensor | None],
     *,
     where: str,
+    terms: int = 1,
 ) -> None:
     assert list(expected) == list(actual), f"{where}: own code gives {list(expected)}, kernel {list(actual)}"
     for name, own in expected.items():
@@ -132,7 +135,7 @@ def _compare(
             assert new is None or not new.any(), f"{where}: {name} is none in the own code, not in the kernel"
             continue
         assert new is not None, f"{where}: the kernel gives no {name}"
-        found = deviation(own, new, exact)
+        found = deviation(own, new, exact, terms=terms if name.startswith("gradient") else 1)
         if found.error is not None:
             numbers = f"errs {found.error:.3g}, own code {found.own_error:.3g}; allowed {found.allowed:.3g}"
             assert found.status == "passed", f"{where}: {name}: kernel {numbers} at {found.place}"

@@ -67,7 +67,8 @@ def make_plan(
     defaults: dict[tuple[str, str], Sequence[KernelRef]] = {}
     if config.inherit_mapping:
         for layer in layers:
-            for found in (layer.recognition, layer.recognition_in_training):
+            own, also = layer.recognition, layer.recognition_in_training
+            for found in (own,) if also is own else (own, also):
                 if found is not None and (found.op, layer.device) not in defaults:
                     defaults[found.op, layer.device] = sources.builtin_refs(found.op, device=layer.device)
     kernels = _load(

@@ -37,6 +37,8 @@ JOINED = "self.loss_function"
 
 _MOST_KINDS = 64  # kinds of one class that a look compares a module with
 
+_class_of: Callable[[nn.Module], Any] = type  # mypy takes a class of modules for unhashable
+
 _named: weakref.WeakKeyDictionary[type, str] = weakref.WeakKeyDictionary()
 
 
@@ -115,9 +117,10 @@ def discover(model: nn.Module) -> tuple[Layer, ...]:
     """
     look = _Look(model_device(model) or "cpu")
     places = places_of(model)
-    for module, paths in places.items():
-        if isinstance(module, LazyModuleMixin):
-            _check_shape(module, paths[0])
+    if any(issubclass(cls, LazyModuleMixin) for cls in set(map(_class_of, places))):
+        for module, paths in places.items():
+            if isinstance(module, LazyModuleMixin):
+                _check_shape(module, paths[0])
     for module, paths in places.items():
         look.add(module, tuple(paths))
     return tuple(look.layers)
@@ -220,8 +223,9 @@ class _Look:
             if inference.holds(module) and (training is inference or training.holds(module)):
                 if layer is None:
                     return None
+                d = module.__dict__  # on which nothing of ours stands
                 if (
-                    kind.names == _names(module)
+                    kind.names == (*d, *d["_parameters"], *(d["_buffers"] or ()), *(d["_modules"] or ()))
                     and kind.tensors == self._tensors(module)
                     and (facts.condition is None or kind.excluded == _condition(module))
                 ):
@@ -440,7 +444,7 @@ def _function_signature(value: Any) -> tuple[Parameter, ...]:
 def _numel(module: nn.Module) -> int:
     """Return how many numbers a module's own parameters hold."""
     found = 0
-    for parameter in module._parameters.values():
+    for parameter in module.__dict__["_parameters"].values():
         if parameter is not None:
             found += parameter.numel()
     return found
@@ -470,10 +474,6 @@ def _names_of(dtypes: tuple[torch.dtype, ...]) -> tuple[str, ...]:
 def class_name(module: nn.Module) -> str:
     """Return the full name of a module's class, as `Layer.class_name` has it."""
     return _class_name(_class_of(module))
-
-
-def _class_of(module: nn.Module) -> Any:  # mypy takes a class of modules for unhashable
-    return type(module)
 
 
 @lru_cache(maxsize=4096)

@@ -19,8 +19,7 @@ Loaded = Mapping[tuple[KernelRef, str], "Kernel | str"]
 """For each reference and device type the loaded kernel, or the reason why it could not be loaded."""
 
 
-# What a Decision says besides its layer and mode, and whether the user demanded a kernel there.
-_Outcome = tuple["Kernel | None", "tuple[tuple[str, tuple[str, ...]], ...]", "str | None", str, bool]
+_Outcome = tuple[Decision, bool]  # and whether the user demanded a kernel there
 
 
 def choose_rule(layer: Layer, rules: Iterable[Rule], *, device: str, mode: str) -> Rule | None:
@@ -144,19 +143,20 @@ def make_plan(
     unmet: dict[tuple[str, tuple[tuple[str, tuple[str, ...]], ...]], list[Layer]] = {}
     by_place = _names_with_a_path(rules)
     used: set[Rule] = set()
-    outcomes: dict[tuple[Any, ...], _Outcome] = {}
+    known: dict[tuple[Any, ...], list[_Outcome]] = {}
     for layer in layers:
         alike = _what_decides(layer, by_place)
-        for mode in modes:
-            outcome = outcomes.get((alike, mode))
-            if outcome is None:
+        outcomes = known.get(alike)
+        if outcomes is None:
+            outcomes = known[alike] = []
+            for mode in modes:
                 rule = choose_rule(layer, by_name.get(layer.name, ()), device=layer.device, mode=mode)
-                outcome = outcomes[alike, mode] = _decide(layer, mode, rule, kernels, target, defaults)
+                outcomes.append(_decide(layer, mode, rule, kernels, target, defaults))
                 used.update([rule] if rule else [])
-            kernel, rejected, reason, asked_by, is_demand = outcome
-            decisions.append(Decision(layer, mode, kernel, asked_by, rejected, reason))
-            if is_demand and kernel is None:
-                unmet.setdefault((asked_by, rejected), []).append(layer)
+        for decision, is_demand in outcomes:
+            decisions.append(decision.about(layer))
+            if is_demand and decision.kernel is None:
+                unmet.setdefault((decision.asked_by, decision.rejected), []).append(layer)
     idle = [rule for rule in rules if rule not in used]
     missed = _missed(idle, layers, target, modes)
     if on_miss == "raise" and (unmet or missed):
@@ -208,7 +208,7 @@ def _what_decides(layer: Layer, by_place: set[str]) -> tuple[Any, ...]:
     Values that `discover` shares between layers stand for themselves by identity, which is cheap for large models.
     """
     return (
-        layer.path if layer.name in by_place else layer.name,
+        layer.path if by_place and layer.name in by_place else layer.name,
         layer.class_name,
         layer.device,
         layer.dtypes,
@@ -233,7 +233,7 @@ def _decide(
 ) -> _Outcome:
     """Try the kernel that the rule names, or without a rule every default in turn."""
     if rule is not None and rule.ref is None:
-        return None, (), "the rule keeps the model's own code", rule.where, False
+        return Decision(layer, mode, None, rule.where, reason="the rule keeps the model's own code"), False
     found = layer.computes(mode)
     op = found.op if found else ""
     refs = (rule.ref,) if rule is not None and rule.ref is not None else (defaults or {}).get((op, layer.device), ())
@@ -248,7 +248,7 @@ def _decide(
         else:
             reasons = reasons_against(layer, kernel, target, mode)
         if not reasons and isinstance(kernel, Kernel):
-            return kernel, tuple(rejected), None, asked_by, is_demand
+            return Decision(layer, mode, kernel, asked_by, tuple(rejected)), is_demand
         rejected.append((str(ref), reasons))
     if rejected:
         alone = len(rejected) == 1
@@ -259,7 +259,7 @@ def _decide(
         reason = "no rule asks for it, and what it computes was not recognised"
     else:
         reason = f"no rule asks for it, and no kernel is put in unasked for {found.op} on {layer.device}"
-    return None, tuple(rejected), reason, asked_by, is_demand
+    return Decision(layer, mode, None, asked_by, tuple(rejected), reason), is_demand
 
 
 def _note(rule: Rule, target: Target, modes: Sequence[str], layers: Sequence[Layer]) -> str:

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import pytest
@@ -297,7 +300,7 @@ def test_more_rows_than_it_is_chosen_for_are_torchs(monkeypatch, rows, ours):
         ("avx512_bf16", "avx512", "vector"),
         ("avx512_bf16", "avx2", "none"),
         ("avx512_bf16 avx512_bf16_at_double_rate", "avx512", "fast vector"),
-        ("avx512_bf16 avx512_bf16_at_double_rate", "avx2", "none"),
+        ("avx512_bf16 avx512_bf16_at_double_rate", "avx2", "fast vector"),
         ("avx512_bf16 avx512_fp16 amx_bf16", "avx512", "matrix"),
         ("avx512_bf16 avx512_fp16 amx_bf16", "avx2", "matrix"),
     ],
@@ -309,11 +312,44 @@ def test_what_a_processor_multiplies_bfloat16_with(monkeypatch, names, isa, unit
     assert cpu.units(torch.float32) == "none"
 
 
-def test_where_bfloat16_is_multiplied_at_double_rate_torch_does_it_for_all_but_a_few_rows(monkeypatch):
-    choice = cpu._CHOICES["avx512", torch.bfloat16, "fast vector"]
-    assert 1 <= choice.most < 8
-    monkeypatch.setitem(cpu._chosen, torch.bfloat16, choice)
+@pytest.mark.parametrize("isa", ["avx2", "avx512"])
+def test_where_bfloat16_is_multiplied_at_double_rate_torch_does_it_for_all_but_a_few_rows(monkeypatch, isa):
+    monkeypatch.setitem(cpu._chosen, torch.bfloat16, cpu._CHOICES[isa, torch.bfloat16, "fast vector"])
     assert not cpu.gains_in_training(torch.bfloat16)
+    called = []
+    monkeypatch.setattr(cpu, "_own", lambda *args: called.append(args) or torch.nn.functional.linear(*args))
+    for rows, grad, torchs in (
+        (1, False, False),
+        (3, False, False),
+        (4, False, True),
+        (512, False, True),
+        (1, True, True),
+    ):
+        called.clear()
+        inputs = given(torch.bfloat16, rows=(rows,))
+        cpu.linear(inputs["x"].requires_grad_(grad), inputs["weight"], inputs["bias"])
+        assert bool(called) == torchs, rows
+
+
+@pytest.mark.parametrize(
+    ("limit", "left"),
+    [
+        ("AVX2", ""),
+        ("avx512_core_vnni", ""),
+        ("AVX512_CORE_BF16", "avx512_bf16"),
+        ("AVX512_CORE_FP16", "avx512_bf16 avx512_fp16"),
+        ("AVX512_CORE_AMX", "avx512_bf16 avx512_fp16 amx_bf16"),
+        ("ALL", "avx512_bf16 avx512_fp16 amx_bf16 amx_fp16"),
+    ],
+)
+def test_what_onednn_may_not_use_does_not_count(limit, left):
+    code = "import torch; from kernelwise.kernels.cpu import linear; print(torch.ops.kernelwise.cpu_half_products())"
+
+    def names(limits):
+        found = subprocess.run([sys.executable, "-c", code], env=os.environ | limits, capture_output=True, text=True)
+        return [name for name in found.stdout.split() if name != "avx512_bf16_at_double_rate"]
+
+    assert names({"ONEDNN_MAX_CPU_ISA": limit}) == [name for name in names({}) if name in left.split()]
 
 
 def test_a_reason_where_it_is_not_worthwhile(monkeypatch):

@@ -109,7 +109,7 @@ def races(monkeypatch, speedups: dict[str, float | str]) -> list[tuple[str, ...]
     """Plant what races find: how much faster each contender is, or why it fails."""
     seen: list[tuple[str, ...]] = []
 
-    def race(contenders, workload, *, device, seconds, own=EAGER, progress=None):
+    def race(contenders, workload, *, device, seconds, own=EAGER, begin=None, progress=None):
         seen.append(tuple(contenders))
         kernels = _apply.kernelized_paths(contenders["tuned"].model) if "tuned" in contenders else ()
         base = speedups.get(own, 1.0)

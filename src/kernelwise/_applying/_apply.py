@@ -30,6 +30,9 @@ from kernelwise._recognize._losses import LABELS
 
 _lock = threading.RLock()
 
+# What `eval()` and `train()` run, the modes that a rule asked for, a function's counts.
+_Bound = tuple[Call | None, Call | None, frozenset[str], Counter[str] | None]
+
 
 def apply(model: nn.Module, plan: Plan) -> Token:
     """Put every kernel of a plan into the model and return the token that undoes it.
@@ -54,18 +57,20 @@ def apply(model: nn.Module, plan: Plan) -> Token:
 
 def _prepare(model: nn.Module, plan: Plan, token: Token) -> list[tuple[nn.Module, Entry]]:
     """Bind every call that the plan needs. Layers that no kernelization has a kernel for are left out."""
-    by_layer: dict[tuple[str, str | None], list[Decision]] = {}
+    by_layer: dict[str | tuple[str, str], tuple[Decision, ...]] = {}
     for decision in plan.decisions:
-        by_layer.setdefault((decision.layer.path, decision.layer.function), []).append(decision)
-    bound: dict[tuple[Any, ...], tuple[Any, ...]] = {}  # alike layers share their calls
+        layer = decision.layer
+        place = layer.path if layer.function is None else (layer.path, layer.function)
+        by_layer[place] = (*by_layer[place], decision) if place in by_layer else (decision,)
+    bound: dict[tuple[Any, ...], _Bound] = {}  # alike layers share their calls
     found = {"": model}
     prepared: list[tuple[nn.Module, Entry]] = []
     for decisions in by_layer.values():
         layer = decisions[0].layer
         has_kernel = is_asked = False
         for decision in decisions:
-            has_kernel |= decision.kernel is not None
-            is_asked |= decision.asked_by != "default"
+            has_kernel = has_kernel or decision.kernel is not None
+            is_asked = is_asked or decision.asked_by != "default"
         if not has_kernel and not is_asked:
             continue
         module = _find(layer, found)
@@ -75,29 +80,32 @@ def _prepare(model: nn.Module, plan: Plan, token: Token) -> list[tuple[nn.Module
         calls = bound.get(key)
         if calls is None:
             calls = bound[key] = _bind(module, layer, decisions)
-        prepared.append((module, Entry(token, layer, tuple(decisions), *calls)))
+        inference, training, asked, fallbacks = calls
+        prepared.append((module, Entry(token, layer, decisions, inference, training, asked, fallbacks)))
     return prepared
 
 
 def _what_binds(module: nn.Module, layer: Layer, decisions: Sequence[Decision]) -> tuple[Any, ...]:
     """Everything that the calls of a layer depend on; what `discover` shares between layers stands by its identity."""
     held = module.__dict__
+    first = decisions[0]
     return (
         id(own_forward(module)),
         id(layer.signature),
         id(layer.recognition),
         id(layer.recognition_in_training),
         layer.function,
-        *held["_parameters"],
-        *held["_modules"],
-        *[part for d in decisions for part in (id(d.kernel), d.mode, d.asked_by)],
+        tuple(held["_parameters"]),
+        tuple(held["_modules"]),
+        id(first.kernel),
+        first.mode,
+        first.asked_by,
+        None if len(decisions) == 1 else tuple([(id(d.kernel), d.mode, d.asked_by) for d in decisions[1:]]),
     )
 
 
-def _bind(
-    module: nn.Module, layer: Layer, decisions: Sequence[Decision]
-) -> tuple[Call | None, Call | None, frozenset[str], Counter[str] | None]:
-    """Bind the kernels of one layer: what `eval()` and `train()` run, the modes that a rule asked for, a function's counts."""
+def _bind(module: nn.Module, layer: Layer, decisions: Sequence[Decision]) -> _Bound:
+    """Bind the kernels of one layer."""
     calls: dict[str, Call | None] = {}
     fallbacks: Counter[str] | None = Counter() if layer.function is not None else None
     for decision in decisions:
@@ -171,15 +179,19 @@ def _in_both_modes(layer: Layer, calls: dict[str, Call | None]) -> tuple[Call | 
 def _find(layer: Layer, found: dict[str, nn.Module]) -> nn.Module:
     """Return the module of a layer. `found` has the modules found before by their paths, the model itself by ""."""
     path = layer.path.rpartition(".")[0] if layer.function is not None else layer.path
+    above, _, name = path.rpartition(".")
     try:
-        module = _module_at(path, found)
+        module = _module_at(above, found)._modules[name] if name else found[""]
+        if module is None:
+            raise KeyError(path)
     except KeyError as error:
         raise ApplyError(
             f"the plan has a layer at {layer.path}, which this model does not have\n  go on      plan again for this model"
         ) from error
-    if class_name(module) != layer.class_name:
+    name = class_name(module)
+    if name != layer.class_name:
         raise ApplyError(
-            f"the plan has a {layer.class_name} at {layer.path}, where this model has a {class_name(module)}\n"
+            f"the plan has a {layer.class_name} at {layer.path}, where this model has a {name}\n"
             "  go on      plan again for this model"
         )
     own = next(iter(module._parameters.values()), None)
@@ -203,13 +215,13 @@ def _module_at(path: str, found: dict[str, nn.Module]) -> nn.Module:
 
 
 def _put_in(module: nn.Module, entry: Entry) -> None:
-    state = state_of(module)
+    state, layer = state_of(module), entry.layer
     state.entries.append(entry)
-    found = entry.layer.recognition or entry.layer.recognition_in_training
-    if found is not None and found.depends and entry.layer.function is None:
+    found = layer.recognition or layer.recognition_in_training
+    if found is not None and found.depends and layer.function is None:
         state.pins.update({name: module._modules.get(name, module.__dict__.get(name)) for name in found.depends})
     _install(module, state)
-    if entry.layer.function == JOINED:
+    if layer.function == JOINED:
         head = module._modules[_head_of(entry.layer)]
         assert head is not None
         of_head = state_of(head)
@@ -220,10 +232,10 @@ def _put_in(module: nn.Module, entry: Entry) -> None:
 def _install(module: nn.Module, state: ModuleState) -> None:
     """Have a module run what its state chooses."""
     if not state.installed:
-        slot = innermost_slot(module)
-        state.found = module.__dict__.get(slot)
+        held, slot = module.__dict__, innermost_slot(module)
+        state.found = held.get(slot)
         state.refresh(module)
-        module.__dict__[slot] = MethodType(dispatcher(own_forward(module)), module)
+        held[slot] = MethodType(dispatcher(own_forward(module)), module)
         state.installed = True
     else:
         state.refresh(module)

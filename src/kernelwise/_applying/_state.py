@@ -50,6 +50,20 @@ class Entry:
 class ModuleState:
     """What Kernelwise knows about one module. `inference` and `training` are what its forward runs."""
 
+    # A `__dict__` would take 300 bytes: the states of a large model are more than what a processor caches.
+    __slots__ = (
+        "attributes",
+        "entries",
+        "fallbacks",
+        "found",
+        "inference",
+        "installed",
+        "joined",
+        "pins",
+        "plans",
+        "training",
+    )
+
     inference: Call
     training: Call
 
@@ -65,11 +79,6 @@ class ModuleState:
 
     def refresh(self, module: nn.Module) -> None:
         """Choose what runs in each mode: the newest kernelization that speaks of it, else the module's own code."""
-        self._choose(module)
-        if self.joined:
-            self.inference, self.training = _lazy(self.inference), _lazy(self.training)
-
-    def _choose(self, module: nn.Module) -> None:
         if len(self.entries) == 1:  # by far the most frequent case
             entry = self.entries[0]
             inference, training, function = entry.inference, entry.training, entry.layer.function
@@ -78,9 +87,12 @@ class ModuleState:
                     is_same = inference is training
                     inference = rebuilt_around(module, {function: inference})
                     training = inference if is_same else rebuilt_around(module, {function: training})
-                self.inference, self.training = inference, training
-                return
-        inference, training = self._effective(module, "inference"), self._effective(module, "training")
+            else:
+                inference, training = self._effective(module, "inference"), self._effective(module, "training")
+        else:
+            inference, training = self._effective(module, "inference"), self._effective(module, "training")
+        if self.joined:
+            inference, training = _lazy(inference), _lazy(training)
         self.inference, self.training = inference, training
 
     def chosen(self, function: str | None, mode: str) -> Entry | None:
@@ -168,14 +180,15 @@ def rebuilt_around(module: nn.Module, functions: dict[str, Call]) -> Call:
 
 def state_of(module: nn.Module) -> ModuleState:
     """Return the module's state, putting one on it first where there is none."""
-    state: ModuleState | None = module.__dict__.get(STATE)
+    held = module.__dict__
+    state: ModuleState | None = held.get(STATE)
     if state is None:
         state = ModuleState()
         state.inference = state.training = _run_class_forward
-        module.__dict__[STATE] = state
-        module.__dict__["__reduce_ex__"] = MethodType(_reduce_clean, module)
-        module.__dict__["__deepcopy__"] = MethodType(_deepcopy, module)
-        module.__dict__["_replicate_for_data_parallel"] = MethodType(_replicate, module)
+        held[STATE] = state
+        held["__reduce_ex__"] = MethodType(_reduce_clean, module)
+        held["__deepcopy__"] = MethodType(_deepcopy, module)
+        held["_replicate_for_data_parallel"] = MethodType(_replicate, module)
     return state
 
 

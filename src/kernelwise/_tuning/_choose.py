@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Container, Mapping, Sequence
 
-from kernelwise._evidence import AND_COMPILED, Candidate, Comparison, Objective, Timing
+from kernelwise._evidence import AND_COMPILED, Candidate, Comparison, Objective
 from kernelwise._tuning._candidates import Kind
 
 MARGIN = 0.02
-"""By which part of the layer's own time a candidate must be better than one that was offered before it."""
+"""By which part of the layers' own time a candidate must be better than one that was offered before it."""
 
-VISIBLE = 0.005
-"""And by which part of the whole runs: what is less nobody could see, and another tuning may find the opposite."""
+VISIBLE = 0.01
+"""And by which part of a whole run in a workload: less nobody could see, and another tuning may find the opposite.
+
+Not under torch.compile, where nobody knows yet how long runs are: there all choices together are judged in the whole.
+"""
 
 
 def choose_all(
@@ -28,7 +31,8 @@ def choose_all(
     if objective == "memory" and not by_memory:
         notes.append("memory is not counted on this device, so this is tuned for latency")
     for kind, found in tried.items():
-        kernel, reasons[kind] = choose(found, objective, run_s, by_memory=by_memory)
+        visible = 0.0 if by_memory or kind.mode.endswith(AND_COMPILED) else VISIBLE
+        kernel, reasons[kind] = choose(found, objective, run_s, by_memory=by_memory, visible=visible)
         if any(candidate.timings for candidate in found):
             chosen[kind] = kernel
     for kind, kernel in chosen.items():  # a kernel that computes what its child is for does not call that child
@@ -73,7 +77,12 @@ def _is_part_of(kind: Kind, other: Kind) -> bool:
 
 
 def choose(
-    tried: Sequence[Candidate], objective: Objective, run_s: Mapping[str, float], *, by_memory: bool = False
+    tried: Sequence[Candidate],
+    objective: Objective,
+    run_s: Mapping[str, float],
+    *,
+    by_memory: bool = False,
+    visible: float = VISIBLE,
 ) -> tuple[str | None, str]:
     """Return the best of what was tried, or None for the own code, and why."""
     best: tuple[float, Candidate] | None = None
@@ -85,7 +94,7 @@ def choose(
         lead = gain - best[0] if best else gain
         if lead <= (MARGIN if best else 0.0):
             continue
-        if best and not by_memory and lead * _share(candidate, objective, run_s) <= VISIBLE:
+        if best and visible and _lead_in_a_run(candidate, best[1], run_s) < visible:
             unseen.append(candidate.kernel)
             continue
         best, unseen = (gain, candidate), []
@@ -97,7 +106,7 @@ def choose(
         return None, "no candidate needs less memory" if by_memory else "no candidate is clearly faster"
     why = ", ".join(f"{_words(t.comparison)} in {t.workload}" for t in best[1].timings)
     if unseen:
-        why += f"; what {' or '.join(unseen)} would save besides is less than {VISIBLE:.1%} of a run"
+        why += f"; what {' or '.join(unseen)} would save besides is less than {visible:.0%} of a run"
     return best[1].kernel, why
 
 
@@ -106,26 +115,31 @@ def _time_gain(candidate: Candidate, objective: Objective, run_s: Mapping[str, f
 
     For latency each workload counts as much as another, for throughput as much as it takes.
     """
-    weights = [_weight(timing, objective, run_s) for timing in candidate.timings]
-    saved = sum(
-        weight * (1 - 1 / timing.comparison.speedup)
-        for weight, timing in zip(weights, candidate.timings, strict=True)
-        if timing.comparison.verdict != "no clear difference"
+    saved, own = 0.0, 0.0
+    for timing in candidate.timings:
+        weight = timing.calls * timing.comparison.own_us
+        if objective != "throughput":
+            weight /= run_s[timing.workload] * 1e6
+        own += weight
+        saved += weight * _part_saved(timing.comparison)
+    return saved / own if own else 0.0
+
+
+def _lead_in_a_run(candidate: Candidate, other: Candidate, run_s: Mapping[str, float]) -> float:
+    """Which part of a whole run one candidate saves more than another, in the workload in which that is the most."""
+    known = {timing.workload: _part_saved(timing.comparison) for timing in other.timings}
+    return max(
+        t.calls
+        * t.comparison.own_us
+        / 1e6
+        / run_s[t.workload]
+        * (_part_saved(t.comparison) - known.get(t.workload, 0.0))
+        for t in candidate.timings
     )
-    return saved / sum(weights) if any(weights) else 0.0
 
 
-def _share(candidate: Candidate, objective: Objective, run_s: Mapping[str, float]) -> float:
-    """Which part of the runs the layers' own code takes in the workloads in which a candidate was timed."""
-    here = dict.fromkeys(timing.workload for timing in candidate.timings)
-    runs = sum(run_s[workload] if objective == "throughput" else 1.0 for workload in here)
-    return sum(_weight(timing, objective, run_s) for timing in candidate.timings) / runs if runs else 0.0
-
-
-def _weight(timing: Timing, objective: Objective, run_s: Mapping[str, float]) -> float:
-    """The seconds that the layers' own code takes in a run, for latency as a part of it."""
-    own_s = timing.calls * timing.comparison.own_us / 1e6
-    return own_s if objective == "throughput" else own_s / run_s[timing.workload]
+def _part_saved(found: Comparison) -> float:
+    return 0.0 if found.verdict == "no clear difference" else 1 - 1 / found.speedup
 
 
 def _memory_gain(candidate: Candidate) -> float:

@@ -286,7 +286,7 @@ def _too_late(course: Course, alone: Sequence[Run], later: Course, *, recalled: 
 def _for_rivals(course: Course) -> float:
     """How many seconds the races with rivals take that need not be compiled."""
     names = [name for name in course.others if not is_compiled(name)]
-    return TURNS * (len(names) + 2) * sum(course.seconds.values()) if names else 0.0
+    return TURNS * (len(names) + 1) * sum(course.seconds.values()) if names else 0.0
 
 
 def _why_not_compiled(course: Course, runs: Sequence[Run]) -> str | None:

@@ -71,7 +71,7 @@ class Course:
     objective: Objective = "latency"
     asked: KernelConfig = field(default_factory=KernelConfig)
     trusted: Mapping[str, KernelRef] = field(default_factory=dict)  # by their strings, which do not say so
-    others: tuple[str, ...] = ()  # of `OTHERS`: what the result is raced with
+    others: tuple[str, ...] = ()  # of `OTHERS`: what is raced besides, for comparison
 
     def config(self, chosen: Mapping[Kind, str | None]) -> KernelConfig:
         """Write choices as a config, over the user's own. Layers of which neither speaks get what they get by default."""
@@ -146,7 +146,7 @@ def race_all(
 
 
 def _tell(course: Course, workload: Workload, name: str) -> None:
-    course.step(f"the whole model: {workload.name}, {name}")
+    course.step(f"the whole model: {workload.name}, first {name}")
 
 
 def compile_seconds(model: nn.Module, workload: Workload) -> float:
@@ -215,7 +215,7 @@ def rank(course: Course, runs: Sequence[Run], name: str) -> tuple[float, float]:
 
 
 def seems_better(course: Course, runs: Sequence[Run], name: str, other: str) -> bool:
-    """Whether a contender is so far ahead of another, as far as races against own code show, that a direct race is due."""
+    """Whether a contender is ahead of another by what is worth a look, as far as their races against own code show."""
     ahead = [ours - theirs for ours, theirs in zip(rank(course, runs, name), rank(course, runs, other), strict=True)]
     return next((by for by in ahead if abs(by) >= WORTH_A_LOOK), 0.0) > 0
 

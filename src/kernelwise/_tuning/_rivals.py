@@ -1,4 +1,4 @@
-"""Rivals: the tuned model against what runs whole models in other ways, such as torch.compile. After confirming.
+"""Rivals: what runs whole models in other ways, such as torch.compile, beside the model's own code. After confirming.
 
 No config says what these do, so none of them can be the result. Where one is better, the evidence says so, and how to get it:
 a tuning never passes for the best that there is where it has seen something better.
@@ -21,9 +21,10 @@ MOST_S = 5.0
 
 
 def face_rivals(course: Course, found: Confirmation) -> None:
-    """Race the result with each rival, workload by workload, and note in `found` who ran and who is best.
+    """Race each rival with the model's own code, workload by workload, and note in `found` who ran and who is best.
 
-    A rival that was raced already is not raced again. torch.compile is left out where its time does not suffice: its runs
+    The result was raced with that too, so what is compared is how much faster each is. A rival that was raced already is not
+    raced again. torch.compile is left out where its time does not suffice: its runs
     then say so.
     """
     there = {run.contender for run in found.runs}

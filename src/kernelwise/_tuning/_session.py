@@ -148,7 +148,7 @@ def _check_contenders(names: Sequence[str] | None) -> None:
 
 
 def _rivals_of(model: nn.Module) -> tuple[str, ...]:
-    """What a result is raced with where nobody says: transformers would fetch code and run it in this process, unproven."""
+    """What is raced besides where nobody says: transformers would fetch code and run it in this process, unproven."""
     return (COMPILED, LIGER) if model_device(model) in ("cuda", "rocm") else (COMPILED,)
 
 

@@ -86,7 +86,7 @@ def tune(
         candidates: kernels to try besides those that are offered anyway: references, for all layers that they fit, or a dict
             from layer name to one or several; `"/path:*"` and `"org/repo@v1:*"` are all layers of a repository. An operator of
             PyTorch and what Inductor compiles are tried by themselves.
-        contenders: what the result is raced with besides eager and builtin: some of `"torch.compile"`, `"transformers"` and
+        contenders: what is raced besides eager, builtin and the result: some of `"torch.compile"`, `"transformers"` and
             `"liger"`. None: torch.compile, where its time suffices, and Liger on GPUs. `config.evidence.best` says who is best.
         steps: how many tokens one run of "decode" computes for each row.
         seconds: how long it may take, about. What could not be tried stands in `config.evidence.notes`.

@@ -52,6 +52,7 @@ _CHOICES = {
     ("avx512", torch.bfloat16, "vector"): _Choice(most=_ALL, training=48),
     # AMD's twice as fast, so what is left are rows for which the weight is read faster
     ("avx512", torch.bfloat16, "fast vector"): _Choice(most=3, training=_ALL),
+    ("avx2", torch.bfloat16, "fast vector"): _Choice(most=3, training=_ALL),
     # avx512_fp16 multiplies twice as fast where the weight need not arrive from far
     ("avx512", torch.float16, "vector"): _Choice(most=32, training=_ALL),
     # reads the weight faster from memory than MKL with one row, and once where MKL reads it for every few rows
@@ -75,7 +76,7 @@ def units(dtype: torch.dtype) -> str:
     """
     names = _ops.cpu_half_products.default().split()
     found = next((unit for name, unit in _UNITS.get(dtype, {}).items() if name in names), "none")
-    return found if found == "matrix" or isa() == "avx512" else "none"
+    return "none" if found == "vector" and isa() != "avx512" else found
 
 
 _chosen = {dtype: _CHOICES.get((isa(), dtype, units(dtype))) for dtype in (torch.float32, *_UNITS)}

@@ -1,4 +1,5 @@
 // Which instruction set to use: what the processor and the operating system offer, at most what the user allows.
+#include <cctype>
 #include <cstdlib>
 #include <cstring>
 
@@ -39,6 +40,21 @@ const Kernels* choose() {
   return &kBaseline;
 }
 
+// How many of avx512_bf16, avx512_fp16, amx_bf16 and amx_fp16 oneDNN, which computes torch's products, may use: the user's limit.
+int onednn_may_use() {
+  const char* wish = std::getenv("ONEDNN_MAX_CPU_ISA");
+  if (wish == nullptr) wish = std::getenv("DNNL_MAX_CPU_ISA");
+  if (wish == nullptr) return 4;
+  std::string limit(wish);
+  for (char& letter : limit) letter = static_cast<char>(std::toupper(static_cast<unsigned char>(letter)));
+  for (const char* without : {"SSE41", "AVX", "AVX2", "AVX2_VNNI", "AVX2_VNNI_2", "AVX512_CORE", "AVX512_CORE_VNNI"})
+    if (limit == without) return 0;
+  const char* const last[] = {"AVX512_CORE_BF16", "AVX512_CORE_FP16", "AVX512_CORE_AMX"};
+  for (int i = 0; i < 3; ++i)
+    if (limit == last[i]) return i + 1;
+  return 4;
+}
+
 }  // namespace
 
 const Kernels& kernels() {
@@ -56,12 +72,13 @@ std::string half_products() {
   if (__get_cpuid_count(7, 0, &eax, &ebx, &ecx, &edx)) {
     const unsigned leaves = eax, features = edx;
     const bool more = leaves >= 1 && __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx);
-    const bool bf16 = more && (eax >> 5 & 1);
+    const int used = onednn_may_use();
+    const bool bf16 = more && (eax >> 5 & 1) && used > 0;
     add(bf16, "avx512_bf16");
     add(bf16 && __builtin_cpu_is("amd"), "avx512_bf16_at_double_rate");
-    add(features >> 23 & 1, "avx512_fp16");
-    add(features >> 22 & 1, "amx_bf16");
-    add(more && (eax >> 21 & 1), "amx_fp16");
+    add((features >> 23 & 1) && used > 1, "avx512_fp16");
+    add((features >> 22 & 1) && used > 2, "amx_bf16");
+    add(more && (eax >> 21 & 1) && used > 3, "amx_fp16");
   }
 #endif
   return names;
