@@ -30,6 +30,7 @@ import torch
 import torch._functorch.config
 from gpu_about import about, in_a_line
 from gpu_cases import BF16, Case, Tensors, cases, exact_of, gated_case, norm_case, rotary_case
+from gpu_rows import LARGE, PEERS
 
 START = time.time()
 
@@ -271,7 +272,7 @@ def summary(rows: list[Row], bandwidth: float) -> list[str]:
     lines = []
     groups: dict[tuple[str, str, str], list[Row]] = collections.defaultdict(list)
     for row in rows:
-        size = "large" if row.num_bytes >= 50_000_000 else "small"
+        size = "large" if row.num_bytes >= LARGE else "small"
         groups[row.name, row.direction, size].append(row)
     for (name, direction, size), members in groups.items():
         ratios: dict[str, list[float]] = collections.defaultdict(list)
@@ -287,7 +288,7 @@ def summary(rows: list[Row], bandwidth: float) -> list[str]:
         lines.append(f"{name:12s} {direction} {size}: {means}  (ours {statistics.mean(shares):.0f}% of copy)")
     for row in rows:
         ours = row.median_us.get("ours", math.inf)
-        ahead = {who: us for who, us in row.median_us.items() if us < 0.97 * ours}
+        ahead = {who: us for who, us in row.median_us.items() if who in PEERS and us < 0.97 * ours}
         if ahead:
             lines.append(f"not ahead: {row.line(bandwidth)}")
     return lines

@@ -184,21 +184,26 @@ def test_starting_a_kernel_counts_where_a_model_waits_for_it(
 def test_a_race_in_a_hurry_is_run_again_where_there_is_twice_the_time(found, times, monkeypatch):
     raced: list[float] = []
 
-    def race(contenders, workload, *, device, seconds, own=EAGER):
+    def race(contenders, workload, *, device, seconds, own=EAGER, begin):
         raced.append(seconds)
+        for name in contenders:
+            begin(name)
         return tuple(Run(name, workload.name, CLEAR if name == own else found) for name in contenders)
 
     monkeypatch.setattr(_races, "race", race)
     model = model_of_one_norm()
     workloads = workloads_of(model, torch.randn(2, 8, 48), None)
+    told: list[str] = []
     for seconds in (1.0, 1.5, 3.0, 3.5):
         monkeypatch.setattr(_races, "MOST_S", seconds)
         until = time.monotonic() + 100
         course = _races.Course(
-            model, kw.discover(model), ("inference",), workloads, "cpu", "here", {}, until, lambda what: None
+            model, kw.discover(model), ("inference",), workloads, "cpu", "here", {}, until, told.append
         )
         _races.race_all(course, {EAGER: None, "builtin": kw.KernelConfig()})
     assert raced == [1.0, 3.0][:times]
+    firsts = [f"the whole model: forward, first {name}" for name in (EAGER, "builtin")]
+    assert [what for what in told if "first" in what] == firsts * times
 
 
 # ------------------------------------------------------------------------------------------------------------------- memory
