@@ -24,8 +24,7 @@ def face_rivals(course: Course, found: Confirmation) -> None:
     """Race each rival with the model's own code, workload by workload, and note in `found` who ran and who is best.
 
     The result was raced with that too, so what is compared is how much faster each is. A rival that was raced already is not
-    raced again. torch.compile is left out where its time does not suffice: its runs
-    then say so.
+    raced again. torch.compile is left out where its time does not suffice: its runs then say so.
     """
     there = {run.contender for run in found.runs}
     names = [name for name in course.others if name not in there]
