@@ -310,6 +310,7 @@ def main() -> None:
     # A compiled backward that is timed runs many times over one forward, so it must not reuse that forward's memory.
     torch._functorch.config.donated_buffer = False
     if arguments.small:
+        print(in_a_line(about()), flush=True)
         for case in cases(small=True):
             error = error_of(case.contenders["ours"], case, exact_of(case))
             print(f"{case.name} {case.shape} relative error {error:.1e}")

@@ -188,10 +188,10 @@ def _find(layer: Layer, found: dict[str, nn.Module]) -> nn.Module:
         raise ApplyError(
             f"the plan has a layer at {layer.path}, which this model does not have\n  go on      plan again for this model"
         ) from error
-    name = class_name(module)
-    if name != layer.class_name:
+    its_class = class_name(module)
+    if its_class != layer.class_name:
         raise ApplyError(
-            f"the plan has a {layer.class_name} at {layer.path}, where this model has a {name}\n"
+            f"the plan has a {layer.class_name} at {layer.path}, where this model has a {its_class}\n"
             "  go on      plan again for this model"
         )
     own = next(iter(module._parameters.values()), None)

@@ -79,18 +79,15 @@ class ModuleState:
 
     def refresh(self, module: nn.Module) -> None:
         """Choose what runs in each mode: the newest kernelization that speaks of it, else the module's own code."""
-        if len(self.entries) == 1:  # by far the most frequent case
-            entry = self.entries[0]
-            inference, training, function = entry.inference, entry.training, entry.layer.function
-            if inference is not None and training is not None:
-                if function is not None:
-                    is_same = inference is training
-                    inference = rebuilt_around(module, {function: inference})
-                    training = inference if is_same else rebuilt_around(module, {function: training})
-            else:
-                inference, training = self._effective(module, "inference"), self._effective(module, "training")
-        else:
+        entry = self.entries[0] if len(self.entries) == 1 else None  # by far the most frequent case
+        if entry is None or entry.inference is None or entry.training is None:
             inference, training = self._effective(module, "inference"), self._effective(module, "training")
+        else:
+            inference, training, function = entry.inference, entry.training, entry.layer.function
+            if function is not None:
+                is_same = inference is training
+                inference = rebuilt_around(module, {function: inference})
+                training = inference if is_same else rebuilt_around(module, {function: training})
         if self.joined:
             inference, training = _lazy(inference), _lazy(training)
         self.inference, self.training = inference, training

@@ -194,8 +194,9 @@ KERNELWISE_DECLARE(avx512)
 const Kernels& kernels();
 
 // The instructions for products of half-precision numbers that this processor has, of avx512_bf16, avx512_fp16, amx_bf16,
-// amx_fp16, with spaces between. It is what torch's own products go by, which follow ONEDNN_MAX_CPU_ISA, not ATEN_CPU_CAPABILITY. AMD's
-// avx512_bf16 multiplies twice as fast as float32, Intel's no faster: that is named avx512_bf16_at_double_rate.
+// amx_fp16, with spaces between. It is what torch's own products go by, which follow ONEDNN_MAX_CPU_ISA and not
+// ATEN_CPU_CAPABILITY. AMD's avx512_bf16 multiplies twice as fast as float32, Intel's no faster: that is named
+// avx512_bf16_at_double_rate.
 std::string half_products();
 
 }  // namespace kernelwise
