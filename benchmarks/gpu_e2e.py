@@ -1,30 +1,25 @@
-"""A model of a given shape (8 layers, random bfloat16 weights) from end to end on one GPU.
+"""A model of a given shape (8 layers, random bfloat16 weights) from end to end on one GPU, all contenders in turns.
 
-    python benchmarks/gpu_e2e.py [--shape llama] [--variants eager,ours,...] [--layers 8] [--seconds 400] [--out FOLDER]
+    python benchmarks/gpu_e2e.py [--shape llama] [--only eager,ours,...] [--layers 8] [--seconds 12] [--out FOLDER]
 
 Shapes: `llama` (Llama-3-8B), `qwen3` (Qwen3-8B, with norms of q and k), `gemma3` (Gemma-3-4B: heads of 256, GEGLU, norms with
 `1 + w`, half of the attention in windows, a vocabulary of 262,208 shared with the head).
 
-Variants: `eager`; `ours` (`kernelwise.kernelize`: RMS norm, gated MLP, rotary embedding, and by a rule the head with its
-loss); `ours-loss` (what goes in unasked: with its own head and loss); `ours+add` (as `ours`, and the second norm of a layer
-fused with the addition before it, by hand, for llama); `compile` (torch.compile of the model); `ours+compile`; `liger`
-(apply_liger_kernel_to_llama without its fused loss, and with it as `liger+loss`). Each measures prefill of 1 x 4096 tokens,
-decoding with a dynamic cache (a Python loop; `ours` with a `GrowingCache` too) and with a static cache and the whole step in
-one CUDA graph, and a training step (forward and backward) of 1 x 4096. Logits, loss and gradient norms are compared with those
-of `eager`.
+Contenders share one set of weights: `eager` (transformers' own code); `ours` (`kernelwise.kernelize` with the rule for the head
+and its loss); `ours-loss` (without that rule: what goes in unasked); `liger` (Liger's patch without its fused loss) and
+`liger+loss` (as it is by default); `compile` (torch.compile of the model) and `ours+compile`. In every round each of them has
+its turn, so a machine that is slower for a while is so for all: prefill of 1 x 4096 tokens, a training step (forward and
+backward) of as many, 32 tokens decoded after 512 with a dynamic cache (`ours` with a `GrowingCache` too, as
+`ours+growing`), and one step of decoding with a static cache in a CUDA graph. Who does not compute what eager computes is not
+timed. Written are medians, and how many times as fast as eager each is, with the bounds of its 95 % confidence interval.
 """
 
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import os
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -32,163 +27,145 @@ import torch
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("USE_HUB_KERNELS", "NO")
-sys.path.insert(0, str(Path(__file__).resolve().parent))
 
 from gpu_about import about, in_a_line
-from transformers import DynamicCache, Gemma3TextConfig, LlamaConfig, Qwen3Config, StaticCache
-from transformers.models.gemma3 import modeling_gemma3 as gemma3
-from transformers.models.llama import modeling_llama as llama
-from transformers.models.qwen3 import modeling_qwen3 as qwen3
+from transformers import Gemma3TextConfig, LlamaConfig, Qwen3Config, StaticCache
+from transformers.models.gemma3.modeling_gemma3 import Gemma3ForCausalLM
+from transformers.models.llama.modeling_llama import LlamaForCausalLM
+from transformers.models.qwen3.modeling_qwen3 import Qwen3ForCausalLM
 
-import kernelwise
+from kernelwise._evidence import Comparison
+from kernelwise._measuring._compare import compare
+from kernelwise._measuring._contenders import compile_limits, contender, liger
+from kernelwise._measuring._race import Contender, race
+from kernelwise._measuring._workload import Workload, workloads_of
 from kernelwise.integrations.transformers import GrowingCache
-from kernelwise.kernels.triton.add_rms_norm import add_rms_norm
 
-START = time.time()
 TOKENS = 4096
 PROMPT = 512  # tokens before decoding
-STEPS = 64
-MODULES = {"llama": llama, "qwen3": qwen3, "gemma3": gemma3}
-WATCHED = ("lm_head.weight", "model.norm.weight", "model.layers.0.mlp.gate_proj.weight")
+STEPS = 32
+CONFIGS = {"ours": {"LinearCrossEntropy": "builtin:LinearCrossEntropy"}, "ours-loss": {}}
+CONTENDERS = ("eager", "ours", "ours-loss", "ours+growing", "liger", "liger+loss", "compile", "ours+compile")
+COMPILED = ("compile", "ours+compile")
+
+_SHAPES: dict[str, tuple[Any, Any, dict[str, Any]]] = {
+    "llama": (
+        LlamaForCausalLM,
+        LlamaConfig,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 14336,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 128256,
+            "rms_norm_eps": 1e-5,
+            "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        },
+    ),
+    "qwen3": (
+        Qwen3ForCausalLM,
+        Qwen3Config,
+        {
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "head_dim": 128,
+            "vocab_size": 151936,
+            "rms_norm_eps": 1e-6,
+        },
+    ),
+    "gemma3": (
+        Gemma3ForCausalLM,
+        Gemma3TextConfig,
+        {
+            "hidden_size": 2560,
+            "intermediate_size": 10240,
+            "num_attention_heads": 8,
+            "num_key_value_heads": 4,
+            "head_dim": 256,
+            "vocab_size": 262208,
+            "sliding_window": 1024,
+        },
+    ),
+}
+SHAPES = tuple(_SHAPES)
 
 
-def build(shape: str, layers: int) -> Any:
-    common = {"num_hidden_layers": layers, "max_position_embeddings": 8192}
+def build(shape: str, layers: int, device: str = "cuda", **sizes: Any) -> Any:
+    cls, config_cls, of_shape = _SHAPES[shape]
+    options = {**of_shape, "num_hidden_layers": layers, "max_position_embeddings": 8192, **sizes}
     if shape == "gemma3":
-        config: Any = Gemma3TextConfig(
-            hidden_size=2560,
-            intermediate_size=10240,
-            num_attention_heads=8,
-            num_key_value_heads=4,
-            head_dim=256,
-            vocab_size=262208,
-            sliding_window=1024,
-            layer_types=["sliding_attention", "full_attention"] * (layers // 2),
-            **common,
-        )
-        cls: Any = gemma3.Gemma3ForCausalLM
-    elif shape == "qwen3":
-        config = Qwen3Config(
-            hidden_size=4096,
-            intermediate_size=12288,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            head_dim=128,
-            vocab_size=151936,
-            rms_norm_eps=1e-6,
-            **common,
-        )
-        cls = qwen3.Qwen3ForCausalLM
-    else:
-        config = LlamaConfig(
-            hidden_size=4096,
-            intermediate_size=14336,
-            num_attention_heads=32,
-            num_key_value_heads=8,
-            vocab_size=128256,
-            rms_norm_eps=1e-5,
-            **common,
-        )
-        config.rope_parameters = {"rope_type": "default", "rope_theta": 500000.0}
-        cls = llama.LlamaForCausalLM
+        options["layer_types"] = ["sliding_attention", "full_attention"] * (layers // 2)
     torch.manual_seed(0)
-    with torch.device("cuda"):
-        model = cls._from_config(config, dtype=torch.bfloat16, attn_implementation="sdpa")
+    with torch.device(device):
+        model = cls._from_config(config_cls(**options), dtype=torch.bfloat16, attn_implementation="sdpa")
     return model.eval()
 
 
-def fused_layer(
-    self: Any, hidden_states: Any, attention_mask: Any = None, position_ids: Any = None, past_key_values: Any = None,
-    use_cache: Any = False, position_embeddings: Any = None, **kwargs: Any,
-) -> Any:  # fmt: skip
-    """LlamaDecoderLayer.forward with the first addition in the second norm."""
-    attended, _ = self.self_attn(
-        hidden_states=self.input_layernorm(hidden_states),
-        attention_mask=attention_mask,
-        position_ids=position_ids,
-        past_key_values=past_key_values,
-        use_cache=use_cache,
-        position_embeddings=position_embeddings,
-        **kwargs,
-    )
-    norm = self.post_attention_layernorm
-    normed, residual = add_rms_norm(attended, hidden_states, norm.weight, norm.variance_epsilon)
-    return residual + self.mlp(normed)
+def made(model: Any, name: str, *, training: bool) -> Contender:
+    if name == "ours+growing":
+        found = contender(model, "ours-loss", training=training, configs=CONFIGS)
+        return Contender(with_growing_cache(found.model))
+    if name == "liger":
+        return liger(model, fused_linear_cross_entropy=False, cross_entropy=False)
+    of_kernelwise = {"liger+loss": "liger", "compile": "torch.compile"}
+    return contender(model, of_kernelwise.get(name, name), training=training, configs=CONFIGS)
 
 
-@contextmanager
-def patched(variant: str, shape: str) -> Iterator[None]:
-    """The module of transformers that has the shape's classes as `variant` has it, and back as it was."""
-    module = MODULES[shape]
-    classes = {name: value for name, value in vars(module).items() if isinstance(value, type)}
-    forwards = {name: vars(cls)["forward"] for name, cls in classes.items() if "forward" in vars(cls)}
-    functions = {name: value for name, value in vars(module).items() if callable(value) and name not in classes}
-    if "add" in variant:
-        llama.LlamaDecoderLayer.forward = fused_layer
-    elif variant.startswith("liger"):
-        import liger_kernel.transformers as liger
+def with_growing_cache(model: Any) -> Any:
+    """The model, which makes itself a cache with room where it is given none."""
+    own = model.forward
 
-        names = {"llama": "llama", "qwen3": "qwen3", "gemma3": "gemma3_text"}
-        patch = getattr(liger, f"apply_liger_kernel_to_{names[shape]}")
-        patch(fused_linear_cross_entropy="loss" in variant, cross_entropy=False)
-    try:
-        yield
-    finally:
-        for name, value in {**classes, **functions}.items():
-            setattr(module, name, value)
-        for name, forward in forwards.items():
-            classes[name].forward = forward
+    def forward(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
+        return own(*args, past_key_values=past_key_values or GrowingCache(config=model.config), **kwargs)
+
+    model.forward = forward
+    return model
 
 
-def median_ms(step: Callable[[], Any], repeats: int = 5, warm: int = 2) -> float:
-    for _ in range(warm):
-        step()
-    torch.cuda.synchronize()
-    times = []
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        step()
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times) * 1e3
+def raced(model: Any, workload: Workload, names: Iterable[str], seconds: float, device: str) -> dict[str, Any]:
+    """What each contender takes for a workload, or why it has no figures."""
+    ready: dict[str, Contender] = {}
+    found: dict[str, Any] = {}
+    for name in names:
+        try:
+            ready[name] = made(model, name, training=workload.training)
+        except Exception as error:  # a peer that fails is a finding, not the end of the run
+            found[name] = f"{type(error).__name__}: {error}"[:300]
+    with compile_limits():
+        runs = race(ready, workload, device=device, seconds=seconds, own="eager", begin=lambda name: None)
+    found |= {run.contender: run.comparison or str(run.error) for run in runs}
+    torch._dynamo.reset()
+    return found
 
 
-def extra_gb(step: Callable[[], Any]) -> float:
-    """Memory at its peak during `step`, over what was held before."""
-    gc.collect()
-    torch.cuda.empty_cache()
-    base = torch.cuda.memory_allocated()
-    torch.cuda.reset_peak_memory_stats()
-    step()
-    torch.cuda.synchronize()
-    return float((torch.cuda.max_memory_allocated() - base) / 2**30)
+def decoding_in_a_graph(model: Any, ids: torch.Tensor, names: Iterable[str], seconds: float) -> dict[str, Any]:
+    """One step of decoding with a static cache, each contender's in a CUDA graph of its own."""
+    found: dict[str, Any] = {}
+    calls: dict[str, Callable[[], object]] = {}
+    kept = []
+    for name in names:
+        try:
+            one = made(model, name, training=False)
+            calls[name] = captured(one.call or one.model, one.model.config, ids)
+            kept.append(one)
+        except Exception as error:
+            found[name] = f"{type(error).__name__}: {error}"[:300]
+    return {**compare(calls, own="eager", device="cuda", seconds=seconds), **found}
 
 
-def decode_dynamic_ms(model: Any, ids: torch.Tensor, kind: type[DynamicCache] = DynamicCache) -> float:
-    def run(steps: int) -> float:
-        cache, token = kind(config=model.config), ids[:, :1]
-        model(input_ids=ids[:, :PROMPT], past_key_values=cache, use_cache=True, logits_to_keep=1)
-        torch.cuda.synchronize()
-        begin = time.perf_counter()
-        for _ in range(steps):
-            output = model(input_ids=token, past_key_values=cache, use_cache=True)
-            token = output.logits[:, -1:].argmax(-1)
-        torch.cuda.synchronize()
-        return (time.perf_counter() - begin) / steps * 1e3
-
-    run(4)
-    return min(run(STEPS), run(STEPS), run(STEPS))
-
-
-def decode_graph_ms(model: Any, ids: torch.Tensor) -> float:
-    cache = StaticCache(config=model.config, max_cache_len=1024)
-    model(input_ids=ids[:, :PROMPT], past_key_values=cache, use_cache=True, logits_to_keep=1)
+@torch.no_grad()
+def captured(call: Callable[..., Any], config: Any, ids: torch.Tensor) -> Callable[[], object]:
+    cache = StaticCache(config=config, max_cache_len=1024)
+    call(input_ids=ids[:, :PROMPT], past_key_values=cache, use_cache=True, logits_to_keep=1)
     token = ids[:, :1].clone()
-    position = torch.full((1, 1), PROMPT, device="cuda", dtype=torch.long)
+    position = torch.full((1, 1), PROMPT, device=ids.device, dtype=torch.long)
 
     def step() -> torch.Tensor:
-        output = model(input_ids=token, past_key_values=cache, position_ids=position, use_cache=True)
-        return output.logits[:, -1:].argmax(-1)
+        output = call(input_ids=token, past_key_values=cache, position_ids=position, use_cache=True)
+        best: torch.Tensor = output.logits[:, -1:].argmax(-1)
+        return best
 
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
@@ -199,96 +176,72 @@ def decode_graph_ms(model: Any, ids: torch.Tensor) -> float:
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph, stream=stream):
         step()
-    return median_ms(graph.replay, repeats=40, warm=3)
+
+    def replay() -> object:
+        graph.replay()
+        return token, position, cache  # what it reads, which must not be freed before it
+
+    return replay
 
 
-def run_variant(variant: str, shape: str, layers: int, reference: dict[str, Any]) -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    compiled = "compile" in variant
-    model = build(shape, layers)
-    if variant.startswith("ours"):
-        kernelwise.kernelize(
-            model, None if variant == "ours-loss" else {"LinearCrossEntropy": "builtin:LinearCrossEntropy"}
-        )
-        found["kernels"] = sorted({row.kernel for row in kernelwise.report(model).rows if row.kernel})
-    ids = torch.randint(
-        0, model.config.vocab_size, (1, TOKENS), device="cuda", generator=torch.Generator("cuda").manual_seed(1)
-    )
-
-    def prepared() -> Any:
-        torch._dynamo.reset()
-        return torch.compile(model, dynamic=False) if compiled else model
-
-    with torch.no_grad():
-        call = prepared()
-
-        def prefill() -> torch.Tensor:
-            logits: torch.Tensor = call(input_ids=ids, use_cache=not compiled, logits_to_keep=1).logits
-            return logits
-
-        logits = prefill().float()
-        expected = reference.setdefault("logits", logits)
-        found["logits_relative_difference"] = float((logits - expected).norm() / expected.norm())
-        found["prefill_ms"] = median_ms(prefill, repeats=20)
-        found["prefill_extra_gb"] = extra_gb(prefill)
-        if not compiled:
-            found["decode_dynamic_ms"] = decode_dynamic_ms(model, ids)
-            found["decode_graph_ms"] = decode_graph_ms(model, ids)
-            if variant.startswith("ours"):
-                found["decode_growing_ms"] = decode_dynamic_ms(model, ids, GrowingCache)
-    model.train()
-    call = prepared()
-
-    def step() -> torch.Tensor:
-        loss = call(input_ids=ids, labels=ids, use_cache=False).loss
-        loss.backward()
-        return loss.detach()
-
-    def train() -> None:
-        step()
-        model.zero_grad(set_to_none=True)
-
-    found["loss"] = float(step())
-    norms = {n: float(p.grad.float().norm()) for n, p in model.named_parameters() if n in WATCHED}
-    model.zero_grad(set_to_none=True)
-    expected = reference.setdefault("norms", norms)
-    found["largest_gradient_norm_difference"] = max(abs(norms[n] / expected[n] - 1) for n in norms)
-    found["train_ms"] = median_ms(train, repeats=10)
-    found["train_extra_gb"] = extra_gb(train)
-    return found
+def figures(work: str, found: Mapping[str, Any], calls: int = 1) -> dict[str, dict[str, Any]]:
+    """Of each contender what the tables of the docs show of one kind of work; `calls` are those of one run."""
+    shown: dict[str, dict[str, Any]] = {}
+    for name, one in found.items():
+        if not isinstance(one, Comparison):
+            shown[name] = {f"{work}_error": one}
+            continue
+        shown[name] = {f"{work}_ms": one.us / 1e3 / calls, f"{work}_speedup": [one.speedup, one.low, one.high]}
+        if one.peak is not None and calls == 1:
+            shown[name][f"{work}_extra_gb"] = one.peak / 2**30
+    return shown
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--variants", default="eager,ours,ours-loss,ours+add,liger,liger+loss,compile,ours+compile")
-    parser.add_argument("--shape", choices=tuple(MODULES), default="llama")
+    parser.add_argument("--only", default=",".join(CONTENDERS), help="contenders, eager among them")
+    parser.add_argument("--shape", choices=SHAPES, default="llama")
     parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--seconds", type=float, default=400, help="stop starting new variants after this long")
+    parser.add_argument("--seconds", type=float, default=12, help="for the turns of each kind of work")
     parser.add_argument("--out", type=Path, default=None, help="folder for gpu_e2e.json and gpu_e2e.txt")
     arguments = parser.parse_args()
     said = about()
     lines = [in_a_line(said)]
     print(lines[0], flush=True)
-    reference: dict[str, Any] = {}
-    results: dict[str, dict[str, Any]] = {}
-    for variant in arguments.variants.split(","):
-        if arguments.seconds - (time.time() - START) < (70 if "compile" in variant else 25):
-            print(f"{variant}: skipped for lack of time")
-            continue
-        try:
-            with patched(variant, arguments.shape):
-                results[variant] = run_variant(variant, arguments.shape, arguments.layers, reference)
-        except Exception as error:  # one variant that fails must not end the run
-            results[variant] = {"error": f"{type(error).__name__}: {error}"[:300]}
-        shown = "  ".join(f"{k} {v:.4g}" if isinstance(v, float) else f"{k} {v}" for k, v in results[variant].items())
-        lines.append(f"{variant:13s} {shown}")
-        print(lines[-1], flush=True)
-        gc.collect()
-        torch.cuda.empty_cache()
+    model = build(arguments.shape, arguments.layers)
+    generator = torch.Generator("cuda").manual_seed(1)
+    ids = torch.randint(0, model.config.vocab_size, (1, TOKENS), device="cuda", generator=generator)
+    names = arguments.only.split(",")
+    eager_ones = [name for name in names if name not in COMPILED]
+    # "loss" of the contenders' names is of training alone, and decoding is compiled with other caches: kernelwise bench.
+    alike = [name for name in names if name not in ("ours-loss", "liger+loss")]
+    results: dict[str, dict[str, Any]] = {name: {} for name in names}
+
+    def take(work: str, found: Mapping[str, Any], calls: int = 1) -> None:
+        for name, figure in figures(work, found, calls).items():
+            results[name] |= figure
+            lines.append(f"{work:8s} {name:13s} " + "  ".join(f"{k} {_text(v)}" for k, v in figure.items()))
+            print(lines[-1], flush=True)
+
+    of_all = {"seconds": arguments.seconds, "device": "cuda"}
+    (prefill,) = workloads_of(model, ids, ["prefill"])
+    take("prefill", raced(model, prefill, [n for n in alike if n != "ours+growing"], **of_all))
+    (decode,) = workloads_of(model, ids[:, :PROMPT], ["decode"], steps=STEPS)
+    take("decode_dynamic", raced(model, decode, [n for n in alike if n in eager_ones], **of_all), calls=STEPS)
+    in_graphs = [name for name in alike if name in eager_ones and name != "ours+growing"]
+    take("decode_graph", decoding_in_a_graph(model, ids, in_graphs, 3.0))
+    (training,) = workloads_of(model, ids, ["training"])
+    take("train", raced(model, training, [n for n in names if n != "ours+growing"], **of_all))
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "gpu_e2e.json").write_text(json.dumps({**said, "variants": results}, indent=1) + "\n")
         (arguments.out / "gpu_e2e.txt").write_text("\n".join(lines) + "\n")
+
+
+def _text(value: Any) -> str:
+    if isinstance(value, list):
+        return f"{value[0]:.3f} ({value[1]:.3f} to {value[2]:.3f})"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 if __name__ == "__main__":

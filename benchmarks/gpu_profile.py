@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 
 import torch
-from gpu_e2e import MODULES, TOKENS, build
+from gpu_e2e import SHAPES, TOKENS, build
 from torch.profiler import ProfilerActivity, profile
 
 import kernelwise
@@ -18,7 +18,7 @@ from kernelwise.kernels.triton.linear_cross_entropy import linear_cross_entropy
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shape", choices=tuple(MODULES), default="llama")
+    parser.add_argument("--shape", choices=SHAPES, default="llama")
     parser.add_argument("--layers", type=int, default=8)
     arguments = parser.parse_args()
     model = kernelwise.kernelize(build(arguments.shape, arguments.layers)).train()

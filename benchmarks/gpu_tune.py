@@ -24,7 +24,7 @@ from typing import Any
 import torch
 import torch._dynamo.utils
 from gpu_about import command
-from gpu_e2e import MODULES, build
+from gpu_e2e import SHAPES, build
 from gpu_tables import RESULTS, tuned, tunings
 
 import kernelwise
@@ -36,7 +36,7 @@ WORKLOADS = ("prefill", "decode", "training")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--shapes", nargs="+", choices=tuple(MODULES), default=list(MODULES))
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--runs", type=int, default=3)

@@ -73,7 +73,7 @@ def contender(base: nn.Module, name: str, *, training: bool, configs: Mapping[st
     if name == TRANSFORMERS:
         return _transformers(base, training)
     if name == LIGER:
-        return _liger(base)
+        return liger(base)
     plain = name.removesuffix(AND_COMPILED)
     model = sharing_copy(base)
     mode = ("training" if training else "inference") + name.removeprefix(plain)
@@ -163,8 +163,12 @@ def _reach_hub() -> None:
         ) from error
 
 
-def _liger(base: nn.Module) -> Contender:
-    """Liger's patch for the model's type, with its defaults: in training that fuses the head with the loss."""
+def liger(base: nn.Module, **options: bool) -> Contender:
+    """Liger's patch for the model's type, with its defaults besides `options`: in training they fuse the head with the loss.
+
+    Raises:
+        UnavailableError: it cannot run here.
+    """
     if not _runs_triton(base):
         raise UnavailableError("Liger's kernels are written in Triton, which runs on GPUs alone")
     try:
@@ -177,7 +181,7 @@ def _liger(base: nn.Module) -> Contender:
     model = sharing_copy(base)
     before = _attributes_of_others()
     try:
-        patches._apply_liger_kernel_to_instance(model=model)
+        patches._apply_liger_kernel_to_instance(model=model, **options)
     finally:
         changes = list(_changes(before))
         _put(changes, new=False)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
-from kernelwise._evidence import AND_COMPILED, Candidate, Comparison, Objective
+from kernelwise._evidence import AND_COMPILED, Candidate, Comparison, Objective, Timing
 from kernelwise._tuning._candidates import Kind
 
 MARGIN = 0.02
@@ -12,6 +12,8 @@ MARGIN = 0.02
 
 VISIBLE = 0.01
 """And by which part of a whole run in a workload: less nobody could see, and another tuning may find the opposite.
+
+So much a kernel must also save of the own code's run, with all kinds of layers for which it is chosen in a mode.
 
 Not under torch.compile, where nobody knows yet how long runs are: there all choices together are judged in the whole.
 """
@@ -35,11 +37,30 @@ def choose_all(
         kernel, reasons[kind] = choose(found, objective, run_s, by_memory=by_memory, visible=visible)
         if any(candidate.timings for candidate in found):
             chosen[kind] = kernel
+    if not by_memory:
+        unseen = {kind: why for kind, why in _unseen(chosen, tried, run_s) if not kind.mode.endswith(AND_COMPILED)}
+        chosen |= dict.fromkeys(unseen)
+        reasons |= unseen
     for kind, kernel in chosen.items():  # a kernel that computes what its child is for does not call that child
         above = next((other for other in chosen if chosen[other] is not None and _is_part_of(kind, other)), None)
         if kernel is not None and above is not None:
             chosen[kind], reasons[kind] = None, f"{chosen[above]} computes it for {above.layer.path}"
     return chosen, reasons
+
+
+def _unseen(
+    chosen: Mapping[Kind, str | None], tried: Mapping[Kind, Sequence[Candidate]], run_s: Mapping[str, float]
+) -> Iterator[tuple[Kind, str]]:
+    """The kinds whose kernel saves less of every run than can be seen, with all kinds it is chosen for in a mode; and why."""
+    saved: dict[tuple[str, str | None], dict[str, float]] = {}
+    for kind, kernel in chosen.items():
+        parts = saved.setdefault((kind.mode, kernel), {})
+        for timing in (t for one in tried[kind] if one.kernel == kernel for t in one.timings):
+            parts[timing.workload] = parts.get(timing.workload, 0.0) + _part_of_a_run(timing, run_s)
+    for kind, kernel in chosen.items():
+        most = max(saved[kind.mode, kernel].values(), default=0.0)
+        if kernel is not None and most < VISIBLE:
+            yield kind, f"all that {kernel} would save is {most:.1%} of a run at most, which nobody could see"
 
 
 def saved_under_compile(
@@ -128,14 +149,13 @@ def _time_gain(candidate: Candidate, objective: Objective, run_s: Mapping[str, f
 def _lead_in_a_run(candidate: Candidate, other: Candidate, run_s: Mapping[str, float]) -> float:
     """Which part of a whole run one candidate saves more than another, in the workload in which that is the most."""
     known = {timing.workload: _part_saved(timing.comparison) for timing in other.timings}
-    return max(
-        t.calls
-        * t.comparison.own_us
-        / 1e6
-        / run_s[t.workload]
-        * (_part_saved(t.comparison) - known.get(t.workload, 0.0))
-        for t in candidate.timings
-    )
+    return max(_part_of_a_run(timing, run_s, known.get(timing.workload, 0.0)) for timing in candidate.timings)
+
+
+def _part_of_a_run(timing: Timing, run_s: Mapping[str, float], known: float = 0.0) -> float:
+    """Which part of a whole run is saved beyond a `known` part of the layers' time."""
+    own = timing.calls * timing.comparison.own_us / 1e6 / run_s[timing.workload]
+    return own * (_part_saved(timing.comparison) - known)
 
 
 def _part_saved(found: Comparison) -> float:

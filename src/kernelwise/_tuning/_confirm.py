@@ -187,8 +187,8 @@ def confirm_compiled(course: Course, found: Confirmation, saved: Mapping[str, Ma
     result is torch.compile of the model's own code, so its runs are those of that.
 
     Args:
-        saved: how many seconds of each workload the choices for a mode save together, where that is known. What is too little
-            of a compiled run is not raced.
+        saved: how many seconds of each workload the choices for a mode save together at most, where that is known. What is
+            too little of a compiled run is not raced, nor what cannot make it as fast as the tuned model is in eager code.
     """
     modes = [mode for mode in course.modes if mode.endswith(AND_COMPILED)]
     for index, mode in enumerate(modes):
@@ -199,7 +199,7 @@ def confirm_compiled(course: Course, found: Confirmation, saved: Mapping[str, Ma
         runs = alone = _race_compiled(here, found, with_choices=False)
         if _goes_in(course, found, mode):
             recalled = time.monotonic() - began < _first_s(alone)  # so nothing of it is compiled in this process
-            why = _invisible(alone, saved.get(mode)) or _too_late(here, alone, later, recalled=recalled)
+            why = _in_vain(alone, saved.get(mode)) or _too_late(here, alone, later, recalled=recalled)
             if why is None:
                 runs = _with_first_calls(_race_compiled(here, found, with_choices=True), alone)
                 why = _why_not_compiled(course, runs)
@@ -254,15 +254,26 @@ def _goes_in(course: Course, found: Confirmation, mode: str) -> bool:
         return True
 
 
-def _invisible(runs: Sequence[Run], saved: Mapping[str, float] | None) -> str | None:
-    """Say why choices that save so many seconds of each workload need no race with torch.compile, or None."""
+def _in_vain(runs: Sequence[Run], saved: Mapping[str, float] | None) -> str | None:
+    """Say why choices that save at most so many seconds of each workload need no race with torch.compile, or None.
+
+    Nobody could see it, or the model that was tuned in eager code is faster than any compiled one whatever they save.
+    """
     if saved is None or failed(runs, COMPILED):
         return None
-    raced = [(run.workload, run.comparison.us) for run in runs if run.contender == COMPILED and run.comparison]
-    most = max((saved.get(workload, 0.0) * 1e6 / us for workload, us in raced), default=0.0)
-    if most >= WORTH_A_LOOK:
-        return None
-    return f"all choices together save at most {max(0.0, most):.1%} of a compiled run, which nobody could see"
+    found = {(run.contender, run.workload): run.comparison for run in runs if run.comparison}
+    compiled = {workload: one for (name, workload), one in found.items() if name == COMPILED}
+    parts = {workload: max(0.0, saved.get(workload, 0.0) * 1e6 / one.us) for workload, one in compiled.items()}
+    most = max(parts.values(), default=0.0)
+    if most < WORTH_A_LOOK:
+        return f"all choices together save at most {most:.1%} of a compiled run, which nobody could see"
+    tuned = {workload: one.low for (name, workload), one in found.items() if name == TUNED}
+    if all(tuned.get(workload, 0.0) > one.high / max(1 - parts[workload], 1e-9) for workload, one in compiled.items()):
+        return (
+            f"without torch.compile the tuned model is faster than the compiled one, of which all choices together save at "
+            f"most {most:.1%}"
+        )
+    return None
 
 
 def _too_late(course: Course, alone: Sequence[Run], later: Course, *, recalled: bool) -> str | None:
