@@ -120,6 +120,7 @@ def test_the_examples_of_docstrings_run(name: str) -> None:
     assert results.failed == 0
 
 
-def test_the_figures_of_the_readme_are_those_of_the_results() -> None:
+def test_the_figures_of_the_readme_are_those_of_the_results(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
     summary = runpy.run_path(str(ROOT / "benchmarks" / "summary.py"))
     assert summary["BEGIN"] + summary["table"]() + summary["END"] in (ROOT / "README.md").read_text()
