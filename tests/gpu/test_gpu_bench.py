@@ -14,6 +14,7 @@ pytestmark = pytest.mark.gpu
 CONTENDERS = ["builtin", "torch.compile", *(["liger"] if importlib.util.find_spec("liger_kernel") else [])]
 
 
+@pytest.mark.timeout(600)  # three workloads are compiled, while other processes compile too
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_contenders_agree_and_their_memory_is_counted(dtype: str) -> None:
     model = load_with_weights("llama", device="cuda", dtype=dtype).model

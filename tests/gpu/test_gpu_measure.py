@@ -24,6 +24,7 @@ def sleeping(cycles: int) -> Callable[[], object]:
     return lambda: torch.cuda._sleep(cycles)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("device", ["cuda", "cuda:0"])
 def test_the_devices_time_is_what_counts(device: str) -> None:
     found = compare(
@@ -41,6 +42,7 @@ def test_the_devices_time_is_what_counts(device: str) -> None:
     assert same.verdict == "no clear difference"
 
 
+@pytest.mark.alone
 def test_what_it_costs_to_start_a_call_is_hidden_where_that_is_asked_for() -> None:
     def late(cycles: int, seconds: float) -> Callable[[], object]:
         return lambda: (time.sleep(seconds), torch.cuda._sleep(cycles))
@@ -70,7 +72,9 @@ def test_memory_beyond_what_was_held_is_counted() -> None:
     assert twice.own_peak == 64 << 20
 
 
+@pytest.mark.alone
 def test_what_does_not_fit_is_out_and_leaves_its_memory_to_the_others() -> None:
+    torch.cuda.empty_cache()  # what tests before this one have left in the cache is free too
     free = torch.cuda.mem_get_info()[0]
 
     def too_large() -> object:
@@ -89,6 +93,7 @@ def test_what_does_not_fit_is_out_and_leaves_its_memory_to_the_others() -> None:
     torch.cuda.empty_cache()
 
 
+@pytest.mark.alone
 def test_an_error_on_the_device_is_the_error_of_the_call_that_made_it() -> None:
     def late() -> None:
         torch.cuda._sleep(100_000_000)
@@ -113,6 +118,7 @@ def model() -> torch.nn.Module:
     return LlamaForCausalLM(config).to("cuda", torch.bfloat16)
 
 
+@pytest.mark.alone
 @pytest.mark.parametrize("graph", [False, True])
 @pytest.mark.parametrize("mode", ["inference", "training", "inference+compile", "training+compile"])
 def test_every_layer_of_a_model_has_a_timing(model: torch.nn.Module, mode: str, graph: bool) -> None:

@@ -8,7 +8,11 @@ import torch
 import kernelwise as kw
 
 transformers = pytest.importorskip("transformers")
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.alone,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -16,7 +20,7 @@ def empty_cache(tmp_path, monkeypatch) -> None:
     monkeypatch.setenv("KERNELWISE_CACHE", str(tmp_path))
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(300)
 @pytest.mark.parametrize("kind", ["llama", "qwen3", "gemma3_text"])
 def test_a_tuned_model_is_right_and_not_slower(kind):
     config = transformers.AutoConfig.for_model(
@@ -32,11 +36,12 @@ def test_a_tuned_model_is_right_and_not_slower(kind):
     with torch.device("cuda"):
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
     ids = torch.randint(0, 32000, (2, 512), device="cuda")
-    tuned = kw.tune(model, {"input_ids": ids}, workload=["prefill", "decode", "training"], seconds=300)
+    workloads = ["prefill", "decode", "training"]
+    tuned = kw.tune(model, {"input_ids": ids}, workload=workloads, contenders=[], seconds=50)
     evidence = tuned.evidence
     assert evidence is not None
     print(evidence)
-    assert evidence.seconds < 400
+    assert evidence.seconds < 100  # the least that is raced, and a candidate that was begun, come on top
     found = {run.workload: run for run in evidence.runs if run.contender == "tuned"}
     assert set(found) == {"prefill", "decode", "training"}
     for run in found.values():

@@ -19,6 +19,7 @@ from torch import nn
 
 import kernelwise as kw
 from kernelwise._data import KernelRef
+from kernelwise._verifying import _cases, _check
 from kernelwise._verifying._check import Options, check_kernel, own_code
 from kernelwise._verifying._inputs import Sample
 from kernelwise.sources import load
@@ -26,6 +27,14 @@ from kernelwise.sources import load
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
 
 
+@pytest.fixture
+def little_memory(monkeypatch):
+    """Without the two cases of 2^31 elements, for tests that share the GPU: those that have it alone are about these."""
+    monkeypatch.setattr(_check, "beyond", lambda *_: None)
+    monkeypatch.setattr(_cases, "_far_apart", lambda *_: {})
+
+
+@pytest.mark.alone
 def test_a_layer_of_llama_3_8b_is_checked_within_a_minute():
     """With a real loss: the inputs, strides and gradients of each kind of layer are those of the model."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -60,6 +69,7 @@ def small_llama(**options):
         return model, torch.randint(0, 256, (2, 64))
 
 
+@pytest.mark.usefixtures("little_memory")
 def test_compiled_calls_are_checked():
     model, ids = small_llama()
     checks = kw.verify(model, kw.plan(model), {"input_ids": ids}, compile=True)
@@ -79,6 +89,7 @@ def test_a_decoder_layer_is_checked_as_a_whole():
     assert {"as given", "as given, in training", "the model's gradients", "random weights"} <= done
 
 
+@pytest.mark.usefixtures("little_memory")
 def test_the_command_line_checks_on_the_gpu(capsys):
     from kernelwise._cli import main
 
@@ -102,6 +113,7 @@ class DropsOthers(nn.Module):
         return nn.functional.dropout((x * self.weight).flip(0), 0.5, self.training).flip(0)
 
 
+@pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_same_is_left_out_by_dropout(dtype, as_kernel):
     """Of the layer, of the layer in float64 and of the kernel, though their dtypes differ."""
@@ -117,6 +129,7 @@ def test_the_same_is_left_out_by_dropout(dtype, as_kernel):
         assert torch.equal(torch.cuda.get_rng_state(), before)
 
 
+@pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize(
     ("fault", "status"),
     [
@@ -210,6 +223,7 @@ def test_an_illegal_access_leaves_this_process_its_gpu(name, tmp_path, monkeypat
     assert torch.ones(3, device="cuda").sum().item() == 3
 
 
+@pytest.mark.alone
 def test_indices_of_32_bits_are_found(tmp_path, monkeypatch):
     """The two kernels differ in one conversion, which only shows beyond 2^31 elements."""
     package("index_layers", LAYERS, tmp_path, monkeypatch)
@@ -225,6 +239,7 @@ def test_indices_of_32_bits_are_found(tmp_path, monkeypatch):
         print(checks["more than 2^31 elements"])
 
 
+@pytest.mark.alone
 def test_another_device_of_this_process_is_pinned_in_the_worker(tmp_path, monkeypatch):
     """A kernel that is started without saying where runs on the device of its tensors, also where that is not the first."""
     package("pinned_layers", LAYERS, tmp_path, monkeypatch)

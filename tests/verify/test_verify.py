@@ -361,8 +361,8 @@ class WrongBeyondFar(nn.Module):
         return torch.cat((y.flatten()[: _cases.FAR], y.flatten()[_cases.FAR :] * 0)).view_as(y)
 
 
-@pytest.mark.parametrize(("kernel", "status"), [(gallery.Good, "passed"), (WrongBeyondFar, "wrong_values")])
-def test_what_is_wrong_beyond_so_many_elements_is_found_on_repeated_rows(kernel, status, as_kernel, monkeypatch):
+def on_repeated_rows(kernel, as_kernel, monkeypatch) -> Check:
+    """Check the case of very many elements, of which there are 2^15 here."""
     monkeypatch.setattr(_cases, "FAR", 1 << 15)
     decided, module = decision(gallery.Norm(), as_kernel(kernel))
     sample = _made(decided.layer, module, "inference", 0)
@@ -370,8 +370,22 @@ def test_what_is_wrong_beyond_so_many_elements_is_found_on_repeated_rows(kernel,
     assert case.copies * sample.arguments["hidden_states"].numel() > 1 << 15
     runner = Here(decided.layer, decided.kernel, "inference")
     base = Check("0", ("0",), "k", ("inference",), "", "passed")
-    check = _one_case(runner, own_call(decided.layer, own_code(module, decided.layer)), case, base)
+    return _one_case(runner, own_call(decided.layer, own_code(module, decided.layer)), case, base)
+
+
+@pytest.mark.parametrize(("kernel", "status"), [(gallery.Good, "passed"), (WrongBeyondFar, "wrong_values")])
+def test_what_is_wrong_beyond_so_many_elements_is_found_on_repeated_rows(kernel, status, as_kernel, monkeypatch):
+    check = on_repeated_rows(kernel, as_kernel, monkeypatch)
     assert check.status == status, str(check)
+
+
+def test_where_rows_cannot_be_repeated_for_lack_of_memory_nothing_is_held_against_the_kernel(as_kernel, monkeypatch):
+    def repeat(tensor, *times):
+        raise torch.OutOfMemoryError("another process has taken it")
+
+    monkeypatch.setattr(torch.Tensor, "repeat", repeat)
+    check = on_repeated_rows(gallery.Good, as_kernel, monkeypatch)
+    assert (check.status, check.failed) == ("skipped", False), str(check)
 
 
 def test_two_small_inputs_are_no_leak(as_kernel):

@@ -204,15 +204,15 @@ def _observe_tiled(call: Call, case: Case) -> Observed:
         raise CannotTryError(f"it needs {needed / 1e9:.0f} GB of the GPU's memory")
     given = Given(_plain(case), wide=False)
     arguments = given.for_call()
-    for name, at in case.tiled.items():
-        times = [1] * arguments[name].dim()
-        times[at] = case.copies
-        arguments[name] = arguments[name].repeat(times)
     try:
+        for name, at in case.tiled.items():
+            times = [1] * arguments[name].dim()
+            times[at] = case.copies
+            arguments[name] = arguments[name].repeat(times)
         with torch.no_grad():
             found = call(given.module, **arguments)
     except torch.OutOfMemoryError as error:
-        raise CannotTryError("its intermediate results do not fit into the GPU's memory") from error
+        raise CannotTryError("its rows or intermediate results do not fit into the GPU's memory") from error
     at_of = {arguments[name].dim(): at for name, at in reversed(case.tiled.items())}
     leaves, spec = tree_flatten(found)
     seen = Observed(structure=_structure(leaves, spec))
