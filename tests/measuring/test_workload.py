@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import dataclass
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kernelwise._errors import PlanError
-from kernelwise._measuring._workload import run_of, undisturbed, workloads_of
+from kernelwise._measuring._workload import _CacheState, run_of, undisturbed, workloads_of
 from kernelwise._models import load_model
 
 LENGTH, STEPS = 12, 4
@@ -214,3 +216,21 @@ def test_undisturbed_puts_everything_back_after_an_error() -> None:
     assert not model.training
     assert model.linear.weight.grad is None
     assert int(model.norm.num_batches_tracked or 0) == 0
+
+
+@dataclass(slots=True)
+class Room:
+    length: int
+    whole: Tensor
+
+
+def test_what_a_cache_keeps_in_slots_is_put_back() -> None:
+    room = Room(3, torch.zeros(4))
+    state = _CacheState(SimpleNamespace(rooms={"keys": room}))
+    whole = room.whole
+    room.length, room.whole = 5, torch.ones(4)
+    whole[0] = 1.0
+    state.put_back()
+    assert room.length == 3
+    assert room.whole is whole
+    assert not whole.any()

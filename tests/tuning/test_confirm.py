@@ -204,6 +204,20 @@ def test_under_compile_what_cannot_win_is_not_raced(compiled_course, monkeypatch
     ) != raced_with_choices
 
 
+def test_what_cannot_win_must_not_in_any_workload():
+    def why(tuned: dict[str, float], saved: dict[str, float]) -> str | None:
+        """Compiled alone both are twice as fast: 50 us."""
+        runs = [Run("tuned", name, ratio(speed)) for name, speed in tuned.items()]
+        return _confirm._in_vain([*runs, *(Run(COMPILED, name, ratio(2.0)) for name in tuned)], saved)
+
+    saved = {"prefill": 10e-6, "decode": 1e-6}  # so 2.5 (2.53) and 2.04 (2.06) times as fast at most
+    assert why({"prefill": 2.6, "decode": 2.1}, saved)
+    assert why({"prefill": 2.4, "decode": 2.1}, saved) is None
+    assert why({"prefill": 2.6, "decode": 2.0}, saved) is None
+    assert why({"prefill": 2.6}, saved)
+    assert why({"prefill": 2.6, "decode": 2.1}, {**saved, "decode": 10e-6}) is None
+
+
 @pytest.fixture
 def first_calls(compiled_course, monkeypatch):
     """The first call of the compiled model takes 20 s in prefill and half a second in training; later it is compiled."""

@@ -261,6 +261,7 @@ class _CacheState:
 
     def __init__(self, cache: Any) -> None:
         self._containers: list[tuple[Any, Any]] = []
+        self._slots: list[tuple[Any, dict[str, Any]]] = []
         self._tensors: list[tuple[torch.Tensor, torch.Tensor]] = []
         self._settled = False
         self._look(cache, set())
@@ -280,6 +281,12 @@ class _CacheState:
                 self._look(item, seen)
         elif hasattr(value, "__dict__"):
             self._look(vars(value), seen)
+        else:
+            names = [name for cls in type(value).__mro__ for name in getattr(cls, "__slots__", ())]
+            kept = {name: getattr(value, name) for name in names if hasattr(value, name)}
+            if kept:
+                self._slots.append((value, kept))
+                self._look(tuple(kept.values()), seen)
 
     @torch.no_grad()
     def put_back(self) -> None:
@@ -289,6 +296,9 @@ class _CacheState:
                 container.update(kept)
             else:
                 container[:] = kept
+        for value, attributes in self._slots:
+            for name, kept in attributes.items():
+                object.__setattr__(value, name, kept)
         for tensor, kept in self._tensors:
             tensor.copy_(kept)
 

@@ -11,16 +11,18 @@ MARGIN = 0.02
 """By which part of the layers' own time a candidate must be better than one that was offered before it."""
 
 VISIBLE = 0.01
-"""And by which part of a whole run in a workload: less nobody could see, and another tuning may find the opposite.
-
-So much a kernel must also save of the own code's run, with all kinds of layers for which it is chosen in a mode.
+"""Which part of a whole run of a workload could be seen: where time differs by less, memory decides, then own code stays.
 
 Not under torch.compile, where nobody knows yet how long runs are: there all choices together are judged in the whole.
 """
 
 
 def choose_all(
-    tried: Mapping[Kind, Sequence[Candidate]], objective: Objective, run_s: Mapping[str, float], *, notes: list[str]
+    tried: Mapping[Kind, Sequence[Candidate]],
+    objective: Objective,
+    run_s: Mapping[str, float],
+    *,
+    notes: list[str],
 ) -> tuple[dict[Kind, str | None], dict[Kind, str]]:
     """Return for each kind of layers the best kernel, or None for its own code, and the reasons.
 
@@ -33,34 +35,56 @@ def choose_all(
     if objective == "memory" and not by_memory:
         notes.append("memory is not counted on this device, so this is tuned for latency")
     for kind, found in tried.items():
-        visible = 0.0 if by_memory or kind.mode.endswith(AND_COMPILED) else VISIBLE
-        kernel, reasons[kind] = choose(found, objective, run_s, by_memory=by_memory, visible=visible)
+        kernel, reasons[kind] = choose(found, objective, run_s, by_memory=by_memory)
         if any(candidate.timings for candidate in found):
             chosen[kind] = kernel
+    # A kernel that computes what its child is for does not call that child.
+    parts = [
+        (kind, other) for kind in chosen for other in chosen if chosen[other] is not None and _is_part_of(kind, other)
+    ]
     if not by_memory:
-        unseen = {kind: why for kind, why in _unseen(chosen, tried, run_s) if not kind.mode.endswith(AND_COMPILED)}
-        chosen |= dict.fromkeys(unseen)
-        reasons |= unseen
-    for kind, kernel in chosen.items():  # a kernel that computes what its child is for does not call that child
-        above = next((other for other in chosen if chosen[other] is not None and _is_part_of(kind, other)), None)
-        if kernel is not None and above is not None:
-            chosen[kind], reasons[kind] = None, f"{chosen[above]} computes it for {above.layer.path}"
+        of_parts = {kind for kind, _ in parts}
+        wholes = {k: v for k, v in chosen.items() if k not in of_parts and not k.mode.endswith(AND_COMPILED)}
+        for kind, kernel, why in _of_unseen(wholes, tried, run_s):
+            chosen[kind], reasons[kind] = kernel, why
+    for kind, other in parts:
+        if chosen[kind] is not None and chosen[other] is not None:
+            chosen[kind], reasons[kind] = None, f"{chosen[other]} computes it for {other.layer.path}"
     return chosen, reasons
 
 
-def _unseen(
+def _of_unseen(
     chosen: Mapping[Kind, str | None], tried: Mapping[Kind, Sequence[Candidate]], run_s: Mapping[str, float]
-) -> Iterator[tuple[Kind, str]]:
-    """The kinds whose kernel saves less of every run than can be seen, with all kinds it is chosen for in a mode; and why."""
-    saved: dict[tuple[str, str | None], dict[str, float]] = {}
+) -> Iterator[tuple[Kind, str | None, str]]:
+    """Return what takes the place of choices that time alone does not speak for, and why.
+
+    That is what needs less memory, else the layers' own code, else a candidate that was offered before. All that it costs in a
+    mode is less of every run than could be seen. Another tuning may find the opposite of such differences.
+    """
+    ways: list[tuple[float, int, Kind, str | None, dict[str, float]]] = []
     for kind, kernel in chosen.items():
-        parts = saved.setdefault((kind.mode, kernel), {})
-        for timing in (t for one in tried[kind] if one.kernel == kernel for t in one.timings):
-            parts[timing.workload] = parts.get(timing.workload, 0.0) + _part_of_a_run(timing, run_s)
-    for kind, kernel in chosen.items():
-        most = max(saved[kind.mode, kernel].values(), default=0.0)
-        if kernel is not None and most < VISIBLE:
-            yield kind, f"all that {kernel} would save is {most:.1%} of a run at most, which nobody could see"
+        timed = [one for one in tried[kind] if one.timings]
+        saved: dict[str | None, dict[str, float]] = {
+            one.kernel: {timing.workload: _part_of_a_run(timing, run_s) for timing in one.timings} for one in timed
+        }
+        saved[None] = dict.fromkeys((workload for parts in saved.values() for workload in parts), 0.0)
+        less = {one.kernel: _memory_gain(one) for one in timed}
+        order = sorted([None, *(one.kernel for one in timed)], key=lambda name: -less.get(name or "", 0.0))
+        for turn, other in enumerate(order[: order.index(kernel)]):
+            costs = {workload: part - saved[other].get(workload, 0.0) for workload, part in saved[kernel].items()}
+            ways.append((max(costs.values()), turn, kind, other, costs))
+    lost: dict[tuple[str, str], float] = {}
+    done: set[Kind] = set()
+    for cost, _, kind, other, costs in sorted(ways, key=lambda way: (way[1], way[0])):
+        after = {work: lost.get((kind.mode, work), 0.0) + max(0.0, part) for work, part in costs.items()}
+        if kind not in done and max(after.values()) < VISIBLE:
+            done.add(kind)
+            lost |= {(kind.mode, work): part for work, part in after.items()}
+            more = f"{chosen[kind] or 'own code'} would save {max(0.0, cost):.2%} of a run more, which nobody could see"
+            one = next((candidate for candidate in tried[kind] if candidate.kernel == other), None)
+            if one is not None:
+                more = f"{_why(one)}{', with less memory' if _memory_gain(one) else ''}; {more}"
+            yield kind, other, more
 
 
 def saved_under_compile(
@@ -98,37 +122,27 @@ def _is_part_of(kind: Kind, other: Kind) -> bool:
 
 
 def choose(
-    tried: Sequence[Candidate],
-    objective: Objective,
-    run_s: Mapping[str, float],
-    *,
-    by_memory: bool = False,
-    visible: float = VISIBLE,
+    tried: Sequence[Candidate], objective: Objective, run_s: Mapping[str, float], *, by_memory: bool = False
 ) -> tuple[str | None, str]:
     """Return the best of what was tried, or None for the own code, and why."""
     best: tuple[float, Candidate] | None = None
-    unseen: list[str] = []
     for candidate in tried:
         if not candidate.timings:
             continue
         gain = _memory_gain(candidate) if by_memory else _time_gain(candidate, objective, run_s)
-        lead = gain - best[0] if best else gain
-        if lead <= (MARGIN if best else 0.0):
-            continue
-        if best and visible and _lead_in_a_run(candidate, best[1], run_s) < visible:
-            unseen.append(candidate.kernel)
-            continue
-        best, unseen = (gain, candidate), []
+        if gain > (best[0] + MARGIN if best else 0.0):
+            best = gain, candidate
     if best is None:
         if not tried:
             return None, "nothing was tried in time"
         if not any(candidate.timings for candidate in tried):
             return None, "every candidate is out" if all(c.out for c in tried) else "no candidate could be timed"
         return None, "no candidate needs less memory" if by_memory else "no candidate is clearly faster"
-    why = ", ".join(f"{_words(t.comparison)} in {t.workload}" for t in best[1].timings)
-    if unseen:
-        why += f"; what {' or '.join(unseen)} would save besides is less than {visible:.0%} of a run"
-    return best[1].kernel, why
+    return best[1].kernel, _why(best[1])
+
+
+def _why(candidate: Candidate) -> str:
+    return ", ".join(f"{_words(timing.comparison)} in {timing.workload}" for timing in candidate.timings)
 
 
 def _time_gain(candidate: Candidate, objective: Objective, run_s: Mapping[str, float]) -> float:
@@ -146,16 +160,9 @@ def _time_gain(candidate: Candidate, objective: Objective, run_s: Mapping[str, f
     return saved / own if own else 0.0
 
 
-def _lead_in_a_run(candidate: Candidate, other: Candidate, run_s: Mapping[str, float]) -> float:
-    """Which part of a whole run one candidate saves more than another, in the workload in which that is the most."""
-    known = {timing.workload: _part_saved(timing.comparison) for timing in other.timings}
-    return max(_part_of_a_run(timing, run_s, known.get(timing.workload, 0.0)) for timing in candidate.timings)
-
-
-def _part_of_a_run(timing: Timing, run_s: Mapping[str, float], known: float = 0.0) -> float:
-    """Which part of a whole run is saved beyond a `known` part of the layers' time."""
-    own = timing.calls * timing.comparison.own_us / 1e6 / run_s[timing.workload]
-    return own * (_part_saved(timing.comparison) - known)
+def _part_of_a_run(timing: Timing, run_s: Mapping[str, float]) -> float:
+    """Which part of a whole run a candidate saves."""
+    return timing.calls * timing.comparison.own_us / 1e6 / run_s[timing.workload] * _part_saved(timing.comparison)
 
 
 def _part_saved(found: Comparison) -> float:
