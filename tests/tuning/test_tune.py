@@ -150,7 +150,7 @@ def test_what_becomes_slow_under_compile_is_not_chosen_for_it(monkeypatch, fresh
     finally:
         unregister_op("sorting_norm")
     chosen = {choice.mode: choice for choice in of(config).choices}
-    assert chosen["inference"].chosen == "builtin:straight"
+    assert chosen["inference"].chosen == "builtin:straight", chosen["inference"].reason
     assert chosen["inference+compile"].chosen == OWN_CODE
     candidate = next(one for one in chosen["inference+compile"].candidates if one.kernel == "builtin:straight")
     assert candidate.timings[0].comparison.verdict == "slower"
