@@ -121,7 +121,9 @@ def with_growing_cache(model: Any) -> Any:
     own = model.forward
 
     def forward(*args: Any, past_key_values: Any = None, **kwargs: Any) -> Any:
-        return own(*args, past_key_values=past_key_values or GrowingCache(config=model.config), **kwargs)
+        if past_key_values is None:
+            past_key_values = GrowingCache(config=model.config)
+        return own(*args, past_key_values=past_key_values, **kwargs)
 
     model.forward = forward
     return model
@@ -137,7 +139,7 @@ def raced(model: Any, workload: Workload, names: Iterable[str], seconds: float, 
         except Exception as error:  # a peer that fails is a finding, not the end of the run
             found[name] = f"{type(error).__name__}: {error}"[:300]
     with compile_limits():
-        runs = race(ready, workload, device=device, seconds=seconds, own="eager", begin=lambda name: None)
+        runs = race(ready, workload, device=device, seconds=seconds, own="eager")
     found |= {run.contender: run.comparison or str(run.error) for run in runs}
     torch._dynamo.reset()
     return found

@@ -12,7 +12,7 @@ import torch
 from proving import write_repository
 
 from kernelwise._data import Kernel, KernelRef, Limits
-from kernelwise._verifying import _cases, _prove
+from kernelwise._verifying import _cases, _check, _prove
 from kernelwise.sources._layer_class import kernel_of
 
 
@@ -22,6 +22,13 @@ def as_kernel() -> Callable[..., Kernel]:
         return kernel_of(KernelRef("path", "/gallery", cls.__name__), cls, limits=Limits(), content_hash=None)
 
     return make
+
+
+@pytest.fixture
+def little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without the two cases of 2^31 elements, for tests that share the GPU: those that have it alone are about these."""
+    monkeypatch.setattr(_check, "beyond", lambda *_: None)
+    monkeypatch.setattr(_cases, "_far_apart", lambda *_: {})
 
 
 @pytest.fixture(autouse=True)

@@ -19,19 +19,11 @@ from torch import nn
 
 import kernelwise as kw
 from kernelwise._data import KernelRef
-from kernelwise._verifying import _cases, _check
 from kernelwise._verifying._check import Options, check_kernel, own_code
 from kernelwise._verifying._inputs import Sample
 from kernelwise.sources import load
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")]
-
-
-@pytest.fixture
-def little_memory(monkeypatch):
-    """Without the two cases of 2^31 elements, for tests that share the GPU: those that have it alone are about these."""
-    monkeypatch.setattr(_check, "beyond", lambda *_: None)
-    monkeypatch.setattr(_cases, "_far_apart", lambda *_: {})
 
 
 @pytest.mark.alone

@@ -19,7 +19,7 @@ from torch import nn
 
 from kernelwise import register_layer
 from kernelwise._data import Check
-from kernelwise._verifying import _cases, _check
+from kernelwise._verifying import _check
 from kernelwise._verifying._check import Options
 
 pytestmark = [
@@ -157,12 +157,9 @@ def assert_right(seed: int, as_kernel: Callable[..., Any], cases: frozenset[str]
             assert cases <= set(passed), kernel.__name__
 
 
+@pytest.mark.usefixtures("little_memory")
 @pytest.mark.parametrize("seed", range(20), ids=[f"s{seed:02}" for seed in range(20)])
-def test_kernels_of_liger_that_are_right_are_not_rejected(
-    seed: int, as_kernel: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(_check, "beyond", lambda *_: None)  # they take most of a GPU's memory: below, once
-    monkeypatch.setattr(_cases, "_far_apart", lambda *_: {})
+def test_kernels_of_liger_that_are_right_are_not_rejected(seed: int, as_kernel: Callable[..., Any]) -> None:
     assert_right(seed, as_kernel)
 
 
