@@ -92,6 +92,17 @@ def test_without_time_for_another_race_the_first_decides(course_and_choices, mon
     assert (EAGER, "SleepyNorm") not in seen
 
 
+def test_a_second_look_may_take_of_the_time_that_is_kept_for_compiling(course_and_choices, monkeypatch):
+    course, chosen = course_and_choices
+    seen = races(monkeypatch, {"SleepyNorm": 0.95, "GeLU": 1.2, "tuned": 1.2})
+    raced_alone(monkeypatch, 1.0)
+    alone = {"SleepyNorm": course.config(chosen)}
+    monkeypatch.setattr(_confirm, "_alone", lambda course, found: alone)
+    spent = replace(course, until=time.monotonic() - 1)
+    assert _confirm.confirm(spent, chosen, until=time.monotonic() + 60).chosen == chosen
+    assert (EAGER, "SleepyNorm") in seen
+
+
 @pytest.mark.parametrize(
     ("objective", "speeds", "better"),
     [

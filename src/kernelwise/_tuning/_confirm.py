@@ -22,6 +22,7 @@ from kernelwise._measuring._contenders import is_compiled
 from kernelwise._measuring._workload import Workload
 from kernelwise._tuning._candidates import Kind
 from kernelwise._tuning._races import (
+    LEAST_S,
     TURNS,
     WORTH_A_LOOK,
     Chosen,
@@ -55,13 +56,19 @@ class Confirmation:
     best: str = TUNED
 
 
-def confirm(course: Course, chosen: Chosen) -> Confirmation:
-    """Race the choices alone and together, in every workload, and keep what holds."""
+def confirm(course: Course, chosen: Chosen, *, until: float | None = None) -> Confirmation:
+    """Race the choices alone and together, in every workload, and keep what holds.
+
+    Args:
+        until: when the tuning ends (a reading of `time.monotonic`). `course.until` may be earlier, as time is kept for
+            compiling; a second look at a choice that seems not to hold may take of that.
+    """
+    until = course.until if until is None else until
     found = Confirmation(dict(chosen))
     alone = _alone(course, found)
     runs = race_all(course, {EAGER: None, BUILTIN: KernelConfig(), TUNED: course.config(found.chosen), **alone})
     for name, mode in product(alone, _EAGER):
-        why = _why_not(course, runs, name, alone[name], mode)
+        why = _why_not(course, runs, name, alone[name], mode, until)
         if why is not None:
             gone = [kind for kind in found.chosen if (kind.layer.name, kind.mode) == (name, mode)]
             _take_back(found, gone, f"taken back: {why}")
@@ -89,18 +96,20 @@ def _alone(course: Course, found: Confirmation) -> dict[str, KernelConfig]:
     }
 
 
-def _why_not(course: Course, runs: list[Run], name: str, config: KernelConfig, mode: str) -> str | None:
+def _why_not(course: Course, runs: list[Run], name: str, config: KernelConfig, mode: str, until: float) -> str | None:
     """Say why a choice alone does not hold end to end in an eager mode, or None.
 
     What slows the model down in one race of many may do so by chance: it must in a race of its own too, where there is time
-    for one. Its runs then take the place of those in `runs`.
+    for one, with rounds as long as it needs. Its runs then take the place of those in `runs`.
     """
     why = _fault(course, _of_mode(runs, mode), name)
     workloads = [workload for workload in course.workloads if workload.training == (mode == "training")]
-    need = 2 * TURNS * sum(course.seconds[workload.name] for workload in workloads)
-    if why is None or failed(_of_mode(runs, mode), name) or need > course.until - time.monotonic():
+    longest = max((course.seconds[workload.name] for workload in workloads), default=0.0)
+    rounds_s = max(LEAST_S, 2 * TURNS * longest)
+    late = len(workloads) * rounds_s > until - time.monotonic()
+    if why is None or failed(_of_mode(runs, mode), name) or late:
         return why
-    again = race_all(replace(course, workloads=workloads), {EAGER: None, name: config})
+    again = race_all(replace(course, workloads=workloads), {EAGER: None, name: config}, least_s=rounds_s)
     raced = {(run.contender, run.workload): run for run in again if run.contender == name}
     runs[:] = [raced.get((run.contender, run.workload), run) for run in runs]
     return _fault(course, again, name)

@@ -148,7 +148,7 @@ def _tuned(
         wholes = race_wholes(course, chosen, of_wholes)
         session.tried |= wholes.tried
         session.notes += wholes.notes
-        found = confirm(course, chosen | wholes.chosen)
+        found = confirm(course, chosen | wholes.chosen, until=until)
         course = replace(course, until=until)
         saved: dict[str, dict[str, float]] = {}
         if request.compile and session.objective != "memory":
