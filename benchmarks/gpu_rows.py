@@ -31,7 +31,8 @@ ORDER = (
 class Measured:
     """One operation on one shape: what ours takes, and how many times as long every peer (by its name in gpu_ops.py).
 
-    `share` is the part of the copy bandwidth of that run, `times` and `peaks` are those of every contender in it.
+    `share` is the part of the copy bandwidth of that run, `limit` the part of our time that a kernel would take that starts as
+    one of one number does and then moves the bytes at that bandwidth. `times` and `peaks` are those of every contender.
     """
 
     name: str
@@ -40,6 +41,7 @@ class Measured:
     num_bytes: int
     us: float
     share: float
+    limit: float
     ratios: dict[str, float]
     times: dict[str, float]
     peaks: dict[str, int]
@@ -52,6 +54,7 @@ class Measured:
 def measured(folder: Path = RESULTS) -> list[Measured]:
     """Return every operation and shape of the results in a folder, in the order of the docs."""
     runs = [json.loads(path.read_text()) for path in folder.glob("gpu_ops_h100*.json")]
+    starting = min(run["least_us"] for run in runs if "least_us" in run)  # older runs did not measure it
     found: dict[tuple[str, str, str], Measured] = {}
     for run in sorted(runs, key=lambda run: str(run["date"])):
         for row in run["rows"]:
@@ -60,9 +63,17 @@ def measured(folder: Path = RESULTS) -> list[Measured]:
                 continue
             known = found[key].ratios if key in found else {}
             ratios = {who: us / times["ours"] for who, us in times.items() if who in PEERS}
-            share = row["num_bytes"] / times["ours"] * 1e6 / run["copy_bytes_per_second"]
+            moving = row["num_bytes"] / run["copy_bytes_per_second"] * 1e6
+            share, limit = moving / times["ours"], (run.get("least_us", starting) + moving) / times["ours"]
             found[key] = Measured(
-                *key, row["num_bytes"], times["ours"], share, {**known, **ratios}, times, row.get("peak_bytes", {})
+                *key,
+                row["num_bytes"],
+                times["ours"],
+                share,
+                limit,
+                {**known, **ratios},
+                times,
+                row.get("peak_bytes", {}),
             )
     return sorted(found.values(), key=lambda one: (ORDER.index(one.name), one.direction != "forward"))
 

@@ -38,10 +38,10 @@ COLUMNS = ("prefill_ms", "decode_dynamic_ms", "decode_graph_ms", "train_ms", "tr
 NAMES = {
     "eager": "as in transformers",
     "ours": '`kernelize(model, {"LinearCrossEntropy": "builtin:LinearCrossEntropy"})`',
-    "ours-loss": "`kernelize(model)`: the head with its own loss",
+    "ours-loss": "`kernelize(model)`: the head with its own loss, else the same",
     "ours+growing": "`kernelize(model)` and a cache with room",
     "liger": "Liger",
-    "liger+loss": "Liger with its fused loss",
+    "liger+loss": "Liger with its fused loss, else the same",
     "compile": "torch.compile",
     "ours+compile": "torch.compile of ours",
 }
@@ -80,7 +80,8 @@ def times_eager(variants: Mapping[str, Mapping[str, Any]], name: str, column: st
 
 def operations(found: Sequence[Measured]) -> Iterator[str]:
     """Say how many times as long as ours every peer takes: the geometric means of large and of small shapes."""
-    yield f"| | {' | '.join(PEERS.values())} | % of copy bandwidth |\n|---|{'---|' * (len(PEERS) + 1)}"
+    columns = (*PEERS.values(), "% of copy bandwidth", "% of limit")
+    yield f"| | {' | '.join(columns)} |\n|---|{'---|' * len(columns)}"
     for name, direction in dict.fromkeys((one.name, one.direction) for one in found):
         for size in ("large", "small"):
             some = [one for one in found if (one.name, one.direction, one.size) == (name, direction, size)]
@@ -90,15 +91,17 @@ def operations(found: Sequence[Measured]) -> Iterator[str]:
             cells = [_short(ratios[who]) if who in ratios else "" for who in PEERS]
             share = f"{100 * statistics.mean(one.share for one in some):.0f}" if size == "large" else ""
             both = "forward and backward" if direction == "together" else direction
-            yield f"| {name} {both}, {size} | {' | '.join(cells)} | {share} |"
+            limit = f"{100 * statistics.mean(one.limit for one in some):.0f}"
+            yield f"| {name} {both}, {size} | {' | '.join(cells)} | {share} | {limit} |"
 
 
 def losses(found: Sequence[Measured]) -> Iterator[str]:
     """Say how long losses take with their gradients, and which memory."""
     columns = {"ours": "ours", "consume": "ours, consuming", **PEERS, "products": "products"}
-    names = {who: columns[who] for who in columns if who != "quack"}
+    some = [one for one in found if one.direction == "together"]
+    names = {who: columns[who] for who in columns if any(who in one.times for one in some)}
     yield f"\n| ms (GB) | {' | '.join(names.values())} |\n|---|{'---|' * len(names)}"
-    for one in (one for one in found if one.direction == "together"):
+    for one in some:
         cells = [
             f"{one.times[who] / 1e3:.3g}" + (f" ({one.peaks[who] / 1e9:.2f})" if who != "products" else "")
             if who in one.times
