@@ -11,6 +11,7 @@ import argparse
 import json
 import statistics
 import textwrap
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ def speedups() -> dict[tuple[str, str], dict[str, float]]:
 def table() -> str:
     """Return the table as Markdown."""
     gpu, cpu = _read(next(iter(GPU.values()))), _read(CPU[0])
-    dates = " and ".join(dict.fromkeys(_read(file)["date"][:10] for file in CPU))
+    dates = _dates(CPU)
     lines = [
         f"| times as fast as the model's own code | | {' | '.join(VARIANTS)} |",
         "|---|---|" + "---|" * len(VARIANTS),
@@ -84,7 +85,7 @@ def table() -> str:
         lines.append(f"| {model}, {where} | {work} | {' | '.join(cells)} |")
     cores, limit = cpu["machine"]["cores"], cpu["machine"]["limits"].get("ATEN_CPU_CAPABILITY", "").upper()
     on = f"{cores} cores{f' limited to {limit}' if limit else ''}"
-    tuned_on = max(_read(path.name)["date"] for glob in RACES.values() for path in (HERE / "results").glob(glob))[:10]
+    tuned_on = _dates(path.name for glob in RACES.values() for path in (HERE / "results").glob(glob))
     decode = ", ".join(f"{_raced(*raced)['tuned']:.2f}" for raced in RACES)
     note = (
         f"bfloat16; bold is the best, or within 3 % of it; an empty cell was not run. GPU: one {gpu['device']}, torch "
@@ -98,6 +99,11 @@ def table() -> str:
         f"decoding of one row, a training step of 2 x 256 with {_read(CPU[1])['machine']['layers']} of its 30 layers."
     )
     return "\n".join([*lines, "", textwrap.fill(note, 120), ""])
+
+
+def _dates(files: Iterable[str]) -> str:
+    """Return the days on which the results were measured, in their order."""
+    return " and ".join(sorted({_read(file)["date"][:10] for file in files}))
 
 
 def _raced(model: str, work: str) -> dict[str, float]:
